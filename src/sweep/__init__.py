@@ -1,0 +1,17 @@
+"""Sweeps of accuracy against measured efficiency for pruned language models.
+
+Nothing here imports torch: a notebook that only reads results opens at once.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:  # the names above resolve on first use, so that `import sweep` stays instant
+    if name == "load":
+        from sweep.store import load
+
+        return load
+    raise AttributeError(f"module 'sweep' has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""What a cell is: frozen dataclasses with units and allowed ranges, built from the composed configuration.
+
+A wrong request is refused here, before anything is loaded. Messages name the key, what is allowed, and what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class RequestError(ValueError):
+    """A mistake in what the user asked for; shown as its message alone, without a traceback."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _at_least(minimum: float, **kwargs: Any) -> Any:
+    return field(metadata={"minimum": minimum}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str  # shown in rows; for source=hub the repository that is loaded
+    source: Literal["gguf", "hub", "local"]
+    path: str | None = None  # the GGUF file or the checkpoint folder
+    package: str | None = None  # installed package that carries the GGUF file
+    file: str | None = None  # file name within the package
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Dense:
+    family: Literal["dense"] = "dense"
+
+
+@dataclass(frozen=True)
+class Weight:
+    family: Literal["weight"]
+    criterion: Literal["magnitude"] = "magnitude"
+    scope: Literal["matrix"] = "matrix"
+    targets: Literal["all", "attention", "ffn"] = "all"
+
+
+@dataclass(frozen=True)
+class Neuron:
+    family: Literal["neuron"]
+    criterion: Literal["taylor_abs"] = "taylor_abs"
+    scope: Literal["global", "layer"] = "global"
+
+
+Method = Dense | Weight | Neuron
+FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron]] = {"dense": Dense, "weight": Weight, "neuron": Neuron}
+ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
+CALIBRATED = {"taylor_abs"}  # criteria that read calibration text
+SHRINKING = {"neuron"}  # families whose matrices become smaller
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    tasks: tuple[str, ...]
+    limit: int | None = _at_least(1, default=None)  # documents a task
+    num_fewshot: int = _at_least(0, default=0)
+    batch_size: int = _at_least(1, default=16)
+    max_length: int = _at_least(2, default=2048)  # tokens
+
+
+@dataclass(frozen=True)
+class Calibration:
+    source: str  # "pydoc" or a text file
+    sequences: int = _at_least(1, default=16)
+    length: int = _at_least(2, default=256)  # tokens a sequence
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    prompt_tokens: int = _at_least(1, default=128)
+    output_tokens: int = _at_least(1, default=16)
+    batch_size: int = _at_least(1, default=1)
+    warmup: int = _at_least(0, default=2)  # repeats
+    repeats: int = _at_least(6, default=10)  # fewer give no 95 % interval of a median
+
+
+@dataclass(frozen=True)
+class Execution:
+    name: Literal["dense", "shrunk"] = "dense"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fully resolved configuration; gives one row."""
+
+    model: Model
+    method: Method
+    sparsity: float = field(metadata={"minimum": 0.0, "below": 1.0})
+    benchmarks: Benchmarks
+    calibration: Calibration | None  # None for methods that read no text
+    efficiency: Efficiency
+    execution: Execution
+    seed: int = _at_least(0, default=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "auto"
+    threads: int | None = _at_least(1, default=None)
+    data_root: str | None = None
+
+    def dense(self) -> Cell:
+        """The unpruned model measured with this cell's settings: what the cell is compared with."""
+        return _normalised(replace(self, method=Dense()))
+
+    def label(self) -> str:
+        """The words by which a person recognises the cell in a list."""
+        criterion = getattr(self.method, "criterion", None)
+        words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
+        words.append(f"seed {self.seed}" if self.seed else None)
+        return " ".join([word for word in words if word] + [f"({self.model.name})"])
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is run; nothing here changes a number, so nothing here is part of a cell's identity."""
+
+    results: str = "results"
+    resume: bool = True
+    on_failure: Literal["continue", "stop"] = "continue"
+    timeout: float | None = _at_least(1, default=None)  # seconds a cell
+    plan: bool = False
+    max_cells: int = _at_least(1, default=1000)
+    baseline: bool = False
+
+
+def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
+    """The composed configuration, as plain containers, made into a checked cell and its options.
+
+    Raises RequestError for an unknown key, a value out of range or of the wrong type, or a missing method.
+    """
+    composed = dict(composed)
+    option_names = [f.name for f in fields(Options)]
+    options = build(Options, {name: composed.pop(name) for name in option_names if name in composed}, "")
+    method = composed.get("method")
+    if method in (None, "???"):
+        raise RequestError(f"no method given: add +method=NAME, with NAME one of {', '.join(FAMILIES)}")
+    if not isinstance(method, Mapping):
+        raise RequestError(f"method={method} replaces the whole group: write +method={method}, with the plus")
+    cell = build(Cell, composed, "", also=option_names)
+    if options.baseline:
+        cell = replace(cell, method=Dense())
+    return _normalised(cell), options
+
+
+def _normalised(cell: Cell) -> Cell:
+    """Settings that cannot change this cell's numbers are set to one value, so that equal cells are equal."""
+    method = cell.method
+    if isinstance(method, Dense):
+        return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution("dense"))
+    cell = replace(cell, sparsity=round(cell.sparsity, 6))  # range() yields 0.30000000000000004
+    if method.criterion not in CALIBRATED:
+        cell = replace(cell, calibration=None, seed=0)
+    if method.family in SHRINKING:
+        cell = replace(cell, execution=Execution("shrunk"))
+    elif cell.execution.name == "shrunk":
+        raise RequestError(f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
+                           f"method={method.family} leaves the matrices their size: use execution=dense")  # fmt: skip
+    return cell
+
+
+def as_dict(cell: Cell) -> dict[str, Any]:
+    """The cell as plain containers, for hashing and for the row."""
+    return asdict(cell)
+
+
+def build(cls: type[T], data: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> T:
+    """A dataclass from plain containers; every key, type and range is checked.
+
+    where  the dotted path of `data`, for messages
+    also   further keys that are legal beside these fields, for suggestions
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in data.items():
+        name = ALIASES.get(key, key)
+        full = f"{where}.{key}" if where else key
+        if name not in known:
+            legal = [*known, *also]
+            raise RequestError(f"unknown key '{full}'.{did_you_mean(str(key), legal)} Allowed: {', '.join(legal)}")
+        if key in ALIASES and ALIASES[key] in data:
+            continue  # conf/ already interpolates the alias into the name that counts
+        values[name] = _convert(value, hints[name], full)
+        _check_range(values[name], known[name].metadata, full)
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise RequestError(f"{f'{where}.' if where else ''}{name} is missing")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if value == "???":
+        raise RequestError(f"{where} is missing: set {where}=VALUE")
+    if hint == Method:
+        family = value.get("family")
+        if family not in FAMILIES:
+            raise RequestError(f"method.family must be one of {', '.join(FAMILIES)}, got {family!r}."
+                               f"{did_you_mean(str(family), FAMILIES)}")  # fmt: skip
+        return build(FAMILIES[family], value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [a for a in args if a is not type(None)]
+        return _convert(value, hint, where)
+    if origin is Literal:
+        if value not in args:
+            allowed = ", ".join(map(str, args))
+            raise RequestError(f"{where} must be one of {allowed}; got {value!r}.{did_you_mean(str(value), args)}")
+        return value
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{where} must be a group of settings, got {value!r}")
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise RequestError(f"{where} must be a list, such as [a,b]; got {value!r}")
+        return tuple(_convert(item, args[0], where) for item in items)
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: type, where: str) -> Any:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float):
+        return str(value)  # a folder may well be named 2026
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
+        raise RequestError(f"{where} must be {noun}, got {value!r}")
+    return value
+
+
+def _check_range(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    if not limits or value is None:
+        return
+    low, below = limits["minimum"], limits.get("below")
+    if not (value >= low and (below is None or value < below)):  # written so that NaN is refused too
+        allowed = f"at least {low:g}" if below is None else f"in [{low:g}, {below:g})"
+        raise RequestError(f"{where} must be {allowed}, got {value}")

@@ -1,0 +1,30 @@
+"""The name of a cell: a hash of everything that can change its numbers, and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from sweep import sources, text
+from sweep.config import Cell, as_dict
+
+MEASURING_VERSION = 1  # raise when the code measures something else under the same configuration
+
+
+def cell_name(cell: Cell) -> str:
+    """16 hexadecimal digits. Where the model lies, the results folder, and how the sweep is run do not count."""
+    return hashlib.sha256(json.dumps(_content(cell), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def data_fingerprints(cell: Cell) -> dict[str, str]:
+    """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
+    found = {task: text.task_fingerprint(task) for task in cell.benchmarks.tasks if task in text.EMBEDDED}
+    if cell.calibration is not None:
+        found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration.source)])
+    return found
+
+
+def _content(cell: Cell) -> dict[str, object]:
+    content = as_dict(cell)
+    content["model"] = sources.fingerprint(cell.model)
+    return content | {"data": data_fingerprints(cell), "measuring_version": MEASURING_VERSION}

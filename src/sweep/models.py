@@ -1,0 +1,157 @@
+"""Load a model, and find its parts.
+
+What differs between architectures is data: `ARCHITECTURES` says where the parts of a block are. Linear layers are found
+by type, so that magnitude pruning works on a decoder that is not listed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from sweep import cache, sources
+from sweep.config import Model, RequestError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Attribute paths inside one block."""
+
+    attention: str  # the attention module
+    ffn_in: tuple[str, ...]  # matrices whose outputs are the FFN's neurons: one, or gate and up
+    ffn_out: str  # the matrix that reads the neurons
+
+
+_LLAMA = Architecture("self_attn", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+ARCHITECTURES: dict[str, Architecture] = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
+    "phi": Architecture("self_attn", ("mlp.fc1",), "mlp.fc2"),
+    "opt": Architecture("self_attn", ("fc1",), "fc2"),
+    "gpt2": Architecture("attn", ("mlp.c_fc",), "mlp.c_proj"),
+    "gpt_neox": Architecture("attention", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+}
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The feed-forward network of one block: neuron i is row i of each `inputs` and column i of `output`."""
+
+    block: int
+    inputs: tuple[nn.Module, ...]
+    output: nn.Module
+
+    @property
+    def width(self) -> int:
+        return weight(self.output).shape[1]
+
+
+def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on `device`, and its tokenizer.
+
+    A GGUF file is converted to safetensors once; afterwards the cached conversion is loaded.
+    Raises RequestError when the files are missing or damaged.
+    """
+    place: Path | str
+    if model.source == "gguf":
+        place = converted(sources.gguf_file(model))
+    elif model.source == "local":
+        place = sources.checkpoint_folder(model)
+    else:
+        place = model.name
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.source == "hub":
+        options["revision"] = model.revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model {model.name} cannot be loaded from {place}: {error}") from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def converted(gguf: Path) -> Path:
+    """The folder of `gguf` as a float32 safetensors checkpoint, converted when first asked for.
+
+    float32, because the values that a 4-bit block stands for are exact in it and not in bfloat16.
+    Raises RequestError when the GGUF file cannot be read; a damaged conversion is named, dropped and made again.
+    """
+    key = sources.conversion_key(gguf)
+    folder = cache.entry("models", key, lambda half: _convert(gguf, half))
+    if problem := _damage(folder):
+        log.warning("%s in the cached conversion %s; converting %s again", problem, folder, gguf.name)
+        cache.discard(folder)
+        folder = cache.entry("models", key, lambda half: _convert(gguf, half))
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        raise RequestError(f"model file {gguf} is damaged and cannot be converted: {error}") from error
+    # Left in place, these make save_pretrained refuse: the weights are no longer quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.config.dtype = torch.float32
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a converted checkpoint, as far as its file headers can tell."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):  # compares the header with the file's length
+            return None
+    except SafetensorError as error:
+        return f"model.safetensors is damaged ({error})"
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's blocks, in order: the longest list of modules of one class."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
+    if not lists:
+        raise RequestError(f"{type(model).__name__} has no list of equal blocks, so it is no decoder that sweep knows")
+    return max(lists, key=len)
+
+
+def architecture(model: PreTrainedModel) -> Architecture:
+    """Where the parts of a block are. Raises RequestError for a model type that is not listed."""
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES:
+        raise RequestError(f"the parts of a '{kind}' block are not known: add a line to ARCHITECTURES in "
+                           f"sweep/models.py. Known: {', '.join(ARCHITECTURES)}")  # fmt: skip
+    return ARCHITECTURES[kind]
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
+    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    return {name: module for name, module in model.named_modules()
+            if id(module) in inside and isinstance(module, nn.Linear | Conv1D)}  # fmt: skip
+
+
+def ffns(model: PreTrainedModel) -> list[Ffn]:
+    """The feed-forward network of every block, in order."""
+    parts = architecture(model)
+    return [Ffn(index, tuple(block.get_submodule(path) for path in parts.ffn_in), block.get_submodule(parts.ffn_out))
+            for index, block in enumerate(blocks(model))]  # fmt: skip
+
+
+def weight(linear: nn.Module) -> Tensor:
+    """The matrix of a linear layer as (out, in); for GPT-2's Conv1D, which stores (in, out), a transposed view."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight

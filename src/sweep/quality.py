@@ -1,0 +1,167 @@
+"""Quality: lm-eval tasks on the model in memory, with the outcome of every example.
+
+Tasks are lm-eval's own, unmodified; three more, whose data need no network, are in sweep/tasks. Perplexity per token is
+added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not.
+lm-eval and torch are imported when something is evaluated: names are checked without them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sweep import cache, text
+from sweep.config import Benchmarks, RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+_BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
+
+Samples = pd.DataFrame  # task, document, metric, value
+
+
+def check_tasks(tasks: Iterable[str], data_root: str | None) -> None:
+    """Refuse task names that neither sweep nor lm-eval knows. Raises RequestError."""
+    if data_root is not None and not Path(data_root).expanduser().is_dir():
+        raise RequestError(f"data_root: there is no folder {data_root}")
+    unknown = [task for task in tasks if task not in text.EMBEDDED]
+    if not unknown:
+        return
+    known = [*text.EMBEDDED, *_lm_eval_names()]
+    for task in unknown:
+        if task not in known:
+            raise RequestError(f"benchmarks.tasks: '{task}' is no task of sweep or lm-eval.{did_you_mean(task, known)}")
+
+
+def _lm_eval_names() -> list[str]:
+    """Every task, group and tag of the installed lm-eval; found once and cached, since the search takes seconds."""
+    from importlib.metadata import version
+
+    def search(folder: Path) -> None:
+        from lm_eval.tasks import TaskManager
+
+        (folder / "names.json").write_text(json.dumps(TaskManager().all_tasks))
+
+    return json.loads((cache.entry("tasks", f"lm_eval-{version('lm_eval')}", search) / "names.json").read_text())
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks, data_root: str | None
+) -> tuple[dict[str, float | None], Samples]:
+    """(metrics as `task/metric` and `task/metric_stderr`, the outcome of every example).
+
+    Raises RequestError when a task's data cannot be found. NaN and infinite metrics are kept, with a warning.
+    """
+    if not settings.tasks:
+        return {}, _frame([])
+    with _working_folder(data_root):
+        return _evaluate(model, tokenizer, settings)
+
+
+def _evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks
+) -> tuple[dict[str, float | None], Samples]:
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = _load_tasks(settings)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size,
+              max_length=settings.max_length)  # fmt: skip
+    results = lm_eval.evaluate(lm, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
+    metrics: dict[str, float | None] = {}
+    for task, values in results["results"].items():
+        for name, value in values.items():
+            column = _column(task, name)
+            if column is not None:
+                metrics[column] = float(value) if isinstance(value, int | float) else None
+    rows = []
+    for task, examples in results["samples"].items():
+        lengths = {"tokens": 0, "log_likelihood": 0.0}
+        for example in examples:
+            row = {name: _number(example[name]) for name in example["metrics"]}
+            row["log_likelihood"] = _number(example["filtered_resps"][0])
+            if _is_rolling(tasks, task):
+                row["tokens"] = len(lm.tok_encode(example["arguments"][0][0]))
+                lengths = {name: lengths[name] + row[name] for name in lengths}
+            rows += [(task, str(example["doc_id"]), name, value) for name, value in row.items() if value is not None]
+        if lengths["tokens"]:
+            metrics[f"{task}/token_perplexity"] = _exp(-lengths["log_likelihood"] / lengths["tokens"])
+    for column, number in metrics.items():
+        if number is not None and not math.isfinite(number) and not column.endswith("_stderr"):
+            warnings.warn(f"{column} is {number}", stacklevel=2)
+    return metrics, _frame(rows)
+
+
+def _load_tasks(settings: Benchmarks) -> dict[str, Any]:
+    """lm-eval's task objects, zero- or few-shot. Its own index takes seconds, so it is read only when needed."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(
+        include_path=str(TASK_FOLDER), include_defaults=any(task not in text.EMBEDDED for task in settings.tasks)
+    )
+    try:
+        loaded = manager.load(list(settings.tasks))
+    except (OSError, ValueError, ConnectionError) as error:
+        raise RequestError(
+            f"the data of benchmarks.tasks={','.join(settings.tasks)} cannot be loaded: {error}. "
+            "Without a network, data_root=FOLDER names a folder that holds them as the hub names them"
+        ) from error
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        task.set_fewshot_seed(0)
+    return loaded
+
+
+class _working_folder:
+    """Work in `data_root`: datasets then finds `org/name` there before it asks the hub."""
+
+    def __init__(self, data_root: str | None) -> None:
+        self.data_root = data_root
+
+    def __enter__(self) -> None:
+        self.before = Path.cwd()
+        if self.data_root is not None:
+            os.chdir(Path(self.data_root).expanduser())
+
+    def __exit__(self, *_: object) -> None:
+        os.chdir(self.before)
+
+
+def _column(task: str, name: str) -> str | None:
+    """lm-eval's `acc_stderr,none` as the column `task/acc_stderr`; a filter's name stays, and other keys are None."""
+    metric, comma, filter_name = name.partition(",")
+    if not comma:
+        return None
+    return f"{task}/{metric}" if filter_name == "none" else f"{task}/{metric},{filter_name}"
+
+
+def _is_rolling(tasks: dict[str, Any], task: str) -> bool:
+    return tasks["tasks"][task].OUTPUT_TYPE == "loglikelihood_rolling"
+
+
+def _number(value: Any) -> float | None:
+    """The number in an example's metric: the value itself, or the first of a (value, weight) pair."""
+    while isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _frame(rows: list[tuple[str, str, str, float]]) -> Samples:
+    return pd.DataFrame(rows, columns=["task", "document", "metric", "value"])

@@ -1,0 +1,61 @@
+"""One cell, straight down the page: load, calibrate, prune, measure quality, measure efficiency, return the row."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+
+from sweep import efficiency, execution, methods, models, quality, text
+from sweep.config import Cell, Dense
+
+
+def run_cell(cell: Cell) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """(the measured columns of the row, its tables `samples` and `latency`).
+
+    cell  with its device and threads decided
+    Raises whatever goes wrong; nothing is written here.
+    """
+    _quiet()
+    torch.manual_seed(cell.seed)
+    if cell.threads:
+        torch.set_num_threads(cell.threads)
+    row: dict[str, Any] = {"status": "ok"}
+    started = time.perf_counter()
+
+    model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
+    row["load_seconds"] = time.perf_counter() - started
+    dense_parameters = sum(p.numel() for p in model.parameters())
+    tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed) if cell.calibration else None
+
+    before = time.perf_counter()
+    outcome = methods.prune(model, cell.method, cell.sparsity, tokens)
+    row["prune_seconds"] = time.perf_counter() - before
+    row["calibration_tokens"] = outcome.calibration_tokens
+    row["sparsity_achieved"] = outcome.sparsity
+    row["sparsity_all_parameters"] = outcome.removed / dense_parameters
+    model = execution.prepare(model, cell.execution)
+
+    row |= efficiency.counted(model)
+    with efficiency.PeakMemory(cell.device) as memory:
+        efficiency.generate_once(model, cell.efficiency)
+    row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
+    row["peak_device_memory_bytes"] = memory.device_peak
+
+    metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root)
+
+    dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
+    columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+    row |= columns | {"cell_seconds": time.perf_counter() - started} | metrics
+    return row, {"samples": samples, "latency": repeats}
+
+
+def _quiet() -> None:
+    """Libraries speak up only when something is wrong."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

