@@ -16,7 +16,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="sweep",
@@ -54,7 +53,9 @@ class SweepSweeper(BasicSweeper):
         size = math.prod(len(list(o.sweep_string_iterator())) for o in overrides if o.is_discrete_sweep())
         limit = OmegaConf.select(self.config, "max_cells")
         if isinstance(limit, int) and size > limit:
-            raise RequestError(f"the grid has {size} cells, more than max_cells={limit}: add max_cells={size} to run it")
+            raise RequestError(
+                f"the grid has {size} cells, more than max_cells={limit}: add max_cells={size} to run it"
+            )
         (grid,) = self.split_arguments(overrides, max_batch_size=None)
         return grid
 

@@ -42,8 +42,10 @@ def neuron_taylor_abs(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     totals = [torch.zeros(ffn.width, dtype=torch.float32, device=model.device) for ffn in ffns]
 
     def observe(block: int, activation: Tensor) -> None:
+        value = activation.detach()  # a hook that held the activation itself would keep it alive for ever
+
         def on_gradient(gradient: Tensor) -> None:
-            product = (activation.detach() * gradient).float().abs()
+            product = (value * gradient).float().abs()
             totals[block] += product.flatten(0, -2).sum(0)
 
         activation.register_hook(on_gradient)

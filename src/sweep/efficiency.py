@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binom
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 

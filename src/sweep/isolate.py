@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 from sweep import store
@@ -57,6 +58,8 @@ def run(cell: Cell, described: dict[str, Any], results: str, timeout: float | No
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # a progress bar in a log file is noise; tqdm reads this when it is imported
     return context
 
 
@@ -64,8 +67,6 @@ def _child(cell: Cell, described: dict[str, Any], results: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     if sys.platform == "linux":  # no cell outlives a sweep that was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # a progress bar in a log file is noise
     from sweep.run import run_cell
 
     try:
@@ -93,7 +94,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _oom_kills() -> int:
     """How often this machine's kernel has killed a process for memory; 0 where it does not tell."""
     try:
-        with open("/proc/vmstat") as handle:
+        with Path("/proc/vmstat").open() as handle:
             return next((int(line.split()[1]) for line in handle if line.startswith("oom_kill ")), 0)
     except OSError:
         return 0

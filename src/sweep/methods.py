@@ -71,7 +71,7 @@ def _prune_weights(model: PreTrainedModel, method: Weight, sparsity: float) -> O
     return Outcome(targets, removed)
 
 
-def _targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
+def _targets(model: PreTrainedModel, targets: str) -> dict[str, models.Linear]:
     """The linear layers that a weight method prunes."""
     linears = models.linears(model)
     if targets == "all":

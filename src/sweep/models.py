@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from sweep import cache, sources
 from sweep.config import Model, RequestError
 
 log = logging.getLogger(__name__)
+
+Linear: TypeAlias = nn.Linear | Conv1D  # GPT-2 writes its linear layers as Conv1D, whose weight is (in, out)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Ffn:
     """The feed-forward network of one block: neuron i is row i of each `inputs` and column i of `output`."""
 
     block: int
-    inputs: tuple[nn.Module, ...]
-    output: nn.Module
+    inputs: tuple[Linear, ...]
+    output: Linear
 
     @property
     def width(self) -> int:
@@ -138,11 +140,11 @@ def architecture(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linears(model: PreTrainedModel) -> dict[str, Linear]:
     """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
     inside = {id(module) for block in blocks(model) for module in block.modules()}
     return {name: module for name, module in model.named_modules()
-            if id(module) in inside and isinstance(module, nn.Linear | Conv1D)}  # fmt: skip
+            if id(module) in inside and isinstance(module, Linear)}  # fmt: skip
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
@@ -152,6 +154,6 @@ def ffns(model: PreTrainedModel) -> list[Ffn]:
             for index, block in enumerate(blocks(model))]  # fmt: skip
 
 
-def weight(linear: nn.Module) -> Tensor:
+def weight(linear: Linear) -> Tensor:
     """The matrix of a linear layer as (out, in); for GPT-2's Conv1D, which stores (in, out), a transposed view."""
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight

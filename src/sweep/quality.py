@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TASK_FOLDER = Path(__file__).parent / "tasks"
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
 
-Samples = pd.DataFrame  # task, document, metric, value
+Samples: TypeAlias = pd.DataFrame  # task, document, metric, value
 
 
 def check_tasks(tasks: Iterable[str], data_root: str | None) -> None:
@@ -89,16 +89,17 @@ def _evaluate(
                 metrics[column] = float(value) if isinstance(value, int | float) else None
     rows = []
     for task, examples in results["samples"].items():
-        lengths = {"tokens": 0, "log_likelihood": 0.0}
+        tokens, log_likelihood = 0, 0.0
         for example in examples:
-            row = {name: _number(example[name]) for name in example["metrics"]}
-            row["log_likelihood"] = _number(example["filtered_resps"][0])
-            if _is_rolling(tasks, task):
-                row["tokens"] = len(lm.tok_encode(example["arguments"][0][0]))
-                lengths = {name: lengths[name] + row[name] for name in lengths}
-            rows += [(task, str(example["doc_id"]), name, value) for name, value in row.items() if value is not None]
-        if lengths["tokens"]:
-            metrics[f"{task}/token_perplexity"] = _exp(-lengths["log_likelihood"] / lengths["tokens"])
+            outcome = {name: _number(example[name]) for name in example["metrics"]}
+            outcome["log_likelihood"] = _number(example["filtered_resps"][0])
+            if tasks["tasks"][task].OUTPUT_TYPE == "loglikelihood_rolling":
+                outcome["tokens"] = len(lm.tok_encode(example["arguments"][0][0]))
+                tokens += int(outcome["tokens"])
+                log_likelihood += outcome["log_likelihood"]
+            rows += [(task, str(example["doc_id"]), name, value) for name, value in outcome.items()]
+        if tokens:
+            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / tokens)
     for column, number in metrics.items():
         if number is not None and not math.isfinite(number) and not column.endswith("_stderr"):
             warnings.warn(f"{column} is {number}", stacklevel=2)
@@ -148,15 +149,11 @@ def _column(task: str, name: str) -> str | None:
     return f"{task}/{metric}" if filter_name == "none" else f"{task}/{metric},{filter_name}"
 
 
-def _is_rolling(tasks: dict[str, Any], task: str) -> bool:
-    return tasks["tasks"][task].OUTPUT_TYPE == "loglikelihood_rolling"
-
-
-def _number(value: Any) -> float | None:
-    """The number in an example's metric: the value itself, or the first of a (value, weight) pair."""
-    while isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return float(value) if isinstance(value, int | float) else None
+def _number(value: Any) -> float:
+    """The number in an example's metric: the value itself, or the first of a (value, weight) pair; else NaN."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _exp(value: float) -> float:

@@ -22,7 +22,11 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None, *, toge
     launch    runs a list of steps; by default in this process, one after the other
     together  hand all cells over at once, baselines first, instead of one by one
     """
-    launch = launch or (lambda steps: [run_one(s.cell, options, s.overrides) for s in steps] and None)
+
+    def launch_here(steps: list[Step]) -> None:
+        for step in steps:
+            run_one(step.cell, options, step.overrides)
+
     print(plan, flush=True)
     for step in plan.done:
         print(f"  done {step.name}  {step.cell.label()}")
@@ -30,6 +34,8 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None, *, toge
         for step in plan.todo:
             print(f"  run  {step.name}  {step.cell.label()}")
         return 0
+    if plan.todo:
+        store.check_writable(options.results)
     baselines = [step for step in plan.todo if step.cell.method.family == "dense"]
     rest = [step for step in plan.todo if step.cell.method.family != "dense"]
     batches = [batch for batch in (baselines, rest) if batch] if together else [[step] for step in plan.todo]
@@ -38,7 +44,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None, *, toge
         for step in batch:
             started += 1
             print(f"[{started}/{len(plan.todo)}] {step.cell.label()}", flush=True)
-        launch(batch)
+        (launch or launch_here)(batch)
         if options.on_failure == "stop" and not all(is_done(options.results, step.name) for step in batch):
             print("stopped after the first failure (on_failure=stop); the same command goes on from here")
             break

@@ -10,7 +10,7 @@ from sweep import models
 
 
 @torch.no_grad()
-def zero_weights(linear: nn.Module, keep: Tensor) -> None:
+def zero_weights(linear: models.Linear, keep: Tensor) -> None:
     """Set the weights of a linear layer to zero where `keep`, (out, in) bool, is False. In place."""
     models.weight(linear).masked_fill_(~keep, 0)
 
@@ -23,7 +23,7 @@ def remove_neurons(ffn: models.Ffn, keep: Tensor) -> None:
 
 
 @torch.no_grad()
-def _narrow(linear: nn.Module, keep: Tensor, *, output: bool) -> None:
+def _narrow(linear: models.Linear, keep: Tensor, *, output: bool) -> None:
     """Keep only some outputs, or some inputs, of a linear layer."""
     index = keep.nonzero().squeeze(1).to(linear.weight.device)
     conv = isinstance(linear, Conv1D)

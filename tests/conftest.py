@@ -1,0 +1,72 @@
+"""Tiny random models, made on the fly; the embedded model, for the tests marked slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
+GATED = {**TINY, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
+FAMILIES: dict[str, dict] = {
+    "llama": GATED,
+    "mistral": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gemma": GATED,
+    "gemma2": GATED,
+    "gemma3_text": GATED,
+    "phi": {**TINY, "intermediate_size": 24},
+    "opt": {**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt2": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 24},
+    "gpt_neox": {**TINY, "intermediate_size": 24},
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model of two blocks, 24 FFN neurons each."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **FAMILIES[family], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def random_tokens(sequences: int = 6, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 64, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte-level tokenizer, as save_pretrained writes it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.decoders import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**GATED, "vocab_size": len(vocabulary), "max_position_embeddings": 4096},
+                                  bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"

@@ -1,0 +1,182 @@
+"""The real command line, as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["benchmarks.limit=4", "benchmarks.max_length=256", "efficiency.prompt_tokens=8", "efficiency.output_tokens=2",
+         "efficiency.repeats=6", "efficiency.warmup=0", "calibration.sequences=4", "calibration.length=32",
+         "dtype=float32"]  # fmt: skip
+
+
+def run(*arguments: str, cwd: Path, code: int = 0, module: str = "sweep") -> str:
+    """Run the command line in a folder; returns all it printed, after checking its exit code."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path) -> list[str]:
+    return ["model=local", f"model.path={tiny_checkpoint}", *QUICK]
+
+
+def test_a_sweep_leaves_rows_skips_them_when_done_and_reports(tmp_path: Path, tiny: list[str]) -> None:
+    command = ["+method=weight,neuron", "sparsity=0.25,0.5", "seed=0,1", *tiny, "-m"]
+    first = run(*command, cwd=tmp_path)
+    # two magnitude cells (they read no seed), four neuron cells, one dense baseline
+    assert "7 cells (dense baselines included), 2 equal to another, 0 already done, 7 to run" in first
+    assert "[7/7]" in first and "rows: results/cells" in first
+    rows = sweep.load(tmp_path / "results")
+    assert (rows.status == "ok").all()
+    assert rows.method.value_counts().to_dict() == {"neuron": 4, "weight": 2, "dense": 1}
+    assert set(pd.read_parquet(tmp_path / "results" / "cells").columns) == set(rows.columns)
+    for row in rows[rows.method == "weight"].itertuples():
+        assert row.sparsity_achieved == pytest.approx(row.sparsity, abs=1e-3)
+        assert row.execution == "dense"
+    neuron = rows[rows.method == "neuron"]
+    assert (neuron.execution == "shrunk").all()
+    assert (neuron.weights_bytes < rows[rows.method == "dense"].weights_bytes.item()).all()
+    assert rows["capitals/acc"].between(0, 1).all() and (rows["pydoc/token_perplexity"] > 1).all()
+    samples = pd.read_parquet(tmp_path / "results" / "samples")
+    assert set(samples.task) == {"pydoc", "pydoc_cloze", "capitals"}
+    assert len(pd.read_parquet(tmp_path / "results" / "latency")) == 7 * 6 * 4
+
+    again = run(*command, cwd=tmp_path)
+    assert "7 already done, 0 to run" in again and "[1/" not in again
+
+    run("results", cwd=tmp_path, module="sweep.report")
+    report = tmp_path / "results" / "report"
+    for name in (
+        "capitals-acc-against-latency",
+        "capitals-acc-against-memory",
+        "pydoc-token_perplexity-against-sparsity",
+    ):
+        assert (report / f"{name}.png").stat().st_size > 5000
+        assert (report / f"{name}.svg").stat().st_size > 5000
+    assert (report / "table.md").read_text().count("\n") >= 9
+
+
+def test_one_cell_runs_without_m_and_with_its_baseline(tmp_path: Path, tiny: list[str]) -> None:
+    run("+method=weight", "sparsity=0.5", "benchmarks=pydoc", *tiny, "results=elsewhere", cwd=tmp_path)
+    rows = sweep.load(tmp_path / "elsewhere")
+    assert sorted(rows.method) == ["dense", "weight"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere"]  # nothing else is left behind
+
+
+def test_a_cell_that_fails_leaves_a_row_and_the_sweep_goes_on(tmp_path: Path, tiny: list[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    output = run("+method=neuron,weight", "calibration.source=short.txt", *tiny, "-m", cwd=tmp_path, code=1)
+    assert "1 of 3 cells are not ok" in output
+    rows = sweep.load(tmp_path / "results").set_index("method")
+    assert rows.status.to_dict() == {"dense": "ok", "neuron": "failed", "weight": "ok"}
+    assert "RequestError" in rows.error["neuron"] and "calibration.source=short.txt gives 0" in rows.error["neuron"]
+    assert pd.isna(rows["pydoc/token_perplexity"]["neuron"])
+    text.write_text("enough text to calibrate a model of bytes. " * 100)
+    assert "3 cells" in run("+method=neuron,weight", "calibration.source=short.txt", *tiny, "-m", cwd=tmp_path)
+
+
+def test_on_failure_stop_stops(tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    output = run("+method=neuron,weight", "calibration.source=short.txt", "on_failure=stop", *tiny, "-m",
+                 cwd=tmp_path, code=1)  # fmt: skip
+    assert "stopped after the first failure" in output
+    assert sorted(sweep.load(tmp_path / "results").method) == ["dense", "neuron"]
+
+
+def test_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, tiny: list[str]) -> None:
+    output = run("+method=weight", "sparsity=0.1,0.2", "plan=true", *tiny, "-m", cwd=tmp_path)
+    assert output.count("  run  ") == 3
+    assert not (tmp_path / "results" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sparsity=0.5"], "sweep: no method given: add +method=NAME"),
+        (["method=weight"], "sweep: 'method=weight' needs a plus"),
+        (["+method=wieght"], "there is no such option. Did you mean 'weight'?"),
+        (["+method=weight", "sparsity=1.5"], "sweep: sparsity must be in [0, 1), got 1.5"),
+        (["+method=weight", "sparsity=0.1,0.2"], "lists several values: add -m to sweep over them"),
+        (["+method=weight", "sparsity=0.1,1.2", "-m"], "sweep: sparsity must be in [0, 1), got 1.2"),
+        (["+method=weight", "sparsty=0.1"], "sweep: unknown key 'sparsty'. Did you mean 'sparsity'?"),
+        (["+method=weight", "benchmarks.limt=1"], "Did you mean 'benchmarks.limit'?"),
+        (["+method=weight", "+speed=1"], "sweep: unknown key 'speed'"),
+        (["+method=weight", "device=tpu"], "sweep: device must be auto, cpu, cuda, cuda:N or mps; got 'tpu'"),
+        (["+method=weight", "threads=9999"], "sweep: threads=9999 is more than the"),
+        (["+method=weight", "benchmarks.tasks=[capitols]"], "'capitols' is no task of sweep or lm-eval. Did you mean 'capitals'?"),
+        (["+method=weight", "model=local", "model.path=nowhere"], "sweep: model.path: there is no folder nowhere"),
+        (["+method=weight", "model=hub"], "sweep: model.name is missing: set model.name=VALUE"),
+        (["+method=weight", "data_root=nowhere"], "sweep: data_root: there is no folder nowhere"),
+        (["+method=neuron", "sparsity=0.9999"], "leaves a block without a neuron"),
+        (["+method=weight", "sparsity=range(0,1,0.01)", "max_cells=50", "-m"], "the grid has 100 cells, more than max_cells=50"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    output = run(*arguments, cwd=tmp_path, code=2)
+    assert message in output
+    assert "Traceback" not in output and "Error executing job" not in output
+    assert len(output.splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_says_what_is_missing(tmp_path: Path) -> None:
+    assert "is no results folder" in run("results", cwd=tmp_path, code=2, module="sweep.report")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_configuration_composes_through_the_real_door(path: Path, tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from sweep import config
+
+    group, option = path.parent.name, path.stem
+    words = {"method": [f"+method={option}"], "experiment": ["+method=weight", f"+experiment={option}"]}
+    overrides = words.get(group, ["+method=weight", f"{group}={option}"])
+    needed = {
+        "hub": ["model.name=a/b"],
+        "local": ["model.path=a"],
+        "gguf": ["model.path=a"],
+        "file": ["calibration.source=a"],
+    }
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", [*overrides, *needed.get(option, [])])
+    cell, _ = config.parse(OmegaConf.to_container(composed, resolve=True))
+    assert cell.label()
+
+
+def test_help_is_short_to_wait_for_and_lists_the_groups() -> None:
+    output = run("--help", cwd=ROOT)
+    assert "method: dense, neuron, weight" in output and "sparsity: 0.5" in output
+
+
+def test_shell_completion_of_the_console_script(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("sweep")
+    bash = f'eval "$({script} -sc install=bash)"; complete -p {script.name}'
+    assert "hydra_bash_completion" in subprocess.run(["bash", "-c", bash], capture_output=True, text=True).stdout
+    query = subprocess.run([script, "-sc", "query=bash"], capture_output=True, text=True, cwd=tmp_path,
+                           env=os.environ | {"COMP_LINE": "sweep +method=w", "COMP_POINT": "15"})  # fmt: skip
+    assert "+method=weight" in query.stdout
+
+
+@pytest.mark.slow
+def test_the_first_sweep_on_the_embedded_model_makes_sense(tmp_path: Path) -> None:
+    run("+method=weight,neuron", "sparsity=0.5", "benchmarks=pydoc", "-m", cwd=tmp_path)
+    rows = sweep.load(tmp_path / "results").set_index("method")
+    perplexity = rows["pydoc/token_perplexity"]
+    assert 14 < perplexity["dense"] < 20 < perplexity["neuron"] < 50 < perplexity["weight"]
+    assert rows.nonzero_parameters["weight"] < 0.65 * rows.nonzero_parameters["dense"]
+    assert rows.weights_bytes["neuron"] < 0.75 * rows.weights_bytes["dense"] == 0.75 * rows.weights_bytes["weight"]
+    assert rows.sparsity_achieved["neuron"] == pytest.approx(0.5, abs=1e-4)

@@ -1,0 +1,87 @@
+"""Counts against hand counts; intervals against their definition; what must be equal is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import tiny_model
+from sweep import efficiency, methods, models
+from sweep.config import Efficiency, Weight
+
+SETTINGS = Efficiency(prompt_tokens=8, output_tokens=3, warmup=1, repeats=6)
+
+
+def test_counts_of_a_tiny_llama_by_hand() -> None:
+    hidden, inner, vocabulary, blocks = 16, 24, 64, 2
+    attention = hidden * (16 + 8 + 8) + 16 * hidden
+    ffn = 3 * hidden * inner
+    linear = blocks * (attention + ffn)
+    norms = (2 * blocks + 1) * hidden
+    counted = efficiency.counted(tiny_model("llama"))
+    assert counted["parameters"] == linear + norms + 2 * vocabulary * hidden
+    assert counted["macs_per_token"] == linear + vocabulary * hidden
+    assert counted["weights_bytes"] == 4 * counted["parameters"] == counted["stored_bytes"]
+
+
+def test_zeros_in_a_dense_matrix_change_the_nonzero_counts_alone(family: str) -> None:
+    model = tiny_model(family)
+    before = efficiency.counted(model)
+    removed = methods.prune(model, Weight("weight"), 0.5, None).removed
+    after = efficiency.counted(model)
+    assert {name for name in before if before[name] != after[name]} == {"nonzero_parameters", "nonzero_macs_per_token"}
+    assert before["nonzero_macs_per_token"] - after["nonzero_macs_per_token"] == removed
+
+
+def test_tied_weights_count_once_and_multiply_in_the_head() -> None:
+    model = tiny_model("gpt2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    counted = efficiency.counted(model)
+    assert counted["parameters"] == sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    assert counted["macs_per_token"] == head + sum(models.weight(m).numel() for m in models.linears(model).values())
+
+
+def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None:
+    model = tiny_model(family)
+    columns, repeats = efficiency.latency(model, model, SETTINGS, vocabulary=64)
+    assert len(repeats) == SETTINGS.repeats * 2 * 2
+    assert (repeats.milliseconds > 0).all()
+    assert columns == efficiency.summary(repeats, SETTINGS)
+    decode = repeats[(repeats.model == "pruned") & (repeats.phase == "decode")].milliseconds
+    assert columns["decode_ms_per_token_p50"] == decode.median()
+    assert columns["tokens_per_second"] == pytest.approx(1000 / decode.median())
+    assert columns["decode_speedup_low"] <= columns["decode_speedup"] <= columns["decode_speedup_high"]
+
+
+def test_a_drifting_machine_leaves_the_paired_speedup_alone() -> None:
+    drift = np.linspace(1, 3, 20)
+    lines = [(name, phase, i, base * drift[i]) for i in range(20) for phase in ("prefill", "decode")
+             for name, base in (("dense", 20.0), ("pruned", 10.0))]  # fmt: skip
+    frame = pd.DataFrame(lines, columns=["model", "phase", "repeat", "milliseconds"])
+    columns = efficiency.summary(frame, SETTINGS)
+    assert columns["decode_speedup"] == columns["decode_speedup_low"] == columns["decode_speedup_high"] == 2
+
+
+def test_the_interval_of_a_median_covers_it() -> None:
+    draw = np.random.default_rng(0)
+    covered = [low <= 1.0 <= high for low, _, high in
+               (efficiency.median_interval(pd.Series(draw.normal(1, 1, 11))) for _ in range(2000))]  # fmt: skip
+    assert np.mean(covered) >= 0.95
+    with pytest.raises(ValueError, match="5 values give no 95% interval of a median"):
+        efficiency.median_interval(pd.Series(range(5)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_peak_memory_sees_what_was_held_during_the_work_and_forgets_what_came_before() -> None:
+    size = 200 << 20
+    torch.ones(size * 2, dtype=torch.uint8)  # freed before: not to be counted
+    with efficiency.PeakMemory("cpu") as memory:
+        torch.ones(size, dtype=torch.uint8)
+    assert memory.base is not None and memory.peak is not None
+    assert 0.95 * size < memory.peak - memory.base < 1.3 * size
+    assert memory.device_peak is None

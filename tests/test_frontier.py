@@ -1,0 +1,50 @@
+"""The Pareto set against its definition; intervals over seeds; latency that is comparable between cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sweep import frontier
+
+
+def test_pareto_is_what_nothing_dominates() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        x, y = draw.integers(0, 8, (2, 30)).astype(float)
+        expected = [not any(x[j] <= x[i] and y[j] >= y[i] and (x[j] < x[i] or y[j] > y[i]) for j in range(30))
+                    for i in range(30)]  # fmt: skip
+        found = frontier.pareto(pd.Series(x), pd.Series(y), x_is_loss=True, y_is_loss=False)
+        assert found.tolist() == expected
+
+
+def rows(**changes: object) -> pd.DataFrame:
+    base = {"model": "m", "method": "weight", "criterion": "magnitude", "execution": "dense", "sparsity": 0.5,
+            "status": "ok", "dtype": "float32", "device": "cpu", "threads": 1}  # fmt: skip
+    return pd.DataFrame({**base, **changes})
+
+
+def test_seeds_become_one_point_with_an_interval_and_failures_none() -> None:
+    frame = rows(seed=[0, 1, 2, 3], cost=[1.0, 1, 1, 1], acc=[0.4, 0.5, 0.6, np.nan])
+    frame.loc[3, "status"] = "failed"
+    (point,) = frontier.points(frame, "cost", "acc").itertuples()
+    assert point.seeds == 3
+    assert point.y == pytest.approx(0.5)
+    assert point.y_high - point.y == pytest.approx(4.303 * 0.1 / np.sqrt(3), rel=1e-3)  # Student's t, 2 degrees
+    assert np.isnan(frontier.points(frame[:1], "cost", "acc").y_low[0])
+
+
+def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> None:
+    frame = rows(method=["dense", "weight"], decode_ms_per_token_p50=[20.0, 30.0], decode_speedup=[0.99, 2.0],
+                 prefill_ms_p50=[5.0, 5.0], prefill_speedup=[1.0, 1.0])  # fmt: skip
+    paired = frontier.with_paired_latency(frame)
+    assert paired.decode_ms_paired.tolist() == [20.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    "metric", ["pydoc/token_perplexity", "x/bits_per_byte", "decode_ms_paired", "peak_memory_bytes"]
+)
+def test_losses_are_told_from_gains(metric: str) -> None:
+    assert frontier.is_loss(metric)
+    assert not frontier.is_loss("arc_easy/acc") and not frontier.is_loss("boolq/f1")

@@ -1,0 +1,120 @@
+"""Pruning, on a tiny random model of every family: exact counts, nothing else touched, shrunk equals masked."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conftest import random_tokens, tiny_model
+from sweep import calibrate, methods, models, select
+from sweep.config import Dense, Neuron, Weight
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=random_tokens(seed=1)).logits
+
+
+@pytest.mark.parametrize("targets", ["all", "attention", "ffn"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5])
+def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str, sparsity: float) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outcome = methods.prune(model, Weight("weight", targets=targets), sparsity, None)
+    linears = models.linears(model)
+    touched = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert touched <= {f"{name}.weight" for name in linears}
+    pruned = 0
+    for name, linear in linears.items():
+        old, new = before[f"{name}.weight"], linear.weight
+        gone = (new == 0) & (old != 0)
+        if gone.any():
+            assert int(gone.sum()) == select.count(old.numel(), sparsity)
+            assert old[~gone].abs().min() >= old[gone].abs().max()
+            assert torch.equal(new[~gone], old[~gone])
+            pruned += int(gone.sum())
+    assert outcome.removed == pruned
+    if targets == "all":
+        assert outcome.targets == sum(linear.weight.numel() for linear in linears.values())
+    assert abs(outcome.sparsity - sparsity) < 0.01
+
+
+def test_attention_and_ffn_share_the_linear_layers_between_them(family: str) -> None:
+    model = tiny_model(family)
+    count = {targets: methods.prune(copy.deepcopy(model), Weight("weight", targets=targets), 0.0, None).targets
+             for targets in ("all", "attention", "ffn")}  # fmt: skip
+    assert count["attention"] + count["ffn"] == count["all"]
+    assert 0 < count["attention"] < count["all"]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: str, sparsity: float) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens()
+    importance = calibrate.neuron_taylor_abs(model, tokens)
+    shrunk = copy.deepcopy(model)
+    outcome = methods.prune(shrunk, Neuron("neuron", scope=scope), sparsity, tokens)
+    removed = 0
+    for ffn, small, scores in zip(models.ffns(model), models.ffns(shrunk), importance, strict=True):
+        gone = scores.argsort(stable=True)[: ffn.width - small.width]
+        removed += len(gone)
+        with torch.no_grad():
+            models.weight(ffn.output)[:, gone] = 0
+    assert removed == select.count(48, sparsity) if scope == "global" else removed == 2 * select.count(24, sparsity)
+    assert outcome.removed / outcome.targets == pytest.approx(removed / 48)
+    torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_every_block_keeps_a_neuron(family: str) -> None:
+    model = tiny_model(family)
+    methods.prune(model, Neuron("neuron", scope="global"), 46 / 48, random_tokens())
+    assert [ffn.width for ffn in models.ffns(model)] == [1, 1]
+
+
+def test_calibration_changes_nothing_and_holds_nothing(family: str) -> None:
+    model = tiny_model(family)
+    before = logits(model)
+    scores = calibrate.neuron_taylor_abs(model, random_tokens())
+    assert [s.shape for s in scores] == [(24,), (24,)]
+    assert all(s.gt(0).any() and s.ge(0).all() for s in scores)
+    assert torch.equal(logits(model), before)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_neuron_importance_is_the_literal_sum_over_tokens(family: str) -> None:
+    model, tokens = tiny_model(family), random_tokens()
+    ffn = models.ffns(model)[1]
+    seen = []
+
+    def keep(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    handle = ffn.output.register_forward_pre_hook(keep)
+    out = model(input_ids=tokens).logits[:, :-1]
+    log_p = out.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    (-log_p.sum()).backward()
+    handle.remove()
+    expected = (seen[0].detach() * seen[0].grad).abs().flatten(0, -2).sum(0)
+    model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(calibrate.neuron_taylor_abs(model, tokens)[1], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_dense_removes_nothing(family: str) -> None:
+    model = tiny_model(family)
+    before = logits(model)
+    assert methods.prune(model, Dense(), 0.0, None).removed == 0
+    assert torch.equal(logits(model), before)
+
+
+def test_nan_weights_are_named_with_their_layer() -> None:
+    model = tiny_model("llama")
+    name, linear = next(iter(models.linears(model).items()))
+    with torch.no_grad():
+        linear.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name}: 1 of .* scores are NaN"):
+        methods.prune(model, Weight("weight"), 0.5, None)

@@ -1,0 +1,46 @@
+"""Selection: exact counts in every dtype, kept scores at least as high as dropped ones, one rule for ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sweep import select
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999])
+def test_count_is_exact_and_the_lowest_go(dtype: torch.dtype, sparsity: float) -> None:
+    scores = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype).abs()
+    drop = select.count(scores.numel(), sparsity)
+    keep = select.lowest(scores, drop)
+    assert keep.shape == scores.shape
+    assert int((~keep).sum()) == drop
+    if drop:
+        assert scores[keep].min() >= scores[~keep].max()
+
+
+@pytest.mark.parametrize("drop", range(13))
+def test_ties_go_by_index(drop: int) -> None:
+    scores = torch.tensor([2.0, 1, 1, 3, 1, 2, 0, 1, 1, 2, 2, 0])
+    expected = np.argsort(scores.numpy(), kind="stable")[:drop]
+    keep = select.lowest(scores, drop)
+    assert sorted(expected) == (~keep).nonzero().squeeze(1).tolist()
+
+
+def test_nan_and_impossible_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        select.lowest(torch.tensor([1.0, float("nan"), 2.0]), 1)
+    with pytest.raises(ValueError, match="cannot drop 4 of 3 entries"):
+        select.lowest(torch.ones(3), 4)
+
+
+def test_across_tensors_the_total_is_exact_and_each_keeps_its_best() -> None:
+    scores = [torch.full((5,), 0.1), torch.arange(1.0, 9.0), torch.full((3,), 9.0)]
+    keeps = select.lowest_across(scores, 9, at_least=1)
+    assert sum(int((~k).sum()) for k in keeps) == 9
+    assert [int(k.sum()) for k in keeps] == [1, 3, 3]
+    assert keeps[1].tolist() == [False] * 5 + [True] * 3
+    with pytest.raises(ValueError, match="leaves less than 1 in each of 3"):
+        select.lowest_across(scores, 14, at_least=1)
