@@ -36,10 +36,15 @@ def test_seeds_become_one_point_with_an_interval_and_failures_none() -> None:
 
 
 def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> None:
-    frame = rows(method=["dense", "weight"], decode_ms_per_token_p50=[20.0, 30.0], decode_speedup=[0.99, 2.0],
-                 prefill_ms_p50=[5.0, 5.0], prefill_speedup=[1.0, 1.0])  # fmt: skip
+    frame = rows(
+        method=["dense", "weight", "weight"],
+        dense_decode_ms_per_token_p50=[92.0, 20.0, 20.0],  # the dense cell met a busy moment
+        decode_speedup=[0.95, 1.0, 2.0],
+        dense_prefill_ms_p50=[5.0, 5.0, 5.0],
+        prefill_speedup=[1.0, 1.0, 1.0],
+    )
     paired = frontier.with_paired_latency(frame)
-    assert paired.decode_ms_paired.tolist() == [20.0, 10.0]
+    assert paired.decode_ms_paired.tolist() == [20.0, 20.0, 10.0]
 
 
 @pytest.mark.parametrize(

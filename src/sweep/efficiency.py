@@ -114,6 +114,7 @@ def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, float]:
     for phase, name in (("prefill", "prefill_ms_p50"), ("decode", "decode_ms_per_token_p50")):
         times = frame[frame.phase == phase].pivot(index="repeat", columns="model", values="milliseconds")
         columns[name] = float(times.pruned.median())
+        columns[f"dense_{name}"] = float(times.dense.median())
         low, median, high = median_interval(times.dense / times.pruned)
         columns |= {f"{phase}_speedup": median, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
     columns["tokens_per_second"] = 1000 * settings.batch_size / columns["decode_ms_per_token_p50"]

@@ -15,18 +15,18 @@ def is_loss(metric: str) -> bool:
 
 
 def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with `prefill_ms_paired` and `decode_ms_paired`: the dense model's median divided by the paired speed-up.
+    """The rows with `prefill_ms_paired` and `decode_ms_paired`: a reference latency divided by the paired speed-up.
 
     Cells run at different times on a machine whose speed drifts, so their own medians cannot be compared; each cell's
-    speed-up was measured against the dense model in turn and can. NaN where the rows hold no dense cell to refer to.
+    speed-up was measured against the dense model in turn and can. The reference is the dense model's median over all
+    cells of the same setting, in each of which it was timed, so that one slow moment does not scale the whole figure.
     """
     setting = ["model", "dtype", "device", "threads"]
     rows = rows.copy()
-    dense = rows[(rows.method == "dense") & (rows.status == "ok")].groupby(setting, dropna=False)
-    for phase, measured in (("prefill", "prefill_ms_p50"), ("decode", "decode_ms_per_token_p50")):
-        reference = rows[setting].merge(dense[measured].median().rename("reference"), on=setting, how="left").reference
-        paired = reference.to_numpy() / rows[f"{phase}_speedup"]
-        rows[f"{phase}_ms_paired"] = paired.where(rows.method != "dense", reference.to_numpy())
+    for phase, measured in (("prefill", "dense_prefill_ms_p50"), ("decode", "dense_decode_ms_per_token_p50")):
+        reference = rows.groupby(setting, dropna=False)[measured].transform("median")
+        speedup = rows[f"{phase}_speedup"].where(rows.method != "dense", 1.0)
+        rows[f"{phase}_ms_paired"] = reference / speedup
     return rows
 
 
