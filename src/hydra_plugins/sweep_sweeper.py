@@ -33,7 +33,7 @@ class SweepSweeper(BasicSweeper):
         assert self.hydra_context is not None and self.launcher is not None and self.config is not None
         grid = self._grid([*self._parse_config(), *arguments])
         prepared = [(plan.prepare(self._compose(overrides)), overrides) for overrides in grid]
-        options = prepared[0][0][1]
+        options = prepared[0][0][1].of_sweep()
         made = plan.make([(cell, overrides) for (cell, _), overrides in prepared], options)
 
         def launch(steps: list[plan.Step]) -> None:

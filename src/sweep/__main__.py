@@ -30,7 +30,7 @@ def task(cfg: DictConfig) -> dict[str, Any] | None:
     try:
         cell, options = plan.prepare(compose(cfg))
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper has planned, and says what comes
-            return runner.run_one(cell, options, overrides)
+            return runner.run_one(cell, options.of_sweep(), overrides)
         sys.exit(runner.run_plan(plan.make([(cell, overrides)], options), options))
     except RequestError as error:  # left to Hydra, it would be announced as a failed job
         sys.exit(messages.complain(error))

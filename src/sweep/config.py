@@ -134,9 +134,22 @@ class Options:
     resume: bool = True
     on_failure: Literal["continue", "stop"] = "continue"
     timeout: float | None = _at_least(1, default=None)  # seconds a cell
+    save_model: str | None = None  # folder; {cell} in it stands for the cell's name
     plan: bool = False
     max_cells: int = _at_least(1, default=1000)
     baseline: bool = False
+
+    def of_sweep(self) -> Options:
+        """The options of one among many cells: each saves its model to a folder of its own."""
+        if self.save_model is None or "{cell}" in self.save_model:
+            return self
+        return replace(self, save_model=f"{self.save_model}/{{cell}}")
+
+    def checkpoint(self, method: Method, cell: str) -> str | None:
+        """The folder that the pruned model of a cell is saved to, if any; the dense model lies where it came from."""
+        if self.save_model is None or isinstance(method, Dense):
+            return None
+        return self.save_model.replace("{cell}", cell)
 
 
 def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:

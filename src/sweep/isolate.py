@@ -24,13 +24,18 @@ _PR_SET_PDEATHSIG = 1
 Status = str  # ok, failed, out_of_memory, crashed, timeout
 
 
-def run(cell: Cell, described: dict[str, Any], results: str, timeout: float | None) -> dict[str, Any]:
+def run(
+    cell: Cell, described: dict[str, Any], results: str, timeout: float | None, save_model: str | None = None
+) -> dict[str, Any]:
     """Run a cell in a child process and return the row that it left.
 
-    described  the columns that are known before the cell runs, for a row of a child that cannot write its own
-    timeout    seconds, or None
+    described   the columns that are known before the cell runs, for a row of a child that cannot write its own
+    timeout     seconds, or None
+    save_model  folder that receives the pruned model, or None
     """
-    child = _context().Process(target=_child, args=(cell, described, results), name=f"cell-{described['cell']}")
+    child = _context().Process(
+        target=_child, args=(cell, described, results, save_model), name=f"cell-{described['cell']}"
+    )
     ooms = _oom_kills()
     child.start()
     try:
@@ -63,14 +68,14 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _child(cell: Cell, described: dict[str, Any], results: str) -> None:
+def _child(cell: Cell, described: dict[str, Any], results: str, save_model: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     if sys.platform == "linux":  # no cell outlives a sweep that was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     from sweep.run import run_cell
 
     try:
-        row, tables = run_cell(cell)
+        row, tables = run_cell(cell, save_model, described["command"])
     except BaseException as error:
         status = "out_of_memory" if _is_out_of_memory(error) else "failed"
         _record_failure(described, results, status, traceback.format_exc(limit=-8))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sweep import config, identity, machine, quality, sources, store, text
+from sweep import checkpoint, config, identity, machine, quality, sources, store, text
 from sweep.config import Cell, Neuron, Options, RequestError
 
 
@@ -46,6 +46,9 @@ def prepare(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
         text.calibration_text(cell.calibration.source)  # raises when it is not there
     if isinstance(cell.method, Neuron):
         _check_neurons_left(cell, cell.method)
+    if options.save_model is not None and cell.method.family in config.SHRINKING:
+        raise RequestError(f"save_model: a model that lost whole units (method={cell.method.family}) cannot be "
+                           "saved; methods that zero weights can")  # fmt: skip
     return cell, options
 
 
@@ -74,12 +77,21 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
         name = identity.cell_name(dense)
         baselines.setdefault(name, Step(name, dense, (*step.overrides, "baseline=true")))
     ordered = [*baselines.values(), *(step for name, step in steps.items() if name not in baselines)]
-    finished = {step.name for step in ordered if options.resume and is_done(options.results, step.name)}
+    finished = {step.name for step in ordered if options.resume and _is_finished(step, options)}
+    for step in ordered:
+        if (folder := options.checkpoint(step.cell.method, step.name)) is not None:
+            checkpoint.check_place(folder)
     return Plan(
         todo=[step for step in ordered if step.name not in finished],
         done=[step for step in ordered if step.name in finished],
         repeated=repeated,
     )
+
+
+def _is_finished(step: Step, options: Options) -> bool:
+    """Whether the cell has its row and, where one is asked for, its saved model."""
+    folder = options.checkpoint(step.cell.method, step.name)
+    return is_done(options.results, step.name) and (folder is None or checkpoint.is_checkpoint(folder))
 
 
 def is_done(results: str, cell: str) -> bool:

@@ -10,15 +10,19 @@ import pandas as pd
 import torch
 import transformers
 
-from sweep import efficiency, execution, methods, models, quality, text
-from sweep.config import Cell, Dense
+from sweep import checkpoint, efficiency, execution, methods, models, quality, text
+from sweep.config import Cell, Dense, as_dict
 
 
-def run_cell(cell: Cell) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+def run_cell(
+    cell: Cell, save_model: str | None = None, command: str | None = None
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """(the measured columns of the row, its tables `samples` and `latency`).
 
-    cell  with its device and threads decided
-    Raises whatever goes wrong; nothing is written here.
+    cell        with its device and threads decided
+    save_model  folder that receives the pruned model, or None
+    command     what makes this cell, for the model's card
+    Raises whatever goes wrong; no row is written here.
     """
     _quiet()
     torch.manual_seed(cell.seed)
@@ -38,9 +42,16 @@ def run_cell(cell: Cell) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     row["calibration_tokens"] = outcome.calibration_tokens
     row["sparsity_achieved"] = outcome.sparsity
     row["sparsity_all_parameters"] = outcome.removed / dense_parameters
+    saved = {}
+    if save_model is not None:
+        asked = as_dict(cell)
+        facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
+        facts |= {"model": cell.model.name, "command": command}
+        facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
+        saved["stored_bytes"] = checkpoint.save(model, tokenizer, save_model, facts)
     model = execution.prepare(model, cell.execution)
 
-    row |= efficiency.counted(model)
+    row |= efficiency.counted(model) | saved
     with efficiency.PeakMemory(cell.device) as memory:
         efficiency.generate_once(model, cell.efficiency)
     row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak

@@ -59,7 +59,8 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None, *, toge
 def run_one(cell: Cell, options: Options, overrides: Iterable[str]) -> dict[str, Any]:
     """Run a cell in a child process, print one line of its outcome, and return its row."""
     described = row.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
-    outcome = isolate.run(cell, described, options.results, options.timeout)
+    outcome = isolate.run(cell, described, options.results, options.timeout,
+                          options.checkpoint(cell.method, described["cell"]))  # fmt: skip
     print(f"      {headline(outcome)}", flush=True)
     return outcome
 
