@@ -49,7 +49,7 @@ def test_a_sweep_leaves_rows_skips_them_when_done_and_reports(tmp_path: Path, ti
     assert (neuron.weights_bytes < rows[rows.method == "dense"].weights_bytes.item()).all()
     assert rows["capitals/acc"].between(0, 1).all() and (rows["pydoc/token_perplexity"] > 1).all()
     samples = pd.read_parquet(tmp_path / "results" / "samples")
-    assert set(samples.task) == {"pydoc", "pydoc_cloze", "capitals"}
+    assert set(samples.task) == {"pydoc", "pydoc_cloze", "capitals", "continents"}
     assert len(pd.read_parquet(tmp_path / "results" / "latency")) == 7 * 6 * 4
 
     again = run(*command, cwd=tmp_path)

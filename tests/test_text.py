@@ -29,6 +29,8 @@ def test_documents_are_the_same_every_time_and_well_formed() -> None:
         assert question["country"].split()[0] not in question["choices"][question["answer"]]
     answers = [question["answer"] for question in text.capital_documents()]
     assert max(answers.count(i) for i in range(4)) < 0.4 * len(answers)
+    classes = [question["continent"] for question in text.continent_documents()]
+    assert set(classes) == set(range(6)) and max(map(classes.count, classes)) < 0.35 * len(classes)
     for passage in text.cloze_documents():
         assert passage["word"].isalpha() and 400 <= len(passage["context"]) <= 800
 

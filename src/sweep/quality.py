@@ -1,24 +1,27 @@
 """Quality: lm-eval tasks on the model in memory, with the outcome of every example.
 
-Tasks are lm-eval's own, unmodified; three more, whose data need no network, are in sweep/tasks. Perplexity per token is
+Tasks are lm-eval's own, unmodified; four more, whose data need no network, are in sweep/tasks. Perplexity per token is
 added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not.
 lm-eval and torch are imported when something is evaluated: names are checked without them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
-from sweep import cache, text
+from sweep import cache, classification, text
 from sweep.config import Benchmarks, RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -75,35 +78,86 @@ def _evaluate(
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    from sweep.scorer import Scorer
 
     tasks = _load_tasks(settings)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size,
-              max_length=settings.max_length)  # fmt: skip
-    results = lm_eval.evaluate(lm, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
+    lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
+    with _lm_eval_silent():
+        results = lm_eval.evaluate(lm, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
     metrics: dict[str, float | None] = {}
     for task, values in results["results"].items():
         for name, value in values.items():
             column = _column(task, name)
             if column is not None:
                 metrics[column] = float(value) if isinstance(value, int | float) else None
-    rows = []
+    rows: list[tuple[str, str, str, float]] = []
     for task, examples in results["samples"].items():
-        tokens, log_likelihood = 0, 0.0
-        for example in examples:
-            outcome = {name: _number(example[name]) for name in example["metrics"]}
-            outcome["log_likelihood"] = _number(example["filtered_resps"][0])
-            if tasks["tasks"][task].OUTPUT_TYPE == "loglikelihood_rolling":
-                outcome["tokens"] = len(lm.tok_encode(example["arguments"][0][0]))
-                tokens += int(outcome["tokens"])
-                log_likelihood += outcome["log_likelihood"]
+        kind = tasks["tasks"][task].OUTPUT_TYPE
+        outcomes = [_outcome(example) for example in examples]
+        if kind == "loglikelihood_rolling":
+            tokens = [len(lm.scores[example["arguments"][0]][0]) for example in examples]
+            for outcome, count in zip(outcomes, tokens, strict=True):
+                outcome["tokens"] = count
+            log_likelihood = sum(outcome["log_likelihood"] for outcome in outcomes)
+            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / sum(tokens))
+        elif kind == "multiple_choice":
+            found = _classified(tasks["tasks"][task], examples, outcomes)
+            metrics |= {f"{task}/{name}": value for name, value in found.items()}
+        for example, outcome in zip(examples, outcomes, strict=True):
             rows += [(task, str(example["doc_id"]), name, value) for name, value in outcome.items()]
-        if tokens:
-            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / tokens)
     for column, number in metrics.items():
         if number is not None and not math.isfinite(number) and not column.endswith("_stderr"):
             warnings.warn(f"{column} is {number}", stacklevel=2)
     return metrics, _frame(rows)
+
+
+def _outcome(example: dict[str, Any]) -> dict[str, float]:
+    """What an example's metrics are, and the log-likelihood of what it asks for; of its first choice, if it has any."""
+    outcome = {name: _number(example[name]) for name in example["metrics"]}
+    return outcome | {"log_likelihood": _number(example["filtered_resps"][0])}
+
+
+def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a multiple-choice task as a classifier; adds `target`, `chosen` and `confidence` to each outcome.
+
+    The choice is the likeliest one, without normalisation by length, as in lm-eval's `acc`. Empty for a task whose
+    right answer is not one of its choices.
+    """
+    for example, outcome in zip(examples, outcomes, strict=True):
+        choices, target = task.doc_to_choice(example["doc"]), example["target"]
+        if isinstance(target, str):
+            target = choices.index(target) if target in choices else None
+        if not isinstance(target, int) or not 0 <= target < len(choices):
+            return {}
+        log_likelihoods = [_number(response) for response in example["filtered_resps"][: len(choices)]]
+        chosen, confidence = classification.choice(log_likelihoods)
+        outcome |= {"target": target, "chosen": chosen, "confidence": confidence}
+        outcome["log_likelihood"] = log_likelihoods[target]
+    truth, choices = (np.array([o[name] for o in outcomes], dtype=int) for name in ("target", "chosen"))
+    found = classification.metrics(truth, choices, [o["confidence"] for o in outcomes])
+    del found["accuracy"]  # which lm-eval calls acc, and has
+    return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
+
+
+@contextlib.contextmanager
+def _lm_eval_silent() -> Iterator[None]:
+    """Without lm-eval's own lines and progress bars, which it draws even into a log file; the scorer draws one."""
+    import lm_eval.api.task
+    import tqdm
+
+    def bare(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return iterable
+
+    places = [(tqdm, tqdm.tqdm), (lm_eval.api.task, lm_eval.api.task.tqdm)]
+    try:
+        for module, _ in places:
+            module.tqdm = bare
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for module, bar in places:
+            module.tqdm = bar
 
 
 def _load_tasks(settings: Benchmarks) -> dict[str, Any]:
@@ -157,7 +211,7 @@ def _number(value: Any) -> float:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value > 700 else math.exp(value)  # written so that NaN stays NaN
 
 
 def _frame(rows: list[tuple[str, str, str, float]]) -> Samples:

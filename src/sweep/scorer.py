@@ -1,0 +1,303 @@
+"""Log-likelihoods of texts, many at once. What lm-eval's own HFLM computes, with less work:
+
+- Requests that begin alike are one tree of tokens: what they share is read once. The four choices of a question share
+  its context; requests that are equal are one.
+- The output head, a third of the work in a small model, sees only the positions whose next token is scored.
+- Rows of similar length share a batch, up to a budget of tokens. Batches depend on the requests alone, so that the
+  same requests give the same numbers to the last digit.
+
+Shapes: B rows (trees) in a batch, L tokens in the longest, K scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_ROW = 512  # `benchmarks.batch_size` counts rows of this many tokens
+_WIDEST_TREE = 1024  # tokens; attention costs grow with the width of a row
+_WORTH_SHARING = 0.25  # of a request's tokens must be in the tree already for it to join
+_ROWS_OF_LOGITS = 256  # positions whose log-softmax, in float32, is held at once
+
+Request: TypeAlias = tuple[Sequence[int], int]  # tokens, of which the last so many are scored
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the scored tokens of one request, in order."""
+
+    log_probs: np.ndarray  # float32, natural logarithm
+    greedy: np.ndarray  # bool: whether no other token was likelier
+
+
+@dataclass
+class Tree:
+    """Requests that begin alike. Node i holds a token; its row of `parents` comes earlier, or is -1 at the root."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    paths: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # nodes of each input, root first
+
+    def grow(self, tokens: tuple[int, ...], beginning: Sequence[int]) -> None:
+        """Add an input whose beginning is at these nodes already."""
+        path = list(beginning)
+        for token in tokens[len(beginning) :]:
+            self.parents.append(path[-1] if path else -1)
+            self.depths.append(len(path))
+            path.append(len(self.tokens))
+            self.tokens.append(token)
+        self.paths[tokens] = path
+
+    @property
+    def is_chain(self) -> bool:
+        return len(self.paths) == 1 or all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+
+def forest(inputs: Sequence[tuple[int, ...]], widest: int = _WIDEST_TREE) -> list[Tree]:
+    """Trees that hold every input once, of at most `widest` tokens where inputs share one; 0 gives each its own tree.
+
+    In lexicographic order, what an input shares with any earlier one it shares with the one before it.
+    """
+    trees: list[Tree] = []
+    before: tuple[int, ...] = ()
+    for tokens in sorted(set(inputs)):
+        common = _common(before, tokens) if trees and widest else 0
+        if common >= _WORTH_SHARING * len(tokens) and len(trees[-1].tokens) + len(tokens) - common <= widest:
+            trees[-1].grow(tokens, trees[-1].paths[before][:common])
+        else:
+            trees.append(Tree())
+            trees[-1].grow(tokens, [])
+        before = tokens
+    return trees
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
+
+
+def batches(trees: Sequence[Tree], budget: int) -> Iterator[list[Tree]]:
+    """Trees of similar size together, at most `budget` tokens with padding; chains apart, since they need no mask."""
+    for chain in (True, False):
+        ordered = sorted((t for t in trees if t.is_chain == chain), key=lambda t: -len(t.tokens))
+        start = 0
+        while start < len(ordered):
+            stop = start + max(1, budget // len(ordered[start].tokens))
+            yield ordered[start:stop]
+            start = stop
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, requests: Sequence[Request], budget: int, widest: int | None = None) -> list[Scores]:
+    """The scores of each request, in order.
+
+    budget  tokens in a batch, padding included
+    widest  tokens of a tree; by default as many as the model can read, and 0 shares nothing
+    """
+    widest = widest_tree(model) if widest is None else widest
+    inputs = [tuple(tokens[:-1]) for tokens, _ in requests]
+    ends: dict[tuple[int, ...], list[int]] = {}  # requests by input
+    for i, tokens in enumerate(inputs):
+        ends.setdefault(tokens, []).append(i)
+    found: dict[int, Scores] = {}
+    planned = list(batches(forest(inputs, widest), budget))
+    for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False, disable=None):
+        wanted = [(row, node, requests[i][0][len(path) - count + 1 + j], i)
+                  for row, tree in enumerate(batch) for tokens, path in tree.paths.items()
+                  for i in ends[tokens] for count in [requests[i][1]]
+                  for j, node in enumerate(path[len(path) - count :])]  # fmt: skip
+        positions = sorted({(row, node) for row, node, _, _ in wanted})
+        index = {position: k for k, position in enumerate(positions)}
+        logits = _logits(model, batch, positions)
+        at = torch.tensor([index[row, node] for row, node, _, _ in wanted])
+        targets = torch.tensor([target for _, _, target, _ in wanted])
+        log_probs, greedy = _gather(logits, at, targets)
+        owner = np.array([i for _, _, _, i in wanted])
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        for i, a, b in zip(owner[[0, *cuts]], np.split(log_probs, cuts), np.split(greedy, cuts), strict=True):
+            found[int(i)] = Scores(a, b)
+    return [found[i] for i in range(len(requests))]
+
+
+def _gather(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probability, whether the likeliest) of `targets` at rows `at` of the logits (K, V); softmax in float32."""
+    log_probs, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
+    for start in range(0, len(logits), _ROWS_OF_LOGITS):
+        rows = logits[start : start + _ROWS_OF_LOGITS].float()
+        here = (at >= start) & (at < start + len(rows))
+        row, target = (at[here] - start).to(rows.device), targets[here].to(rows.device)
+        log_probs[here] = (rows[row, target] - rows.logsumexp(-1)[row]).cpu()
+        greedy[here] = (rows.argmax(-1)[row] == target).cpu()
+    return log_probs.numpy(), greedy.numpy()
+
+
+def _logits(model: PreTrainedModel, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
+    """The model's logits (K, V) at these (row, node) positions.
+
+    The model's own forward pass runs, so that whatever it does to its logits (a cap, a scale) is done. Only the input
+    of its head is narrowed; where no head can be found, all logits are computed and narrowed afterwards.
+    """
+    rows = torch.tensor([row for row, _ in positions], device=model.device)
+    nodes = torch.tensor([node for _, node in positions], device=model.device)
+    arguments = _arguments(batch, model)
+    shape = arguments["input_ids"].shape
+    head = model.get_output_embeddings()
+
+    def narrow(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = inputs[0]
+        return (hidden[rows, nodes].unsqueeze(0), *inputs[1:]) if hidden.shape[:2] == shape else None
+
+    handle = head.register_forward_pre_hook(narrow) if head is not None else None
+    try:
+        logits = model(**arguments, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[rows, nodes] if logits.shape[:2] == shape else logits[0]
+
+
+def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Padded to the right. Chains need no mask, for no token looks to its right; a tree's token sees its ancestors."""
+    length = max(len(tree.tokens) for tree in batch)
+    tokens = np.zeros((len(batch), length), dtype=np.int64)
+    for row, tree in enumerate(batch):
+        tokens[row, : len(tree.tokens)] = tree.tokens
+    arguments = {"input_ids": torch.from_numpy(tokens).to(model.device)}
+    if all(tree.is_chain for tree in batch):
+        return arguments
+    depths = np.zeros_like(tokens)
+    sees = np.zeros((len(batch), length, length), dtype=bool)
+    sees[:, range(length), range(length)] = True  # padding sees itself, so that no row of the softmax is empty
+    for row, tree in enumerate(batch):
+        depths[row, : len(tree.tokens)] = tree.depths
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                sees[row, node] |= sees[row, parent]
+    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(
+        torch.from_numpy(~sees), torch.finfo(model.dtype).min
+    )
+    return arguments | {"attention_mask": mask.unsqueeze(1).to(model.device),
+                        "position_ids": torch.from_numpy(depths).to(model.device)}  # fmt: skip
+
+
+@torch.inference_mode()
+def widest_tree(model: PreTrainedModel) -> int:
+    """Tokens of the widest tree whose tokens the model gives what it gives each path alone; 0 when it reads no trees.
+
+    It must take a mask and positions from outside, and within the tree look at all earlier tokens. Whether it does is
+    tried on a small tree: a model with a recurrent state, or with positions of its own, does not.
+    """
+    config = model.config.get_text_config()
+    if not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
+        return 0
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    paths = [(1, 2, 3, 4, 5), (1, 2, 6, 7, 8)]
+    (tree,) = forest(paths)
+    together = _logits(model, [tree], [(0, node) for path in paths for node in tree.paths[path][2:]]).float()
+    apart = _logits(model, forest(paths, widest=0), [(row, node) for row in range(2) for node in range(2, 5)]).float()
+    alike = (together - apart).norm() < apart.norm() * torch.finfo(model.dtype).eps ** 0.5
+    return min(_WIDEST_TREE, getattr(config, "sliding_window", None) or _WIDEST_TREE) if alike else 0
+
+
+class Scorer(HFLM):
+    """lm-eval's HFLM with the scoring above. Tokenisation, truncation and what is scored are HFLM's; generation is too.
+
+    scores  of every request so far, by its arguments, for statistics of single tokens
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
+                         max_length=max_length)  # fmt: skip
+        self.budget = batch_size * TOKENS_PER_ROW
+        self.scores: dict[tuple[str, ...], tuple[list[int], Scores]] = {}
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
+        """`tok_encode` of each text, all at once: the tokenizer then works in parallel."""
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        found: dict[str, list[int]] = {}
+        for begun in (False, True):
+            options = _add_special_kwargs(add_special_tokens, self.add_bos_token)
+            if add_special_tokens is None and begun:
+                options["add_special_tokens"] = False  # the text begins with the special token itself
+            some = [t for t in dict.fromkeys(texts) if bool(has_bos_prefix(t, prefix)) == begun]
+            if some:
+                found |= dict(zip(some, self.tokenizer(some, verbose=False, **options)["input_ids"], strict=True))
+        return [found[text] for text in texts]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
+        encoded = self._encode_pairs(arguments)
+        cut = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in encoded)
+        if cut:
+            log.warning("%d of %d requests are longer than max_length=%d tokens and lose their beginning",
+                        cut, len(encoded), self.max_length)  # fmt: skip
+        asked: list[Request] = []
+        for (_, continuation), (context_tokens, tokens) in zip(arguments, encoded, strict=True):
+            if not 0 < len(tokens) <= self.max_length:
+                raise ValueError(f"a continuation has {len(tokens)} tokens; 1 to max_length={self.max_length} can be "
+                                 f"scored: {continuation[:80]!r}")  # fmt: skip
+            asked.append(((context_tokens + tokens)[-(self.max_length + 1) :], len(tokens)))
+        found = score(self.model, asked, self.budget)
+        for argument, (_, tokens), scores in zip(arguments, encoded, found, strict=True):
+            self.scores[argument] = (tokens, scores)
+        return [(float(s.log_probs.sum(dtype=np.float64)), bool(s.greedy.all())) for s in found]
+
+    def _encode_pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """lm-eval's `_encode_pair` and its rule for an empty context, for all pairs at once."""
+        pairs = []
+        for context, continuation in arguments:
+            stripped = context.rstrip()
+            pairs.append((stripped, context[len(stripped) :] + continuation) if context else (context, continuation))
+        texts = [text for context, continuation in pairs if context for text in (context, context + continuation)]
+        whole = dict(zip(texts, self.encode(texts), strict=True))
+        alone = [continuation for context, continuation in pairs if not context]
+        bare = dict(zip(alone, self.encode(alone, add_special_tokens=False), strict=True))
+        encoded = []
+        for context, continuation in pairs:
+            if context:
+                begin = whole[context]
+                encoded.append((begin, whole[context + continuation][len(begin) :]))
+            elif bare[continuation][:1] == [self.prefix_token_id]:
+                encoded.append((bare[continuation][:1], bare[continuation][1:]))
+            else:
+                encoded.append(([self.prefix_token_id], bare[continuation]))
+        return encoded
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        texts = [str(request.args[0]) for request in requests]
+        encoded = self.encode(texts)
+        windows: list[tuple[int, Request]] = []
+        for i, tokens in enumerate(encoded):
+            rolled = utils.get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id,
+                                                     max_seq_len=self.max_length, context_len=1)  # fmt: skip
+            windows += [(i, (a + b, len(b))) for a, b in map(utils.make_disjoint_window, rolled)]
+        parts: list[list[Scores]] = [[] for _ in texts]
+        for (i, _), scores in zip(windows, score(self.model, [w for _, w in windows], self.budget), strict=True):
+            parts[i].append(scores)
+        sums = []
+        for text, tokens, scored in zip(texts, encoded, parts, strict=True):
+            joined = Scores(*(np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
+                              for name in ("log_probs", "greedy")))  # fmt: skip
+            self.scores[(text,)] = (tokens, joined)
+            sums.append(float(joined.log_probs.sum(dtype=np.float64)))
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
