@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
+
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64}  # fmt: skip
 GATED = {**TINY, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
