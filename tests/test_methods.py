@@ -6,15 +6,21 @@ import copy
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import calibrate, methods, models, select
+from sweep import methods, models, select, unit_statistics
 from sweep.config import Dense, Neuron, Weight
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=random_tokens(seed=1)).logits
+
+
+def taylor_abs(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+    outputs = [ffn.output for ffn in models.ffns(model)]
+    return [s.product_abs for s in unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, gradients=True)]
 
 
 @pytest.mark.parametrize("targets", ["all", "attention", "ffn"])
@@ -54,9 +60,9 @@ def test_attention_and_ffn_share_the_linear_layers_between_them(family: str) -> 
 def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: str, sparsity: float) -> None:
     model = tiny_model(family)
     tokens = random_tokens()
-    importance = calibrate.neuron_taylor_abs(model, tokens)
+    importance = taylor_abs(model, tokens)
     shrunk = copy.deepcopy(model)
-    outcome = methods.prune(shrunk, Neuron("neuron", scope=scope), sparsity, tokens)
+    outcome = methods.prune(shrunk, Neuron(scope=scope), sparsity, tokens)
     removed = 0
     for ffn, small, scores in zip(models.ffns(model), models.ffns(shrunk), importance, strict=True):
         gone = scores.argsort(stable=True)[: ffn.width - small.width]
@@ -70,14 +76,14 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
 
 def test_every_block_keeps_a_neuron(family: str) -> None:
     model = tiny_model(family)
-    methods.prune(model, Neuron("neuron", scope="global"), 46 / 48, random_tokens())
+    methods.prune(model, Neuron(scope="global"), 46 / 48, random_tokens())
     assert [ffn.width for ffn in models.ffns(model)] == [1, 1]
 
 
 def test_calibration_changes_nothing_and_holds_nothing(family: str) -> None:
     model = tiny_model(family)
     before = logits(model)
-    scores = calibrate.neuron_taylor_abs(model, random_tokens())
+    scores = taylor_abs(model, random_tokens())
     assert [s.shape for s in scores] == [(24,), (24,)]
     assert all(s.gt(0).any() and s.ge(0).all() for s in scores)
     assert torch.equal(logits(model), before)
@@ -101,7 +107,7 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(family: str) -> None:
     handle.remove()
     expected = (seen[0].detach() * seen[0].grad).abs().flatten(0, -2).sum(0)
     model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(calibrate.neuron_taylor_abs(model, tokens)[1], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(taylor_abs(model, tokens)[1], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_dense_removes_nothing(family: str) -> None:

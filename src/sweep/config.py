@@ -53,18 +53,69 @@ class Weight:
     targets: Literal["all", "attention", "ffn"] = "all"
 
 
+UnitCriterion = Literal["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher", "drop"]
+Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
+
+
 @dataclass(frozen=True)
-class Neuron:
-    family: Literal["neuron"]
-    criterion: Literal["taylor_abs"] = "taylor_abs"
+class Drop:
+    """How criterion=drop measures: what a metric loses when a unit is removed. Read by no other criterion."""
+
+    metric: Metric = "loss"
+    task: str | None = None  # None = the calibration text
+    documents: int | None = _at_least(2, default=None)  # of the task; None = all
+    screen: Literal["none", "taylor"] = "none"
+    screen_margin: float = field(default=0.05, metadata={"minimum": 0.0, "below": 1.0})  # of the units, each side
+
+
+@dataclass(frozen=True)
+class Neuron(Drop):
+    family: Literal["neuron"] = "neuron"
+    criterion: UnitCriterion = "taylor_abs"
     scope: Literal["global", "layer"] = "global"
+    steps: int = _at_least(1, default=1)  # rounds of measuring and removing
+    repair: bool = False
+    multiple_of: int = _at_least(1, default=1)  # neurons that a block keeps
+    group: int = _at_least(1, default=1)  # neurons that criterion=drop measures and removes together
+    sparsity_of: Literal["parameters", "units"] = "parameters"
+    blocks: tuple[int, ...] | None = None  # blocks that are pruned, from 0; None = all
 
 
-Method = Dense | Weight | Neuron
-FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron]] = {"dense": Dense, "weight": Weight, "neuron": Neuron}
+@dataclass(frozen=True)
+class Head(Drop):
+    family: Literal["head"] = "head"
+    criterion: UnitCriterion = "taylor_abs"
+    scope: Literal["global", "layer"] = "global"
+    unit: Literal["group", "query"] = "group"  # a key-value group, or one query head of every group of a block
+    steps: int = _at_least(1, default=1)
+    repair: bool = False
+    sparsity_of: Literal["parameters", "units"] = "parameters"
+    blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Layer(Drop):
+    family: Literal["layer"] = "layer"
+    criterion: Literal["random", "block_influence", "drop"] = "block_influence"
+    steps: int = _at_least(1, default=1)
+    sparsity_of: Literal["parameters", "units"] = "parameters"
+    blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Vocab:
+    family: Literal["vocab"] = "vocab"
+    criterion: Literal["random", "frequency"] = "frequency"
+
+
+Method = Dense | Weight | Neuron | Head | Layer | Vocab
+FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | type[Layer] | type[Vocab]] = {
+    "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
-CALIBRATED = {"taylor_abs"}  # criteria that read calibration text
-SHRINKING = {"neuron"}  # families whose matrices become smaller
+GRADIENT_CRITERIA = {"taylor", "taylor_abs", "fisher"}  # criteria that need a backward pass over the text
+CALIBRATED = GRADIENT_CRITERIA | {"activation", "wanda_sp", "flap", "block_influence", "frequency"}  # that read text
+SEEDED = {"random"}  # criteria that draw numbers, text or not
+SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
 
 @dataclass(frozen=True)
@@ -177,14 +228,24 @@ def _normalised(cell: Cell) -> Cell:
     if isinstance(method, Dense):
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution("dense"))
     cell = replace(cell, sparsity=round(cell.sparsity, 6))  # range() yields 0.30000000000000004
-    if method.criterion not in CALIBRATED:
-        cell = replace(cell, calibration=None, seed=0)
+    if isinstance(method, Drop) and method.criterion != "drop":
+        unread = {f.name: f.default for f in fields(Drop)} | ({"group": 1} if isinstance(method, Neuron) else {})
+        method = replace(method, **unread)  # type: ignore[arg-type]
+        cell = replace(cell, method=method)
+    if not _reads_text(method):
+        cell = replace(cell, calibration=None, seed=cell.seed if method.criterion in SEEDED else 0)
     if method.family in SHRINKING:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":
         raise RequestError(f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
                            f"method={method.family} leaves the matrices their size: use execution=dense")  # fmt: skip
     return cell
+
+
+def _reads_text(method: Weight | Neuron | Head | Layer | Vocab) -> bool:
+    """Whether the numbers of a method depend on the calibration text."""
+    on_text = method.criterion == "drop" and getattr(method, "task", None) is None
+    return method.criterion in CALIBRATED or on_text or getattr(method, "repair", False)
 
 
 def as_dict(cell: Cell) -> dict[str, Any]:

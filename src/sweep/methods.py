@@ -7,17 +7,27 @@ a YAML in conf/method, and a row in the test of invariants.
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import models, units, weights
-from sweep.config import Dense, Method, Neuron, Weight
+from sweep import layers, models, units, vocabulary, weights
+from sweep.config import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.outcome import Outcome
 
 
-def prune(model: PreTrainedModel, method: Method, sparsity: float, tokens: Tensor | None) -> Outcome:
+def prune(
+    model: PreTrainedModel,
+    method: Method,
+    sparsity: float,
+    tokens: Tensor | None,
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Outcome:
     """Prune the model in place and report what was removed.
 
-    tokens  (sequences, length) calibration text for methods that read one, else None
+    tokens     (sequences, length) calibration text for methods that read one, else None
+    seed       of criteria that draw numbers
+    tokenizer  for methods that change the vocabulary or measure on a task
     Raises RuntimeError when the removed count is not the requested one.
     """
     match method:
@@ -25,6 +35,10 @@ def prune(model: PreTrainedModel, method: Method, sparsity: float, tokens: Tenso
             return Outcome(targets=sum(models.weight(m).numel() for m in models.linears(model).values()), removed=0)
         case Weight():
             return weights.prune(model, method, sparsity)
-        case Neuron():
-            assert tokens is not None
-            return units.prune_neurons(model, method, sparsity, tokens)
+        case Neuron() | Head():
+            return units.prune(model, method, sparsity, tokens, seed)
+        case Layer():
+            return layers.prune(model, method, sparsity, tokens, seed)
+        case Vocab():
+            assert tokenizer is not None
+            return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)

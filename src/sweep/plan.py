@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sweep import checkpoint, config, identity, machine, quality, sources, store, text
-from sweep.config import Cell, Neuron, Options, RequestError
+from sweep import checkpoint, config, identity, machine, quality, sources, store, text, unit_requests
+from sweep.config import Cell, Options, RequestError
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,11 @@ def prepare(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     quality.check_tasks(cell.benchmarks.tasks, cell.data_root)
     if cell.calibration is not None:
         text.calibration_text(cell.calibration.source)  # raises when it is not there
-    if isinstance(cell.method, Neuron):
-        _check_neurons_left(cell, cell.method)
+    unit_requests.check(cell)
     if options.save_model is not None and cell.method.family in config.SHRINKING:
         raise RequestError(f"save_model: a model that lost whole units (method={cell.method.family}) cannot be "
                            "saved; methods that zero weights can")  # fmt: skip
     return cell, options
-
-
-def _check_neurons_left(cell: Cell, method: Neuron) -> None:
-    shape = sources.shape(cell.model)
-    width, depth = shape.get("intermediate_size"), shape.get("num_hidden_layers")
-    if not width or not depth:
-        return  # told by the surgery itself, once the model is loaded
-    neurons, needed = (width, 1) if method.scope == "layer" else (width * depth, depth)
-    kept = neurons - round(cell.sparsity * neurons)
-    if kept < needed:
-        raise RequestError(f"sparsity={cell.sparsity:g} leaves a block without a neuron ({kept} of {neurons} kept, "
-                           f"{needed} needed): use at most {1 - needed / neurons:.4f}")  # fmt: skip
 
 
 def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:

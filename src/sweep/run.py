@@ -34,14 +34,18 @@ def run_cell(
     model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = time.perf_counter() - started
     dense_parameters = sum(p.numel() for p in model.parameters())
+    block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
     tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed) if cell.calibration else None
 
     before = time.perf_counter()
-    outcome = methods.prune(model, cell.method, cell.sparsity, tokens)
+    outcome = methods.prune(model, cell.method, cell.sparsity, tokens, seed=cell.seed, tokenizer=tokenizer)
+    tokenizer = outcome.tokenizer or tokenizer
     row["prune_seconds"] = time.perf_counter() - before
     row["calibration_tokens"] = outcome.calibration_tokens
     row["sparsity_achieved"] = outcome.sparsity
-    row["sparsity_all_parameters"] = outcome.removed / dense_parameters
+    row["sparsity_units"] = outcome.sparsity_units
+    row["sparsity_block_parameters"] = 0.0 if outcome.outside_blocks else outcome.sparsity_of(block_parameters)
+    row["sparsity_all_parameters"] = outcome.sparsity_of(dense_parameters)
     saved = {}
     if save_model is not None:
         asked = as_dict(cell)

@@ -51,3 +51,30 @@ def lowest_across(scores: Sequence[Tensor], drop: int, at_least: int = 0) -> lis
     if drop > joined.numel() - at_least * len(scores):
         raise ValueError(f"dropping {drop} of {joined.numel()} leaves less than {at_least} in each of {len(scores)}")
     return list(lowest(joined, drop).split([s.numel() for s in scores]))
+
+
+def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at_least: int = 0) -> list[Tensor]:
+    """Keep-masks that drop the lowest entries of all tensors together, as many as cost nearest to `budget`.
+
+    costs     what each entry costs, in the shape of its score; with equal costs the count is the nearest possible
+    at_least  entries that every tensor keeps, its highest ones, whatever the others score
+    Raises ValueError when a score is NaN, or the budget exceeds what may be dropped by more than one entry's cost.
+    """
+    protected = [s.float().clone() for s in scores]
+    for s in protected:
+        if at_least:
+            s[s.topk(min(at_least, s.numel())).indices] = torch.inf
+    joined = torch.cat(protected)
+    if torch.isnan(joined).any():
+        raise ValueError(f"{int(torch.isnan(joined).sum())} of {joined.numel()} scores are NaN")
+    order = joined.argsort(stable=True)
+    order = order[: int((joined != torch.inf).sum())]
+    price = torch.cat(list(costs))[order].double()
+    spent = torch.cat([torch.zeros(1, dtype=torch.double), price.cumsum(0)])
+    if budget > spent[-1] + (price[-1] if len(price) else 0):
+        raise ValueError(f"a budget of {budget:g} is more than can be dropped ({spent[-1]:g}) when each of "
+                         f"{len(scores)} keeps {at_least}")  # fmt: skip
+    drop = int((spent - budget).abs().argmin())
+    keep = torch.ones(joined.numel(), dtype=torch.bool)
+    keep[order[:drop]] = False
+    return list(keep.split([s.numel() for s in scores]))

@@ -1,0 +1,68 @@
+"""Depth pruning: whole blocks are removed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sweep import models, select, surgery, unit_scores, unit_statistics
+from sweep.config import Layer
+from sweep.outcome import Outcome
+
+
+def prune(model: PreTrainedModel, method: Layer, sparsity: float, tokens: Tensor | None, seed: int = 0) -> Outcome:
+    """Remove the least important blocks in place, in `method.steps` rounds of measuring and removing.
+
+    Raises ValueError when the request leaves no block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    sizes = [sum(p.numel() for p in block.parameters()) for block in models.blocks(model)]
+    candidates = list(range(len(sizes))) if method.blocks is None else list(method.blocks)  # as numbered at first
+    left = list(range(len(sizes)))
+    costs = {block: sizes[block] if method.sparsity_of == "parameters" else 1 for block in candidates}
+    for step in range(1, method.steps + 1):
+        scores = _scores(model, method, tokens, generator)
+        open_ = [block for block in left if block in costs]
+        budget = sum(costs.values()) * sparsity * step / method.steps - sum(
+            cost for block, cost in costs.items() if block not in left
+        )
+        keep = select.nearest(
+            [torch.stack([scores[left.index(block)] for block in open_])],
+            [torch.tensor([costs[block] for block in open_])], budget, at_least=int(len(open_) == len(left)),
+        )[0]  # fmt: skip
+        gone = {block for block, stays in zip(open_, keep.tolist(), strict=True) if not stays}
+        surgery.remove_layers(model, [block not in gone for block in left])
+        left = [block for block in left if block not in gone]
+    targets = sum(sizes[block] for block in candidates)
+    removed = targets - sum(sizes[block] for block in candidates if block in left)
+    if sum(p.numel() for block in models.blocks(model) for p in block.parameters()) != sum(sizes) - removed:
+        raise RuntimeError("the blocks that are left do not have the parameters that they should")
+    return Outcome(
+        targets=targets,
+        removed=removed,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        units=len(candidates),
+        units_removed=len(sizes) - len(left),
+        removed_parameters=parameters - sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _scores(model: PreTrainedModel, method: Layer, tokens: Tensor | None, generator: torch.Generator) -> Tensor:
+    """(blocks,) float32, higher = keep."""
+    blocks = models.blocks(model)
+    if method.criterion == "random":
+        return unit_scores.random(len(blocks), generator)
+    assert tokens is not None
+    return block_influence(unit_statistics.block_cosines(list(blocks), model, tokens))
+
+
+def block_influence(cosine: Tensor) -> Tensor:
+    """1 - mean cosine between a block's input and output (Men et al. 2024, ShortGPT, arXiv:2403.03853).
+
+    cosine  (blocks,) mean over tokens
+
+    A block that hardly turns the hidden state can be left out; one that only stretches it scores low as well.
+    """
+    return 1 - cosine

@@ -1,0 +1,93 @@
+"""Importance of whole units (FFN neurons, attention heads): tensors in, scores out. Higher = keep.
+
+A unit is a set of columns of its block's output matrix W, (out, columns): one column for a neuron, head_dim columns
+for a head. T tokens, x (T, columns) the input of W, g (T, columns) the gradient of the summed loss with respect to x,
+(x g)_u the product summed over the columns of unit u: the first-order change of the loss if x_u were doubled.
+Every function returns (units,) float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Statistics:
+    """What calibration text tells of the units of one block; sums over tokens, float32."""
+
+    tokens: int
+    input_sum: Tensor  # (columns,)  sum of x
+    input_square: Tensor  # (columns,)  sum of x squared
+    product: Tensor  # (units,)  sum of (x g)_u
+    product_abs: Tensor  # (units,)  sum of |(x g)_u|
+    product_square: Tensor  # (units,)  sum over sequences of the squared sum of (x g)_u over the sequence
+
+
+def random(units: int, generator: torch.Generator) -> Tensor:
+    """Uniform noise: the baseline that every criterion must beat, and plain L2 does not."""
+    return torch.rand(units, generator=generator)
+
+
+def l2(rows: list[Tensor], weight: Tensor, size: int) -> Tensor:
+    """L2 norm of all weights of a unit: its rows of the input matrices and its columns of the output matrix.
+
+    rows    each (rows, in), with the same number of rows for every unit; (0) of them for heads that share theirs
+    weight  (out, columns)
+    """
+    total = weight.float().square().sum(0).view(-1, size).sum(1)
+    for matrix in rows:
+        total = total + matrix.float().square().sum(1).view(total.numel(), -1).sum(1)
+    return total.sqrt()
+
+
+def activation(seen: Statistics, size: int) -> Tensor:
+    """L2 norm of the unit's activation over the calibration tokens, whatever reads it."""
+    return seen.input_square.view(-1, size).sum(1).sqrt()
+
+
+def wanda_sp(weight: Tensor, seen: Statistics, size: int) -> Tensor:
+    """Sum over the unit's weights of |W_ij| * ||x_j||_2: Wanda's score of each weight, summed per unit.
+
+    The structured variant of Wanda that An et al. 2023 (arXiv:2312.11983) compare with.
+    """
+    return (weight.float().abs().sum(0) * seen.input_square.sqrt()).view(-1, size).sum(1)
+
+
+def flap(weight: Tensor, seen: Statistics, size: int) -> Tensor:
+    """Variance of x_j over tokens * ||W_j||_2^2, standardised within the block (An et al. 2023, arXiv:2312.11983).
+
+    A channel that hardly fluctuates can be replaced by its mean, which goes into a bias. The standardisation makes
+    blocks comparable: without it the blocks with the loudest residual stream would keep everything.
+    """
+    variance = (seen.input_square - seen.input_sum.square() / seen.tokens) / max(seen.tokens - 1, 1)
+    fluctuation = (variance.clamp_min(0) * weight.float().square().sum(0)).view(-1, size).sum(1)
+    return (fluctuation - fluctuation.mean()) / fluctuation.std().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def taylor(seen: Statistics) -> Tensor:
+    """-sum over tokens of (x g)_u: the loss increase when the unit is removed, to first order.
+
+    It predicts the measured drop of one unit almost perfectly. It is a poor guide for removing many: half of the
+    values are negative, and those cancel in sums over tokens that other text would weigh otherwise.
+    """
+    return -seen.product
+
+
+def taylor_abs(seen: Statistics) -> Tensor:
+    """Sum over tokens of |(x g)_u| (after Molchanov et al. 2019, arXiv:1906.10771).
+
+    Without cancellation between tokens: a unit that helps some tokens and harms others is in use.
+    """
+    return seen.product_abs
+
+
+def fisher(seen: Statistics) -> Tensor:
+    """Sum over sequences of (sum over the sequence of (x g)_u)^2: the empirical Fisher information of a unit's gate.
+
+    The second-order estimate of the loss increase (Theis et al. 2018, arXiv:1801.05787; Kwon et al. 2022,
+    arXiv:2204.09656), with the Hessian's diagonal replaced by the Fisher information's.
+    """
+    return seen.product_square

@@ -1,0 +1,115 @@
+"""What calibration text tells of units: sums of activations and of activation * gradient, gathered by hooks.
+
+T tokens; a part is one block's output matrix with its units (see units.Part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sweep.calibrate import inputs_observed
+from sweep.unit_scores import Statistics
+
+BATCH = 4  # sequences in one forward pass
+
+
+def gather(
+    model: PreTrainedModel, outputs: Sequence[nn.Module], sizes: Sequence[int], tokens: Tensor, *, gradients: bool
+) -> list[Statistics]:
+    """Statistics of the inputs of `outputs` while the model reads `tokens`.
+
+    outputs    the output matrix of each part
+    sizes      columns a unit, of each part
+    tokens     (sequences, length); the loss is the summed next-token cross-entropy
+    gradients  False leaves the products zero and spares the backward pass
+    """
+    found: list[Statistics] = []
+    sequences = 0  # in the batch that is being read
+    for output, size in zip(outputs, sizes, strict=True):
+        columns = _columns(output)
+        zero, unit = (torch.zeros(n, device=model.device) for n in (columns, columns // size))
+        found.append(Statistics(tokens.numel(), zero, zero.clone(), unit, unit.clone(), unit.clone()))
+
+    def observe(part: int, x: Tensor) -> None:
+        value, seen, size = x.detach().float(), found[part], sizes[part]  # a hook that held x would keep it alive
+        seen.input_sum += value.flatten(0, -2).sum(0)
+        seen.input_square += value.flatten(0, -2).square().sum(0)
+
+        def on_gradient(gradient: Tensor) -> None:
+            product = (value * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
+            seen.product += product.flatten(0, -2).sum(0)
+            seen.product_abs += product.abs().flatten(0, -2).sum(0)
+            per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
+            seen.product_square += per_sequence.square().sum(0)
+
+        if gradients:
+            x.register_hook(on_gradient)
+
+    with inputs_observed(outputs, observe), _activations_differentiable(model, gradients):
+        for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
+            batch, sequences = batch.to(model.device), len(batch)
+            if not gradients:
+                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+                continue
+            logits = model(input_ids=batch, use_cache=False).logits
+            nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+            ).backward()
+    return found
+
+
+def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean over tokens of the cosine between what enters a block and what leaves it: (blocks,) float32."""
+    totals = torch.zeros(len(blocks))
+
+    def observe(index: int, before: Tensor, after: Tensor) -> None:
+        totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().cpu()
+
+    handles = [block.register_forward_hook(
+        lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
+        with_kwargs=True) for i, block in enumerate(blocks)]  # fmt: skip
+    try:
+        with torch.no_grad():
+            for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
+                model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return totals / tokens.numel()
+
+
+def first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden state among a block's arguments, or in its output, which some families wrap in a tuple."""
+    value = args[0] if args else kwargs["hidden_states"]
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _columns(output: nn.Module) -> int:
+    weight = output.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1] if isinstance(output, nn.Linear) else weight.shape[0]  # Conv1D stores (in, out)
+
+
+@contextmanager
+def _activations_differentiable(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Gradients flow to activations and not to weights, which halves the cost of a backward pass."""
+    if not wanted:
+        with torch.no_grad():
+            yield
+        return
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)

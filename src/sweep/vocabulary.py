@@ -1,0 +1,167 @@
+"""Vocabulary pruning: the embedding and head rows of rare tokens are removed, and the tokenizer follows.
+
+The tokenizer splits text as before; then old ids become new ones, and those of removed tokens become the unknown
+token's. Splitting by the smaller vocabulary instead would give other tokens than the model was trained on.
+
+A pruned model gives the unknown token's probability where the text has a removed one, over fewer alternatives: its
+perplexity on text with removed tokens is not comparable with the dense model's; that on kept tokens nearly is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from sweep import select, surgery, unit_scores
+from sweep.config import RequestError, Vocab
+from sweep.outcome import Outcome
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Vocab,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+) -> Outcome:
+    """Remove the rows of the least important tokens in place; the outcome carries the new tokenizer.
+
+    tokens  token ids of text, of any shape, for criterion=frequency
+    Raises RequestError when the tokenizer has no token to stand for the removed ones, or when the request would
+    remove special tokens.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    unknown = unknown_id(tokenizer)
+    protected = {unknown, *tokenizer.all_special_ids}
+    drop = select.count(size, sparsity)
+    if drop > size - len(protected):
+        raise RequestError(f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
+                           f"use at most {1 - len(protected) / size:.4f}")  # fmt: skip
+    if method.criterion == "random":
+        scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
+    else:
+        assert tokens is not None
+        scores = frequency(torch.bincount(tokens.flatten(), minlength=size)[:size], _zipf(tokenizer, size))
+    scores[sorted(protected)] = torch.inf
+    kept = select.lowest(scores, drop).nonzero().squeeze(1)
+    parameters = sum(p.numel() for p in model.parameters())
+    surgery.remove_tokens(model, kept)
+    removed = parameters - sum(p.numel() for p in model.parameters())
+    return Outcome(
+        targets=removed * size // drop if drop else size * model.get_input_embeddings().weight.shape[1],
+        removed=removed,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        units=size,
+        units_removed=drop,
+        removed_parameters=removed,
+        outside_blocks=True,
+        tokenizer=remapped(tokenizer, kept.tolist()),
+    )
+
+
+def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
+    """How often each token stands in the text; equal counts go by the frequency of the word that the token spells.
+
+    counts   (tokens,) int64
+    zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8
+    returns  (tokens,) float64. What is still equal goes by id: later merges of a tokenizer are rarer.
+    """
+    by_id = torch.linspace(1, 0, len(counts), dtype=torch.float64)
+    return counts.double() + zipf / 10 + by_id / 10_000
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands for removed tokens: the unknown token, or the end-of-text token where there is none.
+
+    Raises RequestError when the tokenizer has neither.
+    """
+    for found in (tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise RequestError("method=vocab: the tokenizer has neither an unknown nor an end-of-text token to stand for "
+                       "removed ones; add one to it")  # fmt: skip
+
+
+def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    from wordfreq import zipf_frequency  # loads its word list on first use
+
+    words = [tokenizer.decode([i]).strip() for i in range(min(size, len(tokenizer)))]
+    values = [zipf_frequency(word, "en") if word.isalpha() else 0.0 for word in words]
+    return torch.tensor(values + [0.0] * (size - len(values)), dtype=torch.float64)
+
+
+def remapped(tokenizer: PreTrainedTokenizerBase, kept: Iterable[int]) -> PreTrainedTokenizerBase:
+    """A tokenizer that splits as `tokenizer` does and speaks in positions of `kept`, the old ids that stay, ascending.
+
+    It is of a class derived from the tokenizer's own, so that whatever asks for a tokenizer accepts it.
+    """
+    new = copy.copy(tokenizer)
+    new.kept_ids = list(kept)
+    new.unknown_id = unknown_id(tokenizer)
+    cls: Any = type(tokenizer)
+    new.__class__ = _remapped_class(cls)
+    return new
+
+
+@functools.lru_cache
+def _remapped_class(cls: Any) -> Any:
+    """A tokenizer class whose ids are positions in `self.kept_ids`."""
+
+    class Remapped(cls):
+        kept_ids: list[int]
+        unknown_id: int
+
+        def _new(self, old: int | None) -> int | None:
+            if old is None:
+                return None
+            return self._new_ids.get(old, self._new_ids[self.unknown_id])
+
+        @property
+        def _new_ids(self) -> dict[int, int]:
+            if "_table" not in self.__dict__:
+                self.__dict__["_table"] = {old: new for new, old in enumerate(self.kept_ids)}
+            return self.__dict__["_table"]
+
+        def _encode_plus(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+            encoded = super()._encode_plus(*args, **kwargs)
+            encoded["input_ids"] = _mapped(encoded["input_ids"], self._new)
+            return encoded
+
+        def _decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str:
+            ids = token_ids if isinstance(token_ids, list) else [token_ids]
+            return super()._decode([self.kept_ids[i] for i in ids], *args, **kwargs)
+
+        def convert_ids_to_tokens(self, ids: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().convert_ids_to_tokens(_mapped(ids, lambda i: self.kept_ids[i]), *args, **kwargs)
+
+        def convert_tokens_to_ids(self, tokens: Any) -> Any:
+            return _mapped(super().convert_tokens_to_ids(tokens), self._new)
+
+        def get_vocab(self) -> dict[str, int]:
+            return {t: self._new_ids[i] for t, i in super().get_vocab().items() if i in self._new_ids}
+
+        @property
+        def vocab_size(self) -> int:
+            return len(self.kept_ids)
+
+        def __len__(self) -> int:
+            return len(self.kept_ids)
+
+    Remapped.__name__ = f"Remapped{cls.__name__}"
+    return Remapped
+
+
+def _mapped(ids: Any, function: Any) -> Any:
+    """`function` of every id in a number, a tensor, or lists of lists."""
+    if isinstance(ids, Tensor):
+        return torch.tensor(_mapped(ids.tolist(), function), dtype=ids.dtype)
+    if isinstance(ids, list):
+        return [_mapped(i, function) for i in ids]
+    return function(ids) if isinstance(ids, int) else ids

@@ -1,0 +1,259 @@
+"""Units of every kind, on a tiny random model of every family: legal shapes, shrunk equals masked, exact counts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from conftest import random_tokens, tiny_model
+from sweep import config, heads, layers, methods, models, repair, select, surgery, unit_requests, unit_scores, units
+from sweep.config import Head, Layer, Neuron, RequestError, Vocab
+from sweep.unit_scores import Statistics
+
+CRITERIA = ["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher"]
+
+
+def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=random_tokens(seed=1), **kwargs).logits
+
+
+def decoded(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of the last token, read token by token through the key-value cache."""
+    tokens, cache = random_tokens(seed=1), None
+    with torch.no_grad():
+        for position in range(tokens.shape[1]):
+            output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+    return output.logits[:, -1]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("make", [Neuron, Head])
+def test_every_criterion_removes_the_exact_count(criterion: str, make: type) -> None:
+    model = tiny_model("qwen2")
+    outcome = methods.prune(model, make(criterion=criterion), 0.5, random_tokens(), seed=1)
+    assert outcome.sparsity_units == 0.5 and outcome.sparsity == 0.5
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("unit", ["group", "query"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_heads_shrunk_equal_heads_masked(family: str, unit: str, scope: str) -> None:
+    model = tiny_model(family)
+    tokens, method = random_tokens(), Head(unit=unit, scope=scope, sparsity_of="units")
+    shrunk = copy.deepcopy(model)
+    methods.prune(shrunk, method, 0.5, tokens)
+    parts = units.parts(model, method)
+    seen = units._statistics(model, method, parts, tokens)
+    scores = [units.score("taylor_abs", part, s, torch.Generator()) for part, s in zip(parts, seen, strict=True)]
+    total = sum(part.units for part in parts)
+    for part, keep in zip(parts, units.choose(parts, scores, method, 0.5, 0, total), strict=True):
+        with torch.no_grad():
+            models.weight(part.output)[:, ~keep.repeat_interleave(part.size)] = 0
+    assert sum(a.heads for a in heads.attentions(shrunk)) == sum(a.heads for a in heads.attentions(model)) // 2
+    assert all(a.heads % a.groups == 0 for a in heads.attentions(shrunk))
+    torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
+
+
+def test_key_value_groups_of_unequal_size_are_refused() -> None:
+    attention = heads.attentions(tiny_model("llama"))[0]
+    with pytest.raises(ValueError, match=r"block 0: key-value groups would keep \[1, 2\] query heads"):
+        surgery.remove_heads(attention, torch.tensor([True, True, True, False]))
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_removed_layer_is_one_that_passes_its_input_on(family: str, gone: int) -> None:
+    model = tiny_model(family)
+    shrunk = copy.deepcopy(model)
+    surgery.remove_layers(shrunk, [index != gone for index in range(2)])
+    models.blocks(model)[gone].forward = lambda hidden, *_, **__: hidden
+    torch.testing.assert_close(logits(shrunk), logits(model, use_cache=False), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
+    assert shrunk.config.num_hidden_layers == 1
+    assert len(getattr(shrunk.config, "layer_types", None) or [0]) == 1
+
+
+def test_layers_go_by_influence_and_by_the_blocks_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():  # block 1 now adds nothing
+        models.blocks(model)[1].self_attn.o_proj.weight.zero_()
+        models.blocks(model)[1].mlp.down_proj.weight.zero_()
+    first, second = (copy.deepcopy(model) for _ in range(2))
+    outcome = methods.prune(first, Layer(), 0.5, random_tokens())
+    assert (outcome.sparsity_units, outcome.units_removed, outcome.sparsity) == (0.5, 1, 0.5)
+    torch.testing.assert_close(logits(first), logits(model))
+    outcome = methods.prune(second, Layer(criterion="random", blocks=(0,)), 0.9, None)
+    assert outcome.units == 1 and outcome.sparsity == 1.0
+    assert torch.equal(models.blocks(second)[0].mlp.up_proj.weight, models.blocks(model)[1].mlp.up_proj.weight)
+    assert layers.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
+
+
+def test_vocabulary_rows_go_and_the_rest_answers_as_before(family: str) -> None:
+    model = tiny_model(family)
+    kept = torch.tensor([0, 1, 2, *range(10, 40)])
+    shrunk = copy.deepcopy(model)
+    surgery.remove_tokens(shrunk, kept)
+    ids = random_tokens(seed=1) % 30 + 3  # new ids of kept tokens
+    with torch.no_grad():
+        small, whole = shrunk(input_ids=ids).logits, model(input_ids=kept[ids]).logits
+    torch.testing.assert_close(small, whole[..., kept], rtol=1e-4, atol=1e-4)
+    assert shrunk.config.vocab_size == 33
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (shrunk.get_output_embeddings().weight is shrunk.get_input_embeddings().weight)
+
+
+def test_the_tokenizer_of_a_pruned_vocabulary_round_trips(tiny_checkpoint: object) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    text = "the cat sat on the mat"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    outcome = methods.prune(model, Vocab(), 0.9, ids, tokenizer=tokenizer)
+    small = outcome.tokenizer
+    assert isinstance(small, type(tokenizer))
+    assert len(small) == model.config.vocab_size == model.get_output_embeddings().weight.shape[0]
+    assert outcome.sparsity == pytest.approx(0.9, abs=0.003) and outcome.units_removed == round(0.9 * len(tokenizer))
+    assert small.decode(small(text).input_ids) == text
+    assert max(small(text).input_ids) < len(small)
+    unknown = small.convert_tokens_to_ids("</s>")
+    assert small.eos_token_id == unknown == model.config.eos_token_id
+    assert small.encode("Q!") == [unknown, unknown]
+    assert small(["at", "the mat"], padding=True, return_tensors="pt").input_ids.shape == (2, 7)
+    assert tokenizer.decode(tokenizer("Q!").input_ids) == "Q!"  # the old one is as it was
+
+
+def test_a_vocabulary_cannot_lose_its_special_tokens(tiny_checkpoint: object) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    with pytest.raises(RequestError, match="sparsity=0.999 removes 259 of 259 tokens, special ones among them"):
+        methods.prune(model, Vocab("vocab", "random"), 0.999, None, tokenizer=tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(RequestError, match="neither an unknown nor an end-of-text token"):
+        methods.prune(model, Vocab("vocab", "random"), 0.5, None, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("make", [Neuron, Head])
+def test_repair_brings_the_block_nearer_to_what_it_answered(family: str, make: type) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(sequences=12)
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+        errors = {}
+        for mended in (False, True):
+            pruned = copy.deepcopy(model)
+            methods.prune(pruned, make(scope="layer", repair=mended), 0.5, tokens)
+            errors[mended] = float((pruned(input_ids=tokens).logits - whole).square().mean())
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "DAMPING", 0.0)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 6, generator=draw), torch.randn(4, 6, generator=draw)
+    keep = torch.tensor([True, False, True, True, False, True])
+    expected = torch.linalg.lstsq(x[:, keep], x @ weight.t()).solution.t()
+    torch.testing.assert_close(repair.refit(weight, x.t() @ x, keep), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_measure_again_and_reach_the_same_count() -> None:
+    model = tiny_model("llama")
+    outcome = methods.prune(model, Neuron(steps=3), 0.5, random_tokens())
+    assert outcome.units_removed == 24 and sum(ffn.width for ffn in models.ffns(model)) == 24
+
+
+@pytest.mark.parametrize("multiple", [4, 5, 8])
+def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: int) -> None:
+    model = tiny_model("llama")
+    methods.prune(model, Neuron(multiple_of=multiple), 0.4, random_tokens())
+    widths = [ffn.width for ffn in models.ffns(model)]
+    assert all(width % multiple == 0 for width in widths)
+    assert abs(sum(widths) - 0.6 * 48) <= multiple
+
+
+def test_only_the_named_blocks_are_pruned() -> None:
+    model = tiny_model("llama")
+    outcome = methods.prune(model, Neuron(blocks=(1,)), 0.5, random_tokens())
+    assert [ffn.width for ffn in models.ffns(model)] == [24, 12] and outcome.sparsity == 0.5
+
+
+def test_the_configuration_states_equal_widths() -> None:
+    model = tiny_model("llama")
+    methods.prune(model, Neuron(scope="layer"), 0.5, random_tokens())
+    methods.prune(model, Head(scope="layer"), 0.5, random_tokens())
+    assert model.config.intermediate_size == 12
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 4)
+
+
+def test_flap_puts_the_mean_of_what_goes_into_a_bias() -> None:
+    model, tokens = tiny_model("llama"), random_tokens()
+    ffn = models.ffns(model)[0]
+    seen = units._statistics(model, Neuron(criterion="flap"), units.parts(model, Neuron()), tokens)[0]
+    before = ffn.output.weight.detach().clone()
+    methods.prune(model, Neuron(criterion="flap", blocks=(0,)), 0.5, tokens)
+    scores = unit_scores.flap(before, seen, 1)
+    gone = ~select.lowest(scores, 12)
+    torch.testing.assert_close(models.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone])
+
+
+def test_scores_are_their_formulas() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 5, 6, generator=draw), torch.randn(2, 5, 6, generator=draw)
+    weight = torch.randn(4, 6, generator=draw)
+    product = (x * g).unflatten(-1, (3, 2)).sum(-1)
+    flat = x.flatten(0, 1)
+    seen = Statistics(10, flat.sum(0), flat.square().sum(0), product.sum((0, 1)), product.abs().sum((0, 1)),
+                      product.sum(1).square().sum(0))  # fmt: skip
+    pair = torch.arange(6).view(3, 2)
+    for unit, columns in enumerate(pair):
+        assert unit_scores.l2([], weight, 2)[unit] == pytest.approx(float(weight[:, columns].norm()), rel=1e-5)
+        assert unit_scores.activation(seen, 2)[unit] == pytest.approx(float(flat[:, columns].norm()), rel=1e-5)
+        wanda = (weight[:, columns].abs() * flat[:, columns].norm(dim=0)).sum()
+        assert unit_scores.wanda_sp(weight, seen, 2)[unit] == pytest.approx(float(wanda), rel=1e-5)
+        assert unit_scores.taylor(seen)[unit] == pytest.approx(-float(product[..., unit].sum()), rel=1e-5)
+    raw = (flat.var(0) * weight.square().sum(0))[pair].sum(1)
+    torch.testing.assert_close(unit_scores.flap(weight, seen, 2), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
+
+
+def test_nearest_spends_what_comes_nearest_and_keeps_the_best() -> None:
+    scores, costs = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 4.0])], [torch.tensor([5, 5]), torch.tensor([2, 2])]
+    assert [k.tolist() for k in select.nearest(scores, costs, 6.1)] == [[True, False], [False, True]]
+    assert [k.tolist() for k in select.nearest(scores, costs, 5.9)] == [[True, False], [True, True]]
+    assert [k.tolist() for k in select.nearest(scores, costs, 8.0, at_least=1)] == [[True, False], [False, True]]
+    with pytest.raises(ValueError, match="more than can be dropped"):
+        select.nearest(scores, costs, 12.0, at_least=1)
+    with pytest.raises(ValueError, match="1 of 1 scores are NaN"):
+        select.nearest([torch.tensor([float("nan")])], [torch.ones(1)], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity", "message"),
+    [
+        ({"family": "neuron"}, 0.99, "leaves a block without a neuron .0 of 48 neurons kept, 2 needed.: use at most 0.95"),
+        ({"family": "neuron", "scope": "layer"}, 0.99, "leaves a block without a neuron .0 of 24"),
+        ({"family": "neuron", "multiple_of": 8}, 0.8, "leaves a block without a neuron .10 of 48 neurons kept, 16 needed"),
+        ({"family": "neuron", "multiple_of": 25}, 0.1, "method.multiple_of and method.group must be at most 24"),
+        ({"family": "head"}, 0.9, "leaves a block without a head .0 of 4 key-value groups kept, 2 needed"),
+        ({"family": "head", "unit": "query", "sparsity_of": "units"}, 0.9, "leaves a key-value group without a head"),
+        ({"family": "layer"}, 0.8, "leaves the model without a layer .0 of 2 layers kept, 1 needed"),
+        ({"family": "neuron", "blocks": [2]}, 0.1, r"method.blocks must be block numbers of 0 to 1, each once; got \[2\]"),
+        ({"family": "neuron", "blocks": []}, 0.1, "method.blocks must be block numbers"),
+    ],
+)  # fmt: skip
+def test_a_request_that_no_such_model_can_meet_is_refused(
+    method: dict, sparsity: float, message: str, tmp_path: object
+) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    (cell, _) = config.parse({
+        "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method, "sparsity": sparsity,
+        "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
+    })  # fmt: skip
+    with pytest.raises(RequestError, match=message):
+        unit_requests.check(cell)
