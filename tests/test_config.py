@@ -35,7 +35,10 @@ def asked(**changes: object) -> dict:
         ({"sparsity": True}, "sparsity must be a number, got True"),
         ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"method": "???"}, r"no method given: add \+method=NAME, with NAME one of dense, weight, neuron, head, layer, vocab"),
+        (
+            {"method": "???"},
+            r"no method given: add \+method=NAME, with NAME one of dense, weight, neuron, head, layer, vocab",
+        ),
         ({"method": "weight"}, r"method=weight replaces the whole group: write \+method=weight"),
         ({"method": {"family": "weigth"}}, "method.family must be one of .* Did you mean 'weight'"),
         ({"method": {"family": "weight", "criterion": "magnitud"}}, "method.criterion .* Did you mean 'magnitude'"),
