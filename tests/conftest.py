@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """Benchmark data laid out as the hub names them, which no clone carries."""
+    folder = os.environ.get("SWEEP_DATA_ROOT")
+    if not folder:
+        pytest.skip("needs benchmark data: set SWEEP_DATA_ROOT=FOLDER, laid out as the hub names it")
+    return Path(folder).resolve()

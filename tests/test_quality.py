@@ -65,3 +65,15 @@ def test_losses_that_are_no_numbers_are_recorded_with_a_warning(tiny_checkpoint:
     outcomes = wide(samples, "continents")
     assert (outcomes.chosen == -1).all() and outcomes.confidence.isna().all()
     assert wide(samples, "pydoc").log_likelihood.isna().all()
+
+
+@pytest.mark.data
+def test_papers_tasks_run_offline_with_examples_shown(loaded: Loaded, data_root: Path) -> None:
+    settings = Benchmarks(("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq"), limit=2, max_length=512)
+    metrics, samples = quality.evaluate(*loaded, settings, str(data_root))
+    names = ["wikitext/word_perplexity", "wikitext/token_perplexity", "lambada_openai/acc", "arc_easy/acc_norm",
+             "piqa/acc", "boolq/acc", "boolq/f1", "boolq/matthews"]  # fmt: skip
+    assert all(metrics[name] is not None for name in names)
+    assert samples.groupby("task").document.nunique().to_dict() == dict.fromkeys(settings.tasks, 2)
+    shown = Benchmarks(("arc_easy",), limit=2, num_fewshot=3)
+    assert quality.evaluate(*loaded, shown, str(data_root))[0].keys() >= {"arc_easy/acc"}

@@ -125,6 +125,7 @@ class Benchmarks:
     num_fewshot: int = _at_least(0, default=0)
     batch_size: int = _at_least(1, default=4)  # rows of 512 tokens in a forward pass
     max_length: int = _at_least(2, default=2048)  # tokens
+    unsafe_code: bool = False  # allow tasks that run code which the model wrote
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sweep import sources, text
+from sweep import catalogue, sources, text
 from sweep.config import Cell, as_dict
 
 MEASURING_VERSION = 2  # raise when the code measures something else under the same configuration
@@ -18,7 +18,7 @@ def cell_name(cell: Cell) -> str:
 
 def data_fingerprints(cell: Cell) -> dict[str, str]:
     """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
-    found = {task: text.task_fingerprint(task) for task in cell.benchmarks.tasks if task in text.EMBEDDED}
+    found = catalogue.check(cell.benchmarks, cell.data_root)
     if cell.calibration is not None:
         found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration.source)])
     return found
@@ -26,5 +26,6 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
 
 def _content(cell: Cell) -> dict[str, object]:
     content = as_dict(cell)
+    del content["data_root"]  # where the data lie; what they are, their fingerprints say
     content["model"] = sources.fingerprint(cell.model)
     return content | {"data": data_fingerprints(cell), "measuring_version": MEASURING_VERSION}

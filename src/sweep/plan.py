@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sweep import checkpoint, config, identity, machine, quality, sources, store, text, unit_requests
+from sweep import catalogue, checkpoint, config, identity, machine, sources, store, text, unit_requests
 from sweep.config import Cell, Options, RequestError
 
 
@@ -41,7 +41,7 @@ def prepare(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     cell, options = config.parse(composed)
     cell = machine.resolve(cell)
     sources.fingerprint(cell.model)  # raises when the model is not there
-    quality.check_tasks(cell.benchmarks.tasks, cell.data_root)
+    catalogue.check(cell.benchmarks, cell.data_root)
     if cell.calibration is not None:
         text.calibration_text(cell.calibration.source)  # raises when it is not there
     unit_requests.check(cell)

@@ -2,60 +2,31 @@
 
 Tasks are lm-eval's own, unmodified; four more, whose data need no network, are in sweep/tasks. Perplexity per token is
 added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not.
-lm-eval and torch are imported when something is evaluated: names are checked without them.
+lm-eval and torch are imported when something is evaluated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import logging
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from sweep import cache, classification, text
-from sweep.config import Benchmarks, RequestError, did_you_mean
+from sweep import catalogue, classification
+from sweep.config import Benchmarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASK_FOLDER = Path(__file__).parent / "tasks"
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
 
 Samples: TypeAlias = pd.DataFrame  # task, document, metric, value
-
-
-def check_tasks(tasks: Iterable[str], data_root: str | None) -> None:
-    """Refuse task names that neither sweep nor lm-eval knows. Raises RequestError."""
-    if data_root is not None and not Path(data_root).expanduser().is_dir():
-        raise RequestError(f"data_root: there is no folder {data_root}")
-    unknown = [task for task in tasks if task not in text.EMBEDDED]
-    if not unknown:
-        return
-    known = [*text.EMBEDDED, *_lm_eval_names()]
-    for task in unknown:
-        if task not in known:
-            raise RequestError(f"benchmarks.tasks: '{task}' is no task of sweep or lm-eval.{did_you_mean(task, known)}")
-
-
-def _lm_eval_names() -> list[str]:
-    """Every task, group and tag of the installed lm-eval; found once and cached, since the search takes seconds."""
-    from importlib.metadata import version
-
-    def search(folder: Path) -> None:
-        from lm_eval.tasks import TaskManager
-
-        (folder / "names.json").write_text(json.dumps(TaskManager().all_tasks))
-
-    return json.loads((cache.entry("tasks", f"lm_eval-{version('lm_eval')}", search) / "names.json").read_text())
 
 
 def evaluate(
@@ -67,24 +38,32 @@ def evaluate(
     """
     if not settings.tasks:
         return {}, _frame([])
-    with _working_folder(data_root):
-        return _evaluate(model, tokenizer, settings)
+    with catalogue.data_folder(data_root):
+        return _evaluate(model, tokenizer, settings, data_root)
 
 
 def _evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks, data_root: str | None
 ) -> tuple[dict[str, float | None], Samples]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import lm_eval
 
     from sweep.scorer import Scorer
 
-    tasks = _load_tasks(settings)
+    tasks = catalogue.load(settings.tasks, data_root)
+    for task in tasks["tasks"].values():
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        task.set_fewshot_seed(0)
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
     with _lm_eval_silent():
-        results = lm_eval.evaluate(lm, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
+        results = lm_eval.evaluate(
+            lm,
+            tasks,
+            limit=settings.limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=True,
+            confirm_run_unsafe_code=settings.unsafe_code,
+        )
     metrics: dict[str, float | None] = {}
     for task, values in results["results"].items():
         for name, value in values.items():
@@ -158,41 +137,6 @@ def _lm_eval_silent() -> Iterator[None]:
     finally:
         for module, bar in places:
             module.tqdm = bar
-
-
-def _load_tasks(settings: Benchmarks) -> dict[str, Any]:
-    """lm-eval's task objects, zero- or few-shot. Its own index takes seconds, so it is read only when needed."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(
-        include_path=str(TASK_FOLDER), include_defaults=any(task not in text.EMBEDDED for task in settings.tasks)
-    )
-    try:
-        loaded = manager.load(list(settings.tasks))
-    except (OSError, ValueError, ConnectionError) as error:
-        raise RequestError(
-            f"the data of benchmarks.tasks={','.join(settings.tasks)} cannot be loaded: {error}. "
-            "Without a network, data_root=FOLDER names a folder that holds them as the hub names them"
-        ) from error
-    for task in loaded["tasks"].values():
-        task.set_config(key="num_fewshot", value=settings.num_fewshot)
-        task.set_fewshot_seed(0)
-    return loaded
-
-
-class _working_folder:
-    """Work in `data_root`: datasets then finds `org/name` there before it asks the hub."""
-
-    def __init__(self, data_root: str | None) -> None:
-        self.data_root = data_root
-
-    def __enter__(self) -> None:
-        self.before = Path.cwd()
-        if self.data_root is not None:
-            os.chdir(Path(self.data_root).expanduser())
-
-    def __exit__(self, *_: object) -> None:
-        os.chdir(self.before)
 
 
 def _column(task: str, name: str) -> str | None:
