@@ -91,7 +91,7 @@ def test_on_failure_stop_stops(tmp_path: Path, tiny: list[str]) -> None:
     (tmp_path / "short.txt").write_text("too short")
     output = run("+method=neuron,weight", "calibration.source=short.txt", "on_failure=stop", *tiny, "-m",
                  cwd=tmp_path, code=1)  # fmt: skip
-    assert "stopped after the first failure" in output
+    assert "stopped: a cell failed (on_failure=stop)" in output
     assert sorted(sweep.load(tmp_path / "results").method) == ["dense", "neuron"]
 
 

@@ -1,7 +1,7 @@
-"""Hydra finds sweepers in this namespace only. Composes every cell, has sweep plan them, and hands them to a launcher.
+"""Hydra finds sweepers in this namespace only. Composes every cell, has sweep plan them, and runs what is to be done.
 
-A launcher of Hydra's (`hydra/launcher=joblib`, `submitit_slurm`, `ray`) receives all cells at once, after the dense
-baselines; without one they run here, one after the other.
+Without a launcher cells run in children of this process. A launcher of Hydra's (`hydra/launcher=joblib`,
+`submitit_slurm`, `ray`) receives all cells at once, after the dense baselines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf, open_dict
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 ConfigStore.instance().store(
     group="hydra/sweeper",
@@ -23,25 +25,42 @@ ConfigStore.instance().store(
     provider="sweep",
 )
 
+LAUNCHER_LOGS = ".sweep"  # here, when the results are on object storage, launchers keep their files
+
 
 class SweepSweeper(BasicSweeper):
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if "://" in str(config.get("results")):  # launchers make their folder on a disk
+            with open_dict(config):
+                config.hydra.sweep.dir = LAUNCHER_LOGS
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
     def sweep(self, arguments: list[str]) -> Any:
         import sys
 
-        from sweep import plan, runner  # here, because Hydra imports every plugin for every Hydra application
+        from sweep import launchers, machine, plan, runner  # here, because every Hydra application imports this file
 
         assert self.hydra_context is not None and self.launcher is not None and self.config is not None
+        launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
+        assert isinstance(launcher, dict)
+        part = machine.share({str(key): value for key, value in launcher.items()})
         grid = self._grid([*self._parse_config(), *arguments])
-        prepared = [(plan.prepare(self._compose(overrides)), overrides) for overrides in grid]
-        options = prepared[0][0][1].of_sweep()
+        prepared = [(plan.prepare(self._compose(overrides), part), overrides) for overrides in grid]
+        options = plan.same_options(options for (_, options), _ in prepared).of_sweep()
         made = plan.make([(cell, overrides) for (cell, _), overrides in prepared], options)
 
         def launch(steps: list[plan.Step]) -> None:
-            for job in self.launcher.launch([list(step.overrides) for step in steps], initial_job_idx=0):
-                _ = job.return_value  # raises what the job raised
+            words = [[*s.overrides, f"threads={s.cell.threads}", f"device={s.cell.device}"] for s in steps]
+            with launchers.not_waiting_for_the_dead():
+                jobs = self.launcher.launch(words, initial_job_idx=0)
+            errors = [job for job in jobs if isinstance(job, Exception)]
+            for job in jobs:
+                if not isinstance(job, Exception):
+                    _ = job.return_value  # raises what the job raised
+            if errors:
+                raise errors[0]
 
-        together = not isinstance(self.launcher, BasicLauncher)
-        if code := runner.run_plan(made, options, launch, together=together):
+        if code := runner.run_plan(made, options, None if isinstance(self.launcher, BasicLauncher) else launch):
             sys.exit(code)
 
     def _grid(self, arguments: list[str]) -> list[list[str]]:
@@ -50,12 +69,13 @@ class SweepSweeper(BasicSweeper):
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(arguments)
-        size = math.prod(len(list(o.sweep_string_iterator())) for o in overrides if o.is_discrete_sweep())
         limit = OmegaConf.select(self.config, "max_cells")
-        if isinstance(limit, int) and size > limit:
-            raise RequestError(
-                f"the grid has {size} cells, more than max_cells={limit}: add max_cells={size} to run it"
-            )
+        if isinstance(limit, int):
+            size = math.prod(_count(override) for override in overrides if override.is_sweep_override())
+            if size > limit:
+                raise RequestError(
+                    f"the grid has {size} cells, more than max_cells={limit}: add max_cells={size} to run it"
+                )
         (grid,) = self.split_arguments(overrides, max_batch_size=None)
         return grid
 
@@ -66,3 +86,21 @@ class SweepSweeper(BasicSweeper):
         container = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(container, dict)
         return {str(key): value for key, value in container.items()}
+
+
+def _count(override: Override) -> int:
+    """How many values a swept key has. Raises RequestError when it has none, or no end of them."""
+    from sweep.config import RequestError
+
+    if not override.is_discrete_sweep():
+        raise RequestError(f"{override.input_line} has no list of values: give {override.key_or_group}=a,b,c, "
+                           f"choice(a,b,c), range(start,stop,step) or, for a group, glob(pattern)")  # fmt: skip
+    values = override.value()
+    if isinstance(values, RangeSweep):  # counted, not listed: there may be billions
+        start, stop, step = (values.start or 0, values.stop, values.step)
+        size = math.ceil((stop - start) / step) if stop is not None and step else 0
+    else:
+        size = len(list(override.sweep_string_iterator()))
+    if size < 1:
+        raise RequestError(f"{override.input_line} matches nothing: no value is left to sweep over")
+    return size

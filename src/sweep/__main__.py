@@ -29,11 +29,13 @@ def task(cfg: DictConfig) -> dict[str, Any] | None:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         cell, options = plan.prepare(compose(cfg))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper has planned, and says what comes
-            return runner.run_one(cell, options.of_sweep(), overrides)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
+            return runner.run_one(cell, options.of_sweep(), overrides).row
         sys.exit(runner.run_plan(plan.make([(cell, overrides)], options), options))
-    except RequestError as error:  # left to Hydra, it would be announced as a failed job
-        sys.exit(messages.complain(error))
+    except RequestError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # to the sweeper, wherever it waits for this job
+        sys.exit(messages.complain(error))  # left to Hydra, it would be announced as a failed job
 
 
 def conf_folder() -> Path:

@@ -7,6 +7,7 @@ process make it while the others wait.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -57,9 +58,16 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path` exclusively among all processes of this machine; released even when the holder is killed."""
+def lock(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold `path` among all processes of this machine, exclusively or shared; released even when the holder is killed.
+
+    A network file system without locks gives none: what is guarded must then be right by its renames alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield

@@ -6,6 +6,7 @@ A wrong request is refused here, before anything is loaded. Messages name the ke
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+_LEAST_MEMORY = 2**30  # bytes
 
 
 class RequestError(ValueError):
@@ -184,9 +187,11 @@ class Options:
 
     results: str = "results"
     resume: bool = True
+    retry: Literal["all", "failed", "out_of_memory", "crashed", "timeout", "none"] = "all"  # cells that are not ok
     on_failure: Literal["continue", "stop"] = "continue"
     timeout: float | None = _at_least(1, default=None)  # seconds a cell
     save_model: str | None = None  # folder; {cell} in it stands for the cell's name
+    memory_limit: str | None = None  # resident memory a cell: 12GiB, 800MB, or bytes
     plan: bool = False
     max_cells: int = _at_least(1, default=1000)
     baseline: bool = False
@@ -212,6 +217,7 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     composed = dict(composed)
     option_names = [f.name for f in fields(Options)]
     options = build(Options, {name: composed.pop(name) for name in option_names if name in composed}, "")
+    memory_bytes(options.memory_limit)  # raises when it is none
     method = composed.get("method")
     if method in (None, "???"):
         raise RequestError(f"no method given: add +method=NAME, with NAME one of {', '.join(FAMILIES)}")
@@ -221,6 +227,25 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     if options.baseline:
         cell = replace(cell, method=Dense())
     return _normalised(cell), options
+
+
+def memory_bytes(limit: str | None) -> int | None:
+    """`12GiB`, `800MB` or a number of bytes as bytes.
+
+    Raises RequestError for what is no size, and for less than a process takes that has only loaded torch.
+    """
+    if limit is None:
+        return None
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit)
+    if not found or found[2].upper() not in units:
+        raise RequestError(f"memory_limit must be a size such as 12GiB, 800MB or a number of bytes; got {limit!r}")
+    size = int(float(found[1]) * units[found[2].upper()])
+    if size < _LEAST_MEMORY:
+        raise RequestError(f"memory_limit must be at least 1GiB, which a process takes that has only loaded its libraries; "
+                           f"got {limit!r}")  # fmt: skip
+    return size
 
 
 def _normalised(cell: Cell) -> Cell:

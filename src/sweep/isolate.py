@@ -1,63 +1,140 @@
 """One child process a cell, so that whatever happens in a cell happens to that cell alone.
 
 The children come from a forkserver that has the heavy imports loaded: a cell starts in hundredths of a second. The
-child writes its row itself; the parent writes one only for a child that died without.
+child writes its row itself and reports it; the parent writes one only for a child that died without. A child's standard
+error passes through the parent, which keeps its end: what C code said before it died is part of the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
+import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sweep import store
+from sweep import store, turns
 from sweep.config import Cell
 
 _PRELOAD = ["sweep.run", "lm_eval.models.huggingface", "lm_eval.tasks"]  # none of them starts CUDA
 _PR_SET_PDEATHSIG = 1
+_POLL = 0.05  # seconds between looks at a child's memory: what it may take beyond the limit before it is ended
+_GRACE = 20.0  # seconds from the report of a row to the end of the process
+_TAIL = 4000  # characters of standard error that a row keeps
+_BAR = re.compile(r"[^\n]*\r|[^\r\n]*\d+%\|[^\r\n]*\]")  # what tqdm draws
 Status = str  # ok, failed, out_of_memory, crashed, timeout
+Work = Callable[[Cell], tuple[dict[str, Any], dict[str, Any]]]  # a cell's measured columns and its tables
+
+
+class Outcome(NamedTuple):
+    row: dict[str, Any]
+    unstored: str | None  # why the row is not in the results folder; None when it is
+
+
+class Limits(NamedTuple):
+    timeout: float | None = None  # seconds
+    memory: int | None = None  # resident bytes
 
 
 def run(
-    cell: Cell, described: dict[str, Any], results: str, timeout: float | None, save_model: str | None = None
-) -> dict[str, Any]:
+    cell: Cell,
+    described: dict[str, Any],
+    results: str,
+    limits: Limits = Limits(),  # noqa: B008
+    gpu: str | None = None,
+    stop: threading.Event | None = None,
+    save_model: str | None = None,
+    work: Work | None = None,
+) -> Outcome:
     """Run a cell in a child process and return the row that it left.
 
     described   the columns that are known before the cell runs, for a row of a child that cannot write its own
-    timeout     seconds, or None
+    limits      beyond which the child is ended. Memory is watched as resident bytes (VmHWM), not limited by
+                RLIMIT_AS or RLIMIT_DATA: CUDA and thread stacks reserve address space that they never touch
+    gpu         the only CUDA device that the child shall see
+    stop        set by another thread to end the child
     save_model  folder that receives the pruned model, or None
+    work        what the child does; by default run.run_cell
+    Raises KeyboardInterrupt after Ctrl-C or `stop`, with the child ended and no row written.
     """
-    child = _context().Process(
-        target=_child, args=(cell, described, results, save_model), name=f"cell-{described['cell']}"
+    if work is None:
+        work = functools.partial(_run_cell, save_model=save_model, command=described["command"])
+    context = _context()
+    reports, report = context.Pipe(duplex=False)
+    errors, error = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_child, args=(cell, described, results, gpu, work, report, error), name=f"cell-{described['cell']}"
     )
     ooms = _oom_kills()
     child.start()
+    report.close()
+    error.close()
+    tail = _Tail(errors)
     try:
-        child.join(timeout)
-        timed_out = child.is_alive()
+        reported, ended = _watch(child, reports, limits, stop)
     finally:  # also on Ctrl-C
         if child.is_alive():
             child.kill()
-            child.join()
-    if child.exitcode == 0:
-        row = store.read_row(results, described["cell"])
-        assert row is not None
-        return row
-    if timed_out:
-        status, error = "timeout", f"not finished after {timeout:g} seconds"
-    elif child.exitcode == -signal.SIGKILL and _oom_kills() > ooms:
-        status, error = "out_of_memory", "killed by the kernel because the machine ran out of memory"
-    elif child.exitcode is not None and child.exitcode < 0:
-        status, error = "crashed", f"killed by signal {signal.Signals(-child.exitcode).name}"
-    else:
-        status, error = "failed", f"the process ended with exit code {child.exitcode} before the cell was done"
-    return _record_failure(described, results, status, error)
+        child.join()
+        said = tail.close()
+        reports.close()
+    if reported is not None:
+        return reported
+    status, reason = ended or _cause(child.exitcode, ooms)
+    return record(described, results, status, f"{said}\n{reason}".strip())
+
+
+def _watch(
+    child: BaseProcess, reports: Connection, limits: Limits, stop: threading.Event | None
+) -> tuple[Outcome | None, tuple[Status, str] | None]:
+    """(what the child reported, why it had to be ended); both None when it died by itself."""
+    deadline = time.monotonic() + (limits.timeout or float("inf"))
+    poll = _POLL if limits.memory else 0.2 if stop else None
+    while True:
+        left = deadline - time.monotonic()
+        pause = min((p for p in (poll, max(left, 0.0)) if p is not None), default=None)
+        ready = wait([child.sentinel, reports], None if pause == float("inf") else pause)
+        if reports in ready:
+            with contextlib.suppress(EOFError):  # it died, as the sentinel says
+                outcome = reports.recv()
+                child.join(_GRACE)
+                return outcome, None
+        if child.sentinel in ready:
+            return None, None
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        resident = _resident(child.pid) if limits.memory else 0
+        if limits.memory and resident > limits.memory:
+            _ask_where(child)
+            took = f"it held {resident / 2**30:.2f} GiB"
+            return None, ("out_of_memory", f"ended at memory_limit={limits.memory / 2**30:.2f} GiB: {took}")
+        if time.monotonic() >= deadline:
+            _ask_where(child)
+            return None, ("timeout", f"not finished after timeout={limits.timeout:g} seconds")
+
+
+def _cause(exitcode: int | None, ooms: int) -> tuple[Status, str]:
+    if exitcode == -signal.SIGKILL and _oom_kills() > ooms:
+        return "out_of_memory", "killed by the kernel because the machine or its container ran out of memory"
+    if exitcode is not None and exitcode < 0:
+        return "crashed", f"killed by signal {signal.Signals(-exitcode).name}"
+    if exitcode == 255:  # also what multiprocessing says of a child whose forkserver was killed
+        return "crashed", "the process ended with exit code 255, or the server that it came from was killed"
+    return "failed", f"the process ended with exit code {exitcode} before the cell was done"
 
 
 def _context() -> ForkServerContext:
@@ -68,38 +145,147 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _child(cell: Cell, described: dict[str, Any], results: str, save_model: str | None) -> None:
+def _child(
+    cell: Cell,
+    described: dict[str, Any],
+    results: str,
+    gpu: str | None,
+    work: Work,
+    reports: Connection,
+    errors: Connection,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
-    if sys.platform == "linux":  # no cell outlives a sweep that was killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    from sweep.run import run_cell
-
+    os.dup2(errors.fileno(), 2)
+    errors.close()  # so that its end is seen when this process ends
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    _die_with_the_sweep()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    tables: dict[str, Any] = {}
     try:
-        row, tables = run_cell(cell, save_model, described["command"])
+        with turns.working(results):
+            row, tables = work(cell)
+        row = described | row
     except BaseException as error:
-        status = "out_of_memory" if _is_out_of_memory(error) else "failed"
-        _record_failure(described, results, status, traceback.format_exc(limit=-8))
-        return
-    store.write(results, described | row, tables)
+        status = "out_of_memory" if is_out_of_memory(error) else "failed"
+        row = described | {"status": status, "error": traceback.format_exc(limit=-8)}
+    try:
+        store.write(results, row, tables)
+        outcome = Outcome(row, None)
+    except Exception as error:
+        problem = f"the row could not be written to {results}: {type(error).__name__}: {error}"
+        outcome = record(described, results, "failed", problem) if row["status"] == "ok" else Outcome(row, problem)
+    reports.send(outcome)
 
 
-def _record_failure(described: dict[str, Any], results: str, status: Status, error: str) -> dict[str, Any]:
+def _run_cell(cell: Cell, save_model: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from sweep.run import run_cell  # here, so that the parent loads no torch
+
+    return run_cell(cell, save_model, command)
+
+
+def _die_with_the_sweep() -> None:
+    """No cell outlives its sweep: a killed parent ends the forkserver, and that ends this process.
+
+    The forkserver ends when nobody holds the other end of its pipe any more, and hands that end to every child, which
+    would so keep it alive. This child starts no others, and gives it up.
+    """
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # the kernel, short of memory, is to choose the cell and not the sweep
+            Path("/proc/self/oom_score_adj").write_text("500")
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before the line above
+        os._exit(1)
+
+
+def record(described: dict[str, Any], results: str, status: Status, error: str) -> Outcome:
+    """Write the row of a cell that has no numbers."""
     row = described | {"status": status, "error": error}
-    store.write(results, row, {})
-    return row
+    try:
+        store.write(results, row, {})
+    except Exception as problem:
+        return Outcome(row, f"the row could not be written to {results}: {type(problem).__name__}: {problem}")
+    return Outcome(row, None)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the machine or of a device, ran out."""
     text = str(error).lower()
+    phrases = ("can't allocate memory", "out of memory", "alloc_failed", "unable to allocate", "cannot allocate memory")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+        isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases)
     )  # fmt: skip
 
 
-def _oom_kills() -> int:
-    """How often this machine's kernel has killed a process for memory; 0 where it does not tell."""
+class _Tail:
+    """Passes a child's standard error on, line by line, and keeps its end.
+
+    A class because a thread and its buffer belong together. Progress bars pass only to a terminal.
+    """
+
+    def __init__(self, source: Connection) -> None:
+        self.source, self.kept = source, ""
+        self.thread = threading.Thread(target=self._pass_on, daemon=True)
+        self.thread.start()
+
+    def _pass_on(self) -> None:
+        to_terminal, pending = sys.stderr.isatty(), ""
+        while chunk := self._read():
+            text = chunk.decode(errors="replace")
+            self.kept = (self.kept + text)[-4 * _TAIL :]
+            if to_terminal:
+                sys.stderr.write(text)
+            else:
+                *lines, pending = (pending + text).split("\n")
+                for line in filter(str.strip, map(without_bars, lines)):
+                    sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self.source.fileno(), 65536)
+        except OSError:
+            return b""
+
+    def close(self) -> str:
+        """The end of what was said; waits a second for what a child of the child may still say."""
+        self.thread.join(1.0)
+        if not self.thread.is_alive():
+            self.source.close()
+        return "\n".join(filter(str.strip, map(without_bars, self.kept.split("\n"))))[-_TAIL:]
+
+
+def without_bars(line: str) -> str:
+    """A line of standard error without the progress bars that were drawn in it, and without faulthandler's list of
+    every module there is."""
+    return "" if line.startswith("Extension modules: ") else _BAR.sub("", line)
+
+
+def _ask_where(child: BaseProcess) -> None:
+    """Have the child's main thread print its traceback, and give it the time to."""
+    if child.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGUSR1)
+            time.sleep(0.2)
+
+
+def _resident(pid: int | None) -> int:
+    """The most resident bytes that a process has held, since it started or had the mark reset."""
     try:
-        with Path("/proc/vmstat").open() as handle:
-            return next((int(line.split()[1]) for line in handle if line.startswith("oom_kill ")), 0)
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory, of this machine or this container; 0 where it is silent."""
+    total = 0
+    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
+        with contextlib.suppress(OSError):
+            total += sum(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
+    return total

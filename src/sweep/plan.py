@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sweep import catalogue, checkpoint, config, identity, machine, sources, store, text, unit_requests
 from sweep.config import Cell, Options, RequestError
+
+_ENOUGH = 2000  # rows that expectations are drawn from
 
 
 @dataclass(frozen=True)
@@ -20,26 +24,46 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """What cells like these took before."""
+
+    seconds: float  # of all cells to run, one after the other, those without a like row counted as the others' mean
+    known: int  # cells with a like row
+    peak_memory: int  # bytes, of the largest like row
+
+    def __str__(self) -> str:
+        return f"about {in_words(self.seconds)} of work and up to {self.peak_memory / 2**30:.1f} GiB a cell"
+
+
+@dataclass(frozen=True)
 class Plan:
     todo: list[Step]  # baselines first
     done: list[Step]
+    left: list[Step]  # not ok, and not among those that `retry` runs again
     repeated: int  # cells asked for that are equal to another
+    unreadable: list[str]  # cells whose file is no row
+    expected: Expectation | None = None
 
     def __str__(self) -> str:
-        total = len(self.todo) + len(self.done)
+        total = len(self.todo) + len(self.done) + len(self.left)
         words = [f"{total} cell{'s' if total != 1 else ''} (dense baselines included)"]
         words += [f"{self.repeated} equal to another"] if self.repeated else []
-        words += [f"{len(self.done)} already done", f"{len(self.todo)} to run"]
-        return ", ".join(words)
+        words += [f"{len(self.done)} already done"]
+        words += [f"{len(self.left)} not ok and not to be retried"] if self.left else []
+        words += [f"{len(self.todo)} to run"]
+        lines = [", ".join(words)]
+        if self.todo and self.expected:
+            lines.append(f"expected: {self.expected} (from rows like {self.expected.known} of the {len(self.todo)})")
+        return "\n".join(lines)
 
 
-def prepare(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
+def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) -> tuple[Cell, Options]:  # noqa: B008
     """The composed configuration as a checked cell with its device and threads decided, and the options.
 
     Raises RequestError for everything that can be told to be wrong before a model is loaded.
     """
     cell, options = config.parse(composed)
-    cell = machine.resolve(cell)
+    cell = machine.resolve(cell, part)
     sources.fingerprint(cell.model)  # raises when the model is not there
     catalogue.check(cell.benchmarks, cell.data_root)
     if cell.calibration is not None:
@@ -49,6 +73,17 @@ def prepare(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
         raise RequestError(f"save_model: a model that lost whole units (method={cell.method.family}) cannot be "
                            "saved; methods that zero weights can")  # fmt: skip
     return cell, options
+
+
+def same_options(all_options: Iterable[Options]) -> Options:
+    """The options of the sweep. Raises RequestError when they differ from cell to cell."""
+    first, *rest = all_options
+    for f in fields(Options):
+        values = list(dict.fromkeys(getattr(options, f.name) for options in (first, *rest)))
+        if len(values) > 1:
+            raise RequestError(f"{f.name} says how the whole sweep is run and cannot be swept over; "
+                               f"got {', '.join(map(str, values))}")  # fmt: skip
+    return first
 
 
 def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
@@ -64,24 +99,58 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
         name = identity.cell_name(dense)
         baselines.setdefault(name, Step(name, dense, (*step.overrides, "baseline=true")))
     ordered = [*baselines.values(), *(step for name, step in steps.items() if name not in baselines)]
-    finished = {step.name for step in ordered if options.resume and _is_finished(step, options)}
     for step in ordered:
         if (folder := options.checkpoint(step.cell.method, step.name)) is not None:
             checkpoint.check_place(folder)
-    return Plan(
-        todo=[step for step in ordered if step.name not in finished],
-        done=[step for step in ordered if step.name in finished],
-        repeated=repeated,
-    )
+    store.check_version(options.results)
+    status = store.statuses(options.results, [step.name for step in ordered])
+    todo: list[Step] = []
+    done: list[Step] = []
+    left: list[Step] = []
+    for step in ordered:
+        found = status.get(step.name) if options.resume else None
+        folder = options.checkpoint(step.cell.method, step.name)
+        if found == "ok" and folder is not None and not checkpoint.is_checkpoint(folder):
+            found = None  # it has its row and lacks its saved model
+        to_run = found in (None, store.UNREADABLE) or (found != "ok" and options.retry in ("all", found))
+        (todo if to_run else done if found == "ok" else left).append(step)
+    unreadable = [name for name, found in status.items() if found == store.UNREADABLE]
+    return Plan(todo, done, left, repeated, unreadable, expectation(todo, options.results))
 
 
-def _is_finished(step: Step, options: Options) -> bool:
-    """Whether the cell has its row and, where one is asked for, its saved model."""
-    folder = options.checkpoint(step.cell.method, step.name)
-    return is_done(options.results, step.name) and (folder is None or checkpoint.is_checkpoint(folder))
+def expectation(steps: list[Step], results: str) -> Expectation | None:
+    """What the steps will take, from rows of like cells; None when there is no like row.
+
+    Like is a row of the same model, method, benchmarks, timing, device, threads and dtype, whatever its sparsity or
+    seed; failing that, of any method.
+    """
+    wanted = ["status", "config", "cell_seconds", "peak_memory_bytes"]
+    rows = store.recent(results, wanted) if steps else None
+    if rows is None or rows.empty:
+        return None
+    rows = rows[(rows.status == "ok") & rows.cell_seconds.notna()].tail(_ENOUGH)
+    by_kind: dict[str, list[tuple[float, int]]] = {}
+    for row in rows.itertuples():
+        for kind in _kinds(json.loads(row.config)):
+            by_kind.setdefault(kind, []).append((row.cell_seconds, int(row.peak_memory_bytes or 0)))
+    like = [next((by_kind[kind] for kind in _kinds(asdict(step.cell)) if kind in by_kind), None) for step in steps]
+    seconds = [statistics.median(second for second, _ in found) for found in like if found]
+    if not seconds:
+        return None
+    peak = max(memory for found in like if found for _, memory in found)
+    return Expectation(statistics.fmean(seconds) * len(steps), len(seconds), peak)
 
 
-def is_done(results: str, cell: str) -> bool:
-    """Whether the cell has a row of status ok; a cell that failed runs again."""
-    row = store.read_row(results, cell)
-    return row is not None and row["status"] == "ok"
+def _kinds(cell: Mapping[str, Any]) -> list[str]:
+    """What makes two cells alike in cost, the closer kind first."""
+    setting = {key: cell.get(key) for key in ("model", "benchmarks", "efficiency", "device", "threads", "dtype")}
+    method = cell.get("method") or {}
+    exact = setting | {"method": [method.get("family"), method.get("criterion")]}
+    return [json.dumps(kind, sort_keys=True) for kind in (exact, setting)]
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -28,5 +28,5 @@ def describe(cell: Cell, command: str) -> dict[str, Any]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_fingerprint": sources.fingerprint(cell.model),
         "data_fingerprints": json.dumps(identity.data_fingerprints(cell), sort_keys=True),
-        **machine.provenance(cell.device),
+        **machine.provenance(),
     }

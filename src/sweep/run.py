@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import transformers
 
-from sweep import checkpoint, efficiency, execution, methods, models, quality, text
+from sweep import checkpoint, efficiency, execution, machine, methods, models, quality, text, turns
 from sweep.config import Cell, Dense, as_dict
 
 
@@ -28,7 +28,7 @@ def run_cell(
     torch.manual_seed(cell.seed)
     if cell.threads:
         torch.set_num_threads(cell.threads)
-    row: dict[str, Any] = {"status": "ok"}
+    row: dict[str, Any] = {"status": "ok", "gpu": machine.gpu_name(cell.device)}
     started = time.perf_counter()
 
     model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
@@ -64,7 +64,9 @@ def run_cell(
     metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root)
 
     dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
-    columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+    with turns.alone() as others:
+        columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+    row["other_cores_busy"] = others.cores
     row |= columns | {"cell_seconds": time.perf_counter() - started} | metrics
     return row, {"samples": samples, "latency": repeats}
 

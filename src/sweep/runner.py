@@ -3,66 +3,145 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from tabulate import tabulate
 
-from sweep import isolate, row, store
-from sweep.config import Cell, Options
-from sweep.plan import Plan, Step, is_done
+from sweep import isolate, machine, row, store
+from sweep.config import Cell, Options, memory_bytes
+from sweep.isolate import Outcome
+from sweep.plan import Plan, Step
 
-Launch = Callable[[list[Step]], None]  # runs cells, each of which leaves its row
+Launch = Callable[[list[Step]], None]  # hands cells to an engine; returns, or raises, when it is through with them
 
 
-def run_plan(plan: Plan, options: Options, launch: Launch | None = None, *, together: bool = False) -> int:
+def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     """Run what is to be done, print the outcome, and return the exit code: 1 when a cell has no row of status ok.
 
-    launch    runs a list of steps; by default in this process, one after the other
-    together  hand all cells over at once, baselines first, instead of one by one
+    launch  by default cells run in children of this process, one after the other, or one to each GPU
     """
-
-    def launch_here(steps: list[Step]) -> None:
-        for step in steps:
-            run_one(step.cell, options, step.overrides)
-
     print(plan, flush=True)
-    for step in plan.done:
-        print(f"  done {step.name}  {step.cell.label()}")
+    for word, steps in (("done", plan.done), ("left", plan.left), ("run ", plan.todo if options.plan else [])):
+        for step in steps:
+            print(f"  {word} {step.name}  {step.cell.label()}")
     if options.plan:
-        for step in plan.todo:
-            print(f"  run  {step.name}  {step.cell.label()}")
         return 0
     if plan.todo:
         store.check_writable(options.results)
-    baselines = [step for step in plan.todo if step.cell.method.family == "dense"]
-    rest = [step for step in plan.todo if step.cell.method.family != "dense"]
-    batches = [batch for batch in (baselines, rest) if batch] if together else [[step] for step in plan.todo]
-    started = 0
-    for batch in batches:
-        for step in batch:
-            started += 1
-            print(f"[{started}/{len(plan.todo)}] {step.cell.label()}", flush=True)
-        (launch or launch_here)(batch)
-        if options.on_failure == "stop" and not all(is_done(options.results, step.name) for step in batch):
-            print("stopped after the first failure (on_failure=stop); the same command goes on from here")
+    for name in store.set_aside(options.results, plan.unreadable):
+        print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
+    for batch in _batches(plan.todo):
+        problem = _run_there(batch, options, launch) if launch else _run_here(batch, options)
+        if problem:
+            print(f"stopped: {problem}; the same command goes on from here")
             break
-    names = [step.name for step in (*plan.done, *plan.todo)]
-    print("\n" + table(options.results, names))
-    not_ok = [step for step in plan.todo if not is_done(options.results, step.name)]
+    names = [step.name for step in (*plan.done, *plan.left, *plan.todo)]
+    rows = store.read_rows(options.results, names)
+    if plan.todo and rows:
+        store.widen_schema(options.results, {name for row in rows.values() for name in row if "/" in name})
+    print("\n" + table(rows.values()) + f"\nrows: {options.results}/cells")
+    not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
     if not_ok:
         print(f"{len(not_ok)} of {len(names)} cells are not ok; the same command runs them again")
-    return 1 if not_ok else 0
+    return 1 if not_ok or plan.left else 0
 
 
-def run_one(cell: Cell, options: Options, overrides: Iterable[str]) -> dict[str, Any]:
-    """Run a cell in a child process, print one line of its outcome, and return its row."""
-    described = row.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
-    outcome = isolate.run(cell, described, options.results, options.timeout,
-                          options.checkpoint(cell.method, described["cell"]))  # fmt: skip
-    print(f"      {headline(outcome)}", flush=True)
+def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
+    """The steps with their numbers `3/20`, dense baselines apart and first."""
+    numbered = [(f"{number}/{len(steps)}", step) for number, step in enumerate(steps, 1)]
+    baselines = [(number, step) for number, step in numbered if step.cell.method.family == "dense"]
+    rest = [(number, step) for number, step in numbered if step.cell.method.family != "dense"]
+    return [batch for batch in (baselines, rest) if batch]
+
+
+def _run_here(batch: list[tuple[str, Step]], options: Options) -> str | None:
+    """Run cells in children of this process, one to a GPU where there are several. Returns why the sweep must stop."""
+    on_cuda = any(step.cell.device == "cuda" for _, step in batch)
+    gpus = machine.gpus() if on_cuda else []
+    free: list[str | None] = [*gpus] if len(gpus) > 1 else [None]
+    stop = threading.Event()  # ends the children
+    running: dict[Future[Outcome], str | None] = {}
+    with ThreadPoolExecutor(len(free)) as pool:
+        try:
+            while batch or running:
+                while batch and free:
+                    (number, step), gpu = batch[0], free.pop()
+                    batch = batch[1:]
+                    print(f"[{number}] {step.cell.label()}" + (f" on GPU {gpu}" if gpu else ""), flush=True)
+                    running[pool.submit(run_one, step.cell, options, step.overrides, gpu, stop)] = gpu
+                for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                    free.append(running.pop(finished))
+                    outcome = finished.result()
+                    if outcome.unstored:
+                        return outcome.unstored
+                    if outcome.row["status"] != "ok" and options.on_failure == "stop":
+                        return "a cell failed (on_failure=stop)"
+        finally:  # nothing is running unless the sweep is interrupted or stops
+            stop.set()
+    return None
+
+
+def _run_there(batch: list[tuple[str, Step]], options: Options, launch: Launch) -> str | None:
+    """Hand cells to an engine. Returns why the sweep must stop.
+
+    What the engine loses (a worker killed, a job cancelled) is handed over once more if the engine itself gave up, and
+    else becomes a row that says so: no cell is waited for in vain, and none goes without a row.
+    """
+    for number, step in batch:
+        print(f"[{number}] {step.cell.label()}", flush=True)
+    steps = [step for _, step in batch]
+    before = store.read_rows(options.results, [step.name for step in steps])
+    problem = "its job ended without leaving a row"
+    for _ in range(2):
+        try:
+            launch(steps)
+            gave_up = False
+        except Exception as error:
+            gave_up, problem = True, f"{type(error).__name__}: {error}"
+        after = store.read_rows(options.results, [step.name for step in steps])
+        steps = [step for step in steps if after.get(step.name) == before.get(step.name)]
+        if not gave_up or not steps:
+            break
+        print(f"the launcher gave up ({problem.splitlines()[0]}); handing over {len(steps)} cells again", flush=True)
+    for step in steps:
+        isolate.record(
+            _described(step.cell, step.overrides), options.results, "crashed", f"lost by the launcher: {problem}"
+        )
+    rows = store.read_rows(options.results, [step.name for _, step in batch])
+    for _, step in batch:
+        if step.name in rows:
+            print(f"      {step.cell.label()}: {headline(rows[step.name])}")
+    failed = len(rows) < len(batch) or any(row["status"] != "ok" for row in rows.values())
+    return "a cell failed (on_failure=stop)" if failed and options.on_failure == "stop" else None
+
+
+def run_one(
+    cell: Cell,
+    options: Options,
+    overrides: Iterable[str],
+    gpu: str | None = None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Run a cell in a child process, print one line of its outcome, and return it.
+
+    gpu   the only CUDA device that the cell shall see
+    stop  ends the child when set; this then raises KeyboardInterrupt
+    """
+    described = _described(cell, overrides) | {"cuda_visible_devices": gpu or os.environ.get("CUDA_VISIBLE_DEVICES")}
+    limits = isolate.Limits(options.timeout, memory_bytes(options.memory_limit))
+    checkpoint = options.checkpoint(cell.method, described["cell"])
+    outcome = isolate.run(cell, described, options.results, limits, gpu, stop, checkpoint)
+    print(f"      {cell.label() + ': ' if gpu else ''}{headline(outcome.row)}", flush=True)
     return outcome
+
+
+def _described(cell: Cell, overrides: Iterable[str]) -> dict[str, Any]:
+    return row.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
 
 
 def headline(outcome: dict[str, Any]) -> str:
@@ -74,13 +153,10 @@ def headline(outcome: dict[str, Any]) -> str:
     return ", ".join([*metrics, speed, f"{outcome['cell_seconds']:.0f} s"])
 
 
-def table(results: str, cells: Iterable[str]) -> str:
-    """The rows of these cells as a table of a few columns, and where all columns are."""
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as a table of a few columns."""
     lines = []
-    for cell in cells:
-        found = store.read_row(results, cell)
-        if found is None:
-            continue
+    for found in rows:
         line = {"method": found["method"], "criterion": found["criterion"], "sparsity": found["sparsity"],
                 "seed": found["seed"], "status": found["status"]}  # fmt: skip
         if found["status"] == "ok":
@@ -88,7 +164,7 @@ def table(results: str, cells: Iterable[str]) -> str:
                      "speed-up": found["decode_speedup"], **_metrics(found)}  # fmt: skip
         lines.append(line)
     lines.sort(key=lambda line: (line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"]))
-    return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-") + f"\nrows: {results}/cells"
+    return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
 
 
 def _metrics(outcome: dict[str, Any]) -> dict[str, float]:

@@ -1,30 +1,40 @@
 """The results folder: one row a cell, in files that anything that reads parquet can open.
 
-    cells/CELL.parquet     one row
-    samples/CELL.parquet   one row an evaluated example and metric
-    latency/CELL.parquet   every timed repeat
+    cells/CELL.parquet          one row
+    cells/0-table-*.parquet     many rows, put together by `python -m sweep.store compact RESULTS`
+    samples/CELL.parquet        one row an evaluated example and metric
+    latency/CELL.parquet        every timed repeat
 
-A file appears whole, by one rename of a dot-file that readers do not see. The row is written last: where it stands, the
-rest stands too. pandas takes the columns of a folder from its first file, so `cells/0-schema.parquet`, which has no
-rows and sorts first, carries every column that any row has.
+Files appear whole, and the row is written last: where it stands, the rest stands too. pandas takes the columns of a
+folder from its first file, so `cells/0-schema.parquet`, which has no rows and sorts first, carries every column that
+any row has. The folder may be any URL that fsspec opens, such as s3://bucket/prefix. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
+import logging
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sweep import cache
 from sweep.config import RequestError
+from sweep.folder import Folder
 
-SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1  # raise when a column changes its name, type or meaning; one more column needs no raise
 
 _TEXT, _FLOAT, _INT = pa.string(), pa.float64(), pa.int64()
 COLUMNS: dict[str, pa.DataType] = {
@@ -42,102 +52,322 @@ COLUMNS: dict[str, pa.DataType] = {
     "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "calibration_tokens": _INT,
     "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
-    "cpu": _TEXT, "gpu": _TEXT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
+    "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
 }  # fmt: skip
 TABLES = ("samples", "latency")
-_SCHEMA_FILE = "0-schema.parquet"
+UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
+_SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
+_COMPACT = "0-table-"
+_VERSION = b"sweep_schema_version"
+_ALWAYS = ["cell", "status", "started_at", "schema_version"]  # read with any selection of columns
+_LOCK, _COMPACTION_LOCK = "cells/.lock", "cells/.compaction"
+_PROBE = 65536  # bytes: on a full disk empty files can still be made
+
+Where = str | os.PathLike[str]
 
 
-def load(results: str | os.PathLike[str] = "results") -> pd.DataFrame:
-    """All rows of a results folder, one a cell, task metrics last.
+def load(results: Where = "results") -> pd.DataFrame:
+    """All rows of a results folder, one a cell, task metrics last; rows of older versions in the columns of this one.
 
-    Raises FileNotFoundError when there is no results folder.
+    A file that is no row of ours is named in a warning and left out.
+    Raises FileNotFoundError when there is no results folder, RequestError when a newer version has written it.
     """
-    folder = Path(results) / "cells"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{results} is no results folder: there is no {folder}")
-    tables = [pq.read_table(path) for path in sorted(folder.glob("[!.]*.parquet"))]
-    if not tables:
-        return schema(()).empty_table().to_pandas()
-    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    return _rows(results).to_pandas()
 
 
-def table(results: str | os.PathLike[str], name: str) -> pd.DataFrame:
+def statuses(results: Where, cells: Iterable[str]) -> dict[str, str]:
+    """The status of each of these cells that has a row, or UNREADABLE. Opens no other cell's file."""
+    wanted = set(cells)
+    damaged: list[str] = []
+    found = _some_rows(results, wanted, ["status"], damaged)
+    known = dict(zip(found["cell"].to_pylist(), found["status"].to_pylist(), strict=True))
+    return {_cell(name): UNREADABLE for name in damaged} | {cell: known[cell] for cell in wanted if cell in known}
+
+
+def read_rows(results: Where, cells: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The rows of these cells by name, without the cells that have none. Opens no other cell's file."""
+    wanted = set(cells)
+    found = _some_rows(results, wanted, None, [])
+    return {row["cell"]: row for row in found.filter(pc.is_in(found["cell"], pa.array(wanted))).to_pylist()}
+
+
+def read_row(results: Where, cell: str) -> dict[str, Any] | None:
+    """The row of one cell, or None when it has none."""
+    return read_rows(results, [cell]).get(cell)
+
+
+def recent(results: Where, columns: list[str], at_most: int = 200) -> pd.DataFrame:
+    """These columns of compacted rows and of `at_most` others: enough to tell what cells cost, and quick to read."""
+    try:
+        singles = [name for name in Folder(results).names("cells") if not name.startswith("0-")][:at_most]
+    except FileNotFoundError:
+        singles = []
+    return _some_rows(results, set(map(_cell, singles)), columns, []).select(columns).to_pandas()
+
+
+def table(results: Where, name: str) -> pd.DataFrame:
     """The rows of all cells' `samples` or `latency`, with the column `cell`."""
-    frames = [pd.read_parquet(path).assign(cell=path.stem)
-              for path in sorted((Path(results) / name).glob("[!.]*.parquet"))]  # fmt: skip
+    folder, frames = Folder(results), []
+    for file in folder.names(name) if folder.exists(name) else []:
+        with contextlib.suppress(FileNotFoundError):  # of a cell that is being measured again
+            frames.append(pd.read_parquet(io.BytesIO(folder.get(f"{name}/{file}"))).assign(cell=_cell(file)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def read_row(results: str | os.PathLike[str], cell: str) -> dict[str, Any] | None:
-    """The row of one cell, or None when it has none."""
-    path = _path(results, "cells", cell)
-    return pq.read_table(path).to_pylist()[0] if path.is_file() else None
-
-
-def write(results: str | os.PathLike[str], row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
+def write(results: Where, row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
     """Write one cell: its tables first, its row last. A row of the same cell is replaced.
 
     row     `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
     tables  by name, of TABLES
+    Raises OSError when the folder does not take it; what other cells have there stays as it is.
     """
-    cell = row["cell"]
+    folder, cell = Folder(results), row["cell"]
     metrics = [name for name in row if name not in COLUMNS]
     for name in metrics:
         if "/" not in name:
             raise ValueError(f"{name} is no column of schema {SCHEMA_VERSION} and no task metric (task/metric)")
     for name in TABLES:
         if name in tables:
-            _write_atomically(_path(results, name, cell), pa.Table.from_pandas(tables[name], preserve_index=False))
+            folder.put(f"{name}/{cell}.parquet", _bytes(pa.Table.from_pandas(tables[name], preserve_index=False)))
         else:
-            _path(results, name, cell).unlink(missing_ok=True)  # of an earlier run of the cell
-    _widen_schema(results, metrics)
-    row = {"schema_version": SCHEMA_VERSION, **row}
-    _write_atomically(_path(results, "cells", cell), pa.Table.from_pylist([dict(row)], schema=schema(metrics)))
+            folder.remove(f"{name}/{cell}.parquet")  # of an earlier run of the cell
+    widen_schema(results, metrics)
+    content = pa.Table.from_pylist([{"schema_version": SCHEMA_VERSION, **row}], schema=schema(metrics))
+    with folder.locked(_LOCK, shared=True):  # a compaction removes files, and must not remove this one
+        folder.put(f"cells/{cell}.parquet", _bytes(content))
+    _drop_from_compact(folder, cell)
 
 
 def schema(metrics: Iterable[str]) -> pa.Schema:
     """The fixed columns, then the given task metrics."""
-    return pa.schema([*COLUMNS.items(), *((name, _FLOAT) for name in metrics)])
+    columns = [*COLUMNS.items(), *((name, _FLOAT) for name in metrics)]
+    return pa.schema(columns, metadata={_VERSION: str(SCHEMA_VERSION).encode()})
 
 
-def check_writable(results: str | os.PathLike[str]) -> None:
-    """Refuse a results folder that cannot receive rows. Raises RequestError."""
-    path = Path(results)
-    try:
-        (path / "cells").mkdir(parents=True, exist_ok=True)
-        probe = path / "cells" / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RequestError(f"results={results} cannot be written to: {error.strerror}") from error
+def widen_schema(results: Where, metrics: Iterable[str]) -> None:
+    """Make the schema file name every column, so that pandas shows the new ones whichever file comes first.
 
-
-def _path(results: str | os.PathLike[str], name: str, cell: str) -> Path:
-    return Path(results) / name / f"{cell}.parquet"
-
-
-def _widen_schema(results: str | os.PathLike[str], metrics: Iterable[str]) -> None:
-    """Make the schema file name every column, so that pandas shows the new ones whichever file comes first."""
-    path = Path(results) / "cells" / _SCHEMA_FILE
-    with cache.lock(path.with_name(".schema.lock")):
-        known = pq.read_schema(path).names if path.is_file() else []
+    Object storage has no locks: of two processes that add different columns at the same moment, one's may stay hidden
+    from pandas (never from `load`) until the sweep, at its end, calls this with all columns of its rows.
+    """
+    folder = Folder(results)
+    with folder.locked(_LOCK):
+        known: list[str] = []
+        with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or damaged: written anew
+            known = pq.read_schema(pa.BufferReader(folder.get(f"cells/{_SCHEMA_FILE}"))).names
         union = [name for name in known if name not in COLUMNS]
-        union += [name for name in metrics if name not in known]
-        if not known or len(union) > len(known) - len(COLUMNS):
-            _write_atomically(path, schema(union).empty_table())
+        union += [name for name in metrics if name not in known and name not in COLUMNS]
+        if [*COLUMNS, *union] != known:
+            folder.put(f"cells/{_SCHEMA_FILE}", _bytes(schema(union).empty_table()))
 
 
-def _write_atomically(path: Path, content: pa.Table) -> None:
+def check_writable(results: Where) -> None:
+    """Refuse a results folder that cannot receive rows, or that a newer version has written. Raises RequestError."""
+    try:
+        folder = Folder(results)
+        probe = f"cells/.probe-{socket.gethostname()}-{os.getpid()}"
+        try:
+            folder.put(probe, bytes(_PROBE))
+        finally:
+            folder.remove(probe)
+    except RequestError:
+        raise
+    except Exception as error:  # what the drivers of object storage raise has no class in common
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise RequestError(f"results={results} cannot be written to: {reason}") from error
+    check_version(results)
+
+
+def check_version(results: Where) -> None:
+    """Refuse a folder that a newer version of sweep has written. Raises RequestError."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(Folder(results).get(f"cells/{_SCHEMA_FILE}"))).metadata or {}
+    except (OSError, pa.ArrowInvalid):  # no folder yet, or a damaged file: written anew by the next row
+        return
+    _refuse_newer(results, int(metadata.get(_VERSION, b"1")))
+
+
+def set_aside(results: Where, cells: Iterable[str] = ()) -> list[str]:
+    """Move files that are no rows of ours from `cells/` to `set_aside/`, where no reader stumbles over them.
+
+    cells  whose files to look at, beside all files that are not named like a cell
+    returns  the names of the files moved
+    """
+    folder, moved = Folder(results), []
+    folder.remove_half_written()
+    suspects = {f"{cell}.parquet" for cell in cells}
+    for name in folder.names("cells") if folder.exists("cells") else []:
+        foreign = not name.startswith("0-") and not _is_cell(_cell(name))
+        if (foreign or name in suspects) and _read(folder, name, ["status"]) is None:
+            folder.move(f"cells/{name}", f"set_aside/{name}")
+            moved.append(name)
+    return moved
+
+
+def compact(results: Where) -> tuple[int, int]:
+    """Put the rows of finished cells into one file; returns (rows in it, files that it replaced).
+
+    Safe beside writers and readers: the new file is complete before an old one goes, and a reader that meets a row
+    twice takes the newer. Cells that are not ok keep their own files, since those will be replaced. On object storage,
+    which has no locks, a cell that is measured again in the very moment of its file's removal would be measured once
+    more: do not compact there beside a sweep with resume=false.
+    Raises FileNotFoundError when there is no results folder.
+    """
+    folder = Folder(results)
+    check_version(results)
+    every = [_cell(name) for name in folder.names("cells")]
+    for name in set_aside(results, every):
+        log.warning("%s is no row of sweep: moved to %s/set_aside", name, results)
+    with folder.locked(_COMPACTION_LOCK):
+        names = [name for name in folder.names("cells") if name != _SCHEMA_FILE]
+        stamps = {name: folder.stamp(f"cells/{name}") for name in names}
+        tables = {name: found for name in names if (found := _read(folder, name, None)) is not None}
+        done = {name: found for name, found in tables.items()
+                if name.startswith(_COMPACT) or set(found["status"].to_pylist()) == {"ok"}}  # fmt: skip
+        if not done or (len(done) == 1 and next(iter(done)).startswith(_COMPACT)):
+            return sum(found.num_rows for found in done.values()), 0
+        merged = _unified(results, done)
+        folder.put(f"cells/{_COMPACT}{uuid.uuid4().hex[:12]}.parquet", _bytes(merged))
+        removed = 0
+        with folder.locked(_LOCK):
+            for name in done:
+                if folder.stamp(f"cells/{name}") == stamps[name]:  # else measured again since it was read
+                    folder.remove(f"cells/{name}")
+                    removed += 1
+    return merged.num_rows, removed
+
+
+def _drop_from_compact(folder: Folder, cell: str) -> None:
+    """Where a compact file holds an older row of this cell, write that file anew without it: pandas sees each cell once."""
+    compacts = [name for name in folder.names("cells") if name.startswith(_COMPACT)]
+    for name in compacts:
+        with folder.locked(_COMPACTION_LOCK):
+            found = _read(folder, name, None) if folder.exists(f"cells/{name}") else None
+            if found is None or cell not in found["cell"].to_pylist():
+                continue
+            rest = found.filter(pc.not_equal(found["cell"], cell))
+            if rest.num_rows:
+                folder.put(f"cells/{_COMPACT}{uuid.uuid4().hex[:12]}.parquet", _bytes(rest))
+            folder.remove(f"cells/{name}")
+
+
+def _some_rows(results: Where, cells: set[str], columns: list[str] | None, damaged: list[str]) -> pa.Table:
+    """The compacted rows and those of these cells; none when there is no folder."""
+    try:
+        return _rows(results, columns, lambda name: name.startswith(_COMPACT) or _cell(name) in cells, damaged)
+    except FileNotFoundError:
+        return schema(()).empty_table()
+
+
+def _rows(
+    results: Where,
+    columns: list[str] | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+    damaged: list[str] | None = None,
+) -> pa.Table:
+    """The rows in the files whose name is wanted, each cell once. Names of files that are no rows go to `damaged`."""
+    folder = Folder(results)
+    if not folder.exists("cells"):
+        raise FileNotFoundError(f"{results} is no results folder: there is no {results}/cells")
+    for _ in range(100):  # as often as a compaction has moved rows under the reader's eyes
+        names = folder.names("cells")
+        files = [name for name in names if name != _SCHEMA_FILE and wanted(name)]
+        try:
+            with ThreadPoolExecutor(16 if folder.is_remote else 2) as pool:
+                read = list(pool.map(lambda name: _read(folder, name, columns), files))
+        except FileNotFoundError:
+            continue
+        if [n for n in names if n.startswith(_COMPACT)] == [n for n in folder.names("cells") if n.startswith(_COMPACT)]:
+            break
+    else:
+        raise RuntimeError(f"{results} was changing all the time while it was read")
+    bad = [name for name, found in zip(files, read, strict=True) if found is None]
+    if damaged is None:
+        for name in bad:
+            log.warning("%s/cells/%s is no row of sweep and is left out; `python -m sweep.store compact %s` "
+                        "sets it aside", results, name, results)  # fmt: skip
+    else:
+        damaged += bad
+    return _unified(results, {name: found for name, found in zip(files, read, strict=True) if found is not None})
+
+
+def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | None:
+    """The rows of one file, or None when it is no file of ours. Raises FileNotFoundError when it is gone."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(folder.get(f"cells/{name}")))
+        if not {"cell", "status"} <= set(file.schema_arrow.names):
+            return None
+        found = file.read(columns=None if columns is None else list(dict.fromkeys([*_ALWAYS, *columns])))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IsADirectoryError, OSError) as error:
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is not None
+                                                    and not isinstance(error, IsADirectoryError)):  # fmt: skip
+            raise
+        return None
+    return found if name.startswith(_COMPACT) or found.num_rows == 1 else None
+
+
+def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
+    """Files of all versions as one table in this version's columns and types, the newest row of each cell, by name."""
+    if not tables:
+        return schema(()).empty_table()
+    merged = pa.concat_tables([_typed(found) for found in tables.values()], promote_options="permissive")
+    _refuse_newer(results, max(filter(None, merged["schema_version"].to_pylist()), default=1))
+    metrics = [name for name in merged.column_names if name not in COLUMNS]
+    missing = {
+        name: pa.nulls(merged.num_rows, kind) for name, kind in COLUMNS.items() if name not in merged.column_names
+    }
+    for name, nulls in missing.items():
+        merged = merged.append_column(name, nulls)
+    merged = merged.select([*COLUMNS, *metrics]).replace_schema_metadata(schema(()).metadata)
+    alone = [not name.startswith(_COMPACT) for name, found in tables.items() for _ in range(found.num_rows)]
+    newest: dict[str, tuple[str, bool, int]] = {}
+    for index, (cell, started) in enumerate(
+        zip(merged["cell"].to_pylist(), merged["started_at"].to_pylist(), strict=True)
+    ):
+        newest[cell] = max(newest.get(cell, ("", False, -1)), (started or "", alone[index], index))
+    return merged.take([newest[cell][2] for cell in sorted(newest)])
+
+
+def _typed(found: pa.Table) -> pa.Table:
+    """The columns in this version's types, whichever version or program wrote the file."""
+    wanted = [pa.field(f.name, COLUMNS.get(f.name, _FLOAT if "/" in f.name else f.type)) for f in found.schema]
+    return found if [f.type for f in wanted] == found.schema.types else found.cast(pa.schema(wanted), safe=False)
+
+
+def _refuse_newer(results: Where, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise RequestError(f"results={results} was written by a newer version of sweep (schema {version}; this one "
+                           f"knows up to {SCHEMA_VERSION}): upgrade sweep, or give another folder")  # fmt: skip
+
+
+def _cell(file: str) -> str:
+    return file.removesuffix(".parquet")
+
+
+def _is_cell(name: str) -> bool:
+    return len(name) == 16 and set(name) <= set("0123456789abcdef")
+
+
+def _bytes(content: pa.Table) -> memoryview:
     buffer = io.BytesIO()
     pq.write_table(content, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return buffer.getbuffer()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exits 2 for a wrong request."""
+    from sweep import messages
+
+    parser = argparse.ArgumentParser(prog="python -m sweep.store", description="Care for a results folder.")
+    parser.add_argument("command", choices=["compact"], help="compact: put the rows of finished cells into one file")
+    parser.add_argument("results", nargs="?", default="results", help="results folder or URL (default: results)")
+    options = parser.parse_args(arguments)
     try:
-        with half.open("wb") as handle:
-            handle.write(buffer.getbuffer())
-            handle.flush()
-            os.fsync(handle.fileno())
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+        rows, removed = compact(options.results)
+    except (RequestError, FileNotFoundError) as error:
+        sys.exit(messages.complain(error))
+    print(f"{options.results}: {rows} finished cells in one file, which replaced {removed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Whatever happens in a cell becomes its status, with a reason, and happens to that cell alone."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sweep
+from sweep import isolate
+from sweep.isolate import Limits
+
+CELL: Any = None  # what the child gets; these children never look at it
+DESCRIBED = {"cell": "00000000000000aa", "model": "m", "method": "weight"}
+
+
+def fine(cell: Any) -> Any:
+    return {"status": "ok", "t/acc": 0.5}, {}
+
+
+def raises(cell: Any) -> Any:
+    raise KeyError("no such thing")
+
+
+def exits(cell: Any) -> Any:
+    sys.exit("enough")
+
+
+def exits_at_once(cell: Any) -> Any:
+    os._exit(7)
+
+
+def pretends_success(cell: Any) -> Any:
+    os._exit(0)
+
+
+def segfaults(cell: Any) -> Any:
+    ctypes.string_at(0)
+
+
+def aborts(cell: Any) -> Any:
+    os.write(2, b"terminate called after throwing an instance of 'std::runtime_error'\n")
+    os.abort()
+
+
+def killed(cell: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def too_large_a_tensor(cell: Any) -> Any:
+    torch.empty(2**60)
+
+
+def too_large_for_the_device(cell: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def hangs(cell: Any) -> Any:
+    print("\rdeciding:  50%|#####     | 1/2 [00:01<00:01]", end="", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+
+def grows(cell: Any) -> Any:
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1) * 2**24))
+
+
+def what_it_sees(cell: Any) -> Any:
+    return {"status": "ok", "gpu": os.environ["CUDA_VISIBLE_DEVICES"]}, {}
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "words"),
+    [
+        (raises, "failed", ["KeyError: 'no such thing'", "test_isolate.py"]),
+        (exits, "failed", ["SystemExit: enough", "in exits"]),
+        (exits_at_once, "failed", ["ended with exit code 7"]),
+        (pretends_success, "failed", ["ended with exit code 0 before the cell was done"]),
+        (segfaults, "crashed", ["Fatal Python error: Segmentation fault", "in segfaults", "killed by signal SIGSEGV"]),
+        (aborts, "crashed", ["terminate called after throwing", "in aborts", "SIGABRT"]),
+        (killed, "crashed", ["killed by signal SIGKILL"]),
+        (too_large_a_tensor, "out_of_memory", ["can't allocate memory", "in too_large_a_tensor"]),
+        (too_large_for_the_device, "out_of_memory", ["CUDA out of memory"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_every_way_to_die_becomes_a_status_with_its_reason(
+    work: isolate.Work, status: str, words: list[str], tmp_path: Path
+) -> None:
+    row, unstored = isolate.run(CELL, DESCRIBED, str(tmp_path), work=work)
+    assert unstored is None
+    stored = sweep.load(tmp_path).iloc[0]
+    assert stored.status == row["status"] == status
+    for word in words:
+        assert word in stored.error
+    assert isolate.run(CELL, DESCRIBED, str(tmp_path), work=fine).row["t/acc"] == 0.5  # the next one is none the worse
+    assert sweep.load(tmp_path).status.tolist() == ["ok"]
+
+
+def test_a_hang_ends_at_the_timeout_and_says_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(timeout=2), work=hangs)
+    assert row["status"] == "timeout"
+    assert "not finished after timeout=2 seconds" in row["error"] and "in hangs" in row["error"]
+    assert "deciding" not in row["error"] and "deciding" not in capfd.readouterr().err  # no progress bar in a log
+
+
+def test_a_cell_that_takes_more_memory_than_it_may_is_ended(tmp_path: Path) -> None:
+    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(memory=2**30), work=grows)
+    assert row["status"] == "out_of_memory"
+    assert "ended at memory_limit=1.00 GiB" in row["error"] and "in grows" in row["error"]
+
+
+def test_a_kill_by_the_kernel_for_memory_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = iter([3, 4])
+    monkeypatch.setattr(isolate, "_oom_kills", lambda: next(kills))
+    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), work=killed)
+    assert row["status"] == "out_of_memory" and "killed by the kernel" in row["error"]
+
+
+def test_the_child_sees_the_device_that_it_is_given(tmp_path: Path) -> None:
+    assert isolate.run(CELL, DESCRIBED, str(tmp_path), gpu="3", work=what_it_sees).row["gpu"] == "3"
+
+
+def test_stop_ends_the_child_and_writes_no_row(tmp_path: Path) -> None:
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        isolate.run(CELL, DESCRIBED, str(tmp_path), stop=stop, work=hangs)
+    assert not list(tmp_path.glob("cells/*"))
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("cell-")]
+
+
+def test_a_row_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.write_text("a file stands where the folder should be")
+    row, unstored = isolate.run(CELL, DESCRIBED, str(results), work=fine)
+    assert row["status"] == "failed" and "could not be written" in row["error"]
+    assert unstored is not None and "NotADirectoryError" in unstored
+
+
+def test_no_child_outlives_its_sweep(tmp_path: Path) -> None:
+    """The head is killed as the kernel or a person would, and cannot clean up."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_isolate as t\n"
+        f"if __name__ == '__main__': t.isolate.run(None, t.DESCRIBED, {str(tmp_path)!r}, work=t.leaves_its_number)"
+    )
+    script = tmp_path / "head.py"
+    script.write_text(code)
+    head = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
+    number = tmp_path / "number"
+    while not number.exists() or not number.read_text():
+        time.sleep(0.1)
+        assert head.poll() is None
+    child = int(number.read_text())
+    os.kill(head.pid, signal.SIGKILL)
+    head.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} is still there, ten seconds after its sweep was killed")
+
+
+def leaves_its_number(cell: Any) -> Any:
+    Path("number").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("line", "rest"),
+    [
+        ("Running: 10%|#   | 1/10 [00:01<00:09,  1.0it/s]", ""),
+        ("\r 10%|# | 1/10 [00:01]\r100%|##| 10/10 [00:10<00:00]", ""),
+        ("\r 10%|# | 1/10 [00:01]\rUserWarning: odd", "UserWarning: odd"),
+        ("50% of [them] are odd", "50% of [them] are odd"),
+    ],
+)
+def test_progress_bars_are_taken_out_of_lines(line: str, rest: str) -> None:
+    assert isolate.without_bars(line) == rest
