@@ -15,7 +15,7 @@ import sweep
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["benchmarks.limit=4", "benchmarks.max_length=256", "efficiency.prompt_tokens=8", "efficiency.output_tokens=2",
          "efficiency.repeats=6", "efficiency.warmup=0", "calibration.sequences=4", "calibration.length=32",
-         "dtype=float32"]  # fmt: skip
+         "dtype=float32", "threads=1"]  # fmt: skip
 
 
 def run(*arguments: str, cwd: Path, code: int = 0, module: str = "sweep") -> str:
