@@ -4,13 +4,14 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: help setup sweep test style benchmark clean
+.PHONY: help setup sweep test style benchmark reference clean
 
 help:
 	@echo "make sweep      set up, run the first sweep (about four minutes on two cores), draw the figures"
 	@echo "make test       set up, run the tests"
 	@echo "make style      set up, run ruff and mypy"
 	@echo "make benchmark  set up, time what a user waits for"
+	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
 	@echo "make setup      only set up $(VENV)"
 
 setup: $(READY)
@@ -42,6 +43,9 @@ style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+reference: setup
+	$(PY) benchmarks/reference.py $(if $(SWEEP_DATA_ROOT),--data-root $(SWEEP_DATA_ROOT))
 
 benchmark: setup
 	$(PY) benchmarks/waiting.py

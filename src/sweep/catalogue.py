@@ -130,13 +130,14 @@ def load(names: tuple[str, ...], data_root: str | None = None) -> dict[str, Any]
     try:
         return manager.load(list(names))
     except (OSError, ValueError, ImportError) as error:  # ConnectionError is an OSError
-        raise RequestError(_missing(names, data_root, error)) from error
+        raise RequestError(missing(f"benchmarks.tasks={','.join(names)}", data_root, error)) from error
 
 
-def _missing(names: tuple[str, ...], data_root: str | None, error: Exception) -> str:
+def missing(asked: str, data_root: str | None, error: Exception) -> str:
+    """What to say when the data of `asked` could not be loaded."""
     looked = f"in data_root={data_root}, " if data_root else ""
     offline = "" if os.environ.get("HF_HUB_OFFLINE") == "1" else " (HF_HUB_OFFLINE=1 makes the search there short)"
-    return (f"benchmarks.tasks={','.join(names)}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
+    return (f"{asked}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
             f"{str(error).strip().splitlines()[0]}. Without a network, data_root=FOLDER names a folder that holds "
             "each data set as the hub names it, FOLDER/org/name")  # fmt: skip
 

@@ -132,6 +132,15 @@ class Benchmarks:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of papers: see sweep/perplexity.py."""
+
+    source: str | None = None  # "wikitext2", "c4" or a text file; None measures none
+    seqlen: int = _at_least(2, default=2048)  # tokens a window
+    windows: int | None = _at_least(1, default=None)  # how many, from the beginning; None takes all
+
+
+@dataclass(frozen=True)
 class Calibration:
     source: str  # "pydoc" or a text file
     sequences: int = _at_least(1, default=16)
@@ -163,6 +172,7 @@ class Cell:
     calibration: Calibration | None  # None for methods that read no text
     efficiency: Efficiency
     execution: Execution
+    perplexity: Perplexity = field(default=Perplexity())
     seed: int = _at_least(0, default=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str = "auto"
@@ -251,6 +261,8 @@ def memory_bytes(limit: str | None) -> int | None:
 def _normalised(cell: Cell) -> Cell:
     """Settings that cannot change this cell's numbers are set to one value, so that equal cells are equal."""
     method = cell.method
+    if cell.perplexity.source is None:
+        cell = replace(cell, perplexity=Perplexity())
     if isinstance(method, Dense):
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution("dense"))
     cell = replace(cell, sparsity=round(cell.sparsity, 6))  # range() yields 0.30000000000000004

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sweep import catalogue, sources, text
+from sweep import catalogue, perplexity, sources, text
 from sweep.config import Cell, as_dict
 
 MEASURING_VERSION = 2  # raise when the code measures something else under the same configuration
@@ -19,6 +19,7 @@ def cell_name(cell: Cell) -> str:
 def data_fingerprints(cell: Cell) -> dict[str, str]:
     """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
     found = catalogue.check(cell.benchmarks, cell.data_root)
+    found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
     if cell.calibration is not None:
         found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration.source)])
     return found

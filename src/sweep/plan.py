@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sweep import catalogue, checkpoint, config, identity, machine, sources, store, text, unit_requests
+from sweep import catalogue, checkpoint, config, identity, machine, perplexity, sources, store, text, unit_requests
 from sweep.config import Cell, Options, RequestError
 
 _ENOUGH = 2000  # rows that expectations are drawn from
@@ -66,6 +66,7 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     cell = machine.resolve(cell, part)
     sources.fingerprint(cell.model)  # raises when the model is not there
     catalogue.check(cell.benchmarks, cell.data_root)
+    perplexity.check(cell.perplexity, cell.data_root, cell.model)
     if cell.calibration is not None:
         text.calibration_text(cell.calibration.source)  # raises when it is not there
     unit_requests.check(cell)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import transformers
 
-from sweep import checkpoint, efficiency, execution, machine, methods, models, quality, text, turns
+from sweep import checkpoint, efficiency, execution, machine, methods, models, perplexity, quality, text, turns
 from sweep.config import Cell, Dense, as_dict
 
 
@@ -62,6 +62,9 @@ def run_cell(
     row["peak_device_memory_bytes"] = memory.device_peak
 
     metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root)
+    columns, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
+    metrics |= columns
+    samples = pd.concat([samples, windows], ignore_index=True)
 
     dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
     with turns.alone() as others:

@@ -50,6 +50,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "dense_prefill_ms_p50": _FLOAT, "dense_decode_ms_per_token_p50": _FLOAT,
     "tokens_per_second": _FLOAT, "peak_memory_bytes": _INT, "base_memory_bytes": _INT,
     "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "calibration_tokens": _INT,
+    "perplexity_tokens": _INT, "perplexity_windows": _INT, "perplexity_join": _TEXT,
     "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
     "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,

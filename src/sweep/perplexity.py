@@ -1,0 +1,114 @@
+"""The perplexity that pruning papers report: one concatenated text, fixed windows, exp of the mean loss.
+
+It is another number than a task's perplexity. The whole text is one stream of tokens; windows of `seqlen` tokens do
+not overlap, the rest that fills no window is dropped, and the first token of a window is not predicted. What is joined
+by what differs between data sets and changes the number, as does the window; both are in the row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sweep import catalogue, sources, text
+from sweep.config import Model, Perplexity, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # as SparseGPT and Wanda take them
+_C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
+_JOINS = {"wikitext2": "\n\n", "c4": " "}
+
+
+def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str, str]:
+    """The text's fingerprint by its name; empty where no perplexity is asked for.
+
+    Raises RequestError when the text cannot be found, or when a window is longer than the model can read.
+    """
+    if settings.source is None:
+        return {}
+    longest = sources.shape(model).get("max_position_embeddings")
+    if longest and settings.seqlen > longest:
+        raise RequestError(f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}")
+    return {f"perplexity:{name(settings)}": text.fingerprint([joined(settings.source, data_root)])}
+
+
+def name(settings: Perplexity) -> str:
+    """How the text is called in columns: wikitext2, c4, or the name of the file without its suffix."""
+    assert settings.source is not None
+    return settings.source if settings.source in _JOINS else Path(settings.source).stem
+
+
+@functools.lru_cache
+def joined(source: str, data_root: str | None) -> str:
+    """The concatenated text: "wikitext2" (raw test split), "c4" (opening of the validation split) or a text file."""
+    if source in _JOINS:
+        import datasets
+
+        try:
+            with catalogue.data_folder(data_root):
+                if source == "wikitext2":
+                    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+                else:
+                    rows = datasets.load_dataset("allenai/c4", data_files={"validation": _C4_FILE}, split="validation")
+                    rows = rows.select(range(min(_C4_DOCUMENTS, len(rows))))
+                return _JOINS[source].join(rows["text"])
+        except (OSError, ValueError) as error:  # ConnectionError is an OSError
+            raise RequestError(catalogue.missing(f"perplexity.source={source}", data_root, error)) from error
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise RequestError(f"perplexity.source must be wikitext2, c4 or a text file; there is no file {source!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"perplexity.source: {source} is not UTF-8 text: {error}") from error
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Perplexity,
+    data_root: str | None,
+    batch_size: int,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(columns of the row, the mean loss of every window as samples); both empty where none is asked for.
+
+    Raises RequestError when the text fills no window. A loss that is no number is recorded, with a warning.
+    """
+    if settings.source is None:
+        return {}, pd.DataFrame()
+    from sweep import scorer
+
+    stream = tokenizer(joined(settings.source, data_root), verbose=False)["input_ids"]
+    count = len(stream) // settings.seqlen
+    if settings.source == "c4":
+        count = min(count, _C4_WINDOWS)
+    if not count:
+        raise RequestError(f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
+                           f"perplexity.seqlen={settings.seqlen}")  # fmt: skip
+    count = min(count, settings.windows or count)
+    windows = [stream[i * settings.seqlen : (i + 1) * settings.seqlen] for i in range(count)]
+    scored = scorer.score(model, [(window, settings.seqlen - 1) for window in windows],
+                          batch_size * scorer.TOKENS_PER_ROW, widest=0)  # fmt: skip
+    losses = np.array([-scores.log_probs.mean(dtype=np.float64) for scores in scored])
+    mean, called = float(losses.mean()), name(settings)
+    value = math.inf if mean > 700 else math.exp(mean)
+    if not math.isfinite(value):
+        warnings.warn(f"{called}/perplexity is {value}", stacklevel=2)
+    error = float(losses.std(ddof=1) / math.sqrt(count) * value) if count > 1 else None  # by the delta method
+    samples = pd.DataFrame({"task": called, "document": [str(i) for i in range(count)], "metric": "loss",
+                            "value": losses})  # fmt: skip
+    return {
+        f"{called}/perplexity": value,
+        f"{called}/perplexity_stderr": error,
+        "perplexity_tokens": len(stream),
+        "perplexity_windows": count,
+        "perplexity_join": repr(_JOINS.get(settings.source, "")),
+    }, samples
