@@ -64,7 +64,7 @@ def test_a_sweep_leaves_rows_skips_them_when_done_and_reports(tmp_path: Path, ti
     ):
         assert (report / f"{name}.png").stat().st_size > 5000
         assert (report / f"{name}.svg").stat().st_size > 5000
-    assert (report / "table.md").read_text().count("\n") >= 9
+    assert (report / "table.md").read_text().count("\n") >= 7  # seeds share a line
 
 
 def test_one_cell_runs_without_m_and_with_its_baseline(tmp_path: Path, tiny: list[str]) -> None:

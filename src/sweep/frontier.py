@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-SAME_POINT = ["model", "method", "criterion", "execution", "sparsity"]  # rows that differ in the seed alone
+# Rows that agree in these differ in the seed alone; sweep.knobs adds variant and setting.
+SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting", "sparsity"]
+ON, OFF, WITHIN_NOISE = "on", "off", "within noise"
 
 
 def is_loss(metric: str) -> bool:
     """Whether lower is better, told from the metric's name."""
-    return any(word in metric for word in ("perplexity", "bits_per_byte", "loss", "_ms", "bytes", "seconds", "macs"))
+    return any(word in metric for word in ("perplexity", "bits_per_byte", "loss", "_ms", "bytes", "seconds", "macs",
+                                           "parameters", "joules", "energy", "kl_", "flips", "error"))  # fmt: skip
 
 
 def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
@@ -20,30 +23,72 @@ def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
     Cells run at different times on a machine whose speed drifts, so their own medians cannot be compared; each cell's
     speed-up was measured against the dense model in turn and can. The reference is the dense model's median over all
     cells of the same setting, in each of which it was timed, so that one slow moment does not scale the whole figure.
+    `_low` and `_high` follow the interval of the speed-up.
     """
-    setting = ["model", "dtype", "device", "threads"]
+    setting = ["model", "dtype", "device", "threads", *(["setting"] if "setting" in rows else [])]
     rows = rows.copy()
     for phase, measured in (("prefill", "dense_prefill_ms_p50"), ("decode", "dense_decode_ms_per_token_p50")):
         reference = rows.groupby(setting, dropna=False)[measured].transform("median")
-        speedup = rows[f"{phase}_speedup"].where(rows.method != "dense", 1.0)
-        rows[f"{phase}_ms_paired"] = reference / speedup
+        for end, opposite in (("", ""), ("_low", "_high"), ("_high", "_low")):  # the highest speed-up: the lowest time
+            speedup = rows.get(f"{phase}_speedup{opposite}", pd.Series(np.nan, index=rows.index))
+            rows[f"{phase}_ms_paired{end}"] = reference / speedup.where(rows.method != "dense", 1.0)
     return rows
 
 
 def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """One line a point of the plane: the mean of x and y over seeds, with a 95 % interval of y.
+    """One line a point of the plane: the mean of x and y over seeds, each with a 95 % interval where one is known.
 
-    returns  SAME_POINT, x, y, y_low, y_high, seeds; with one seed the interval is empty (NaN), never a guess
+    returns  SAME_POINT, x, x_low, x_high, y, y_low, y_high, seeds, interval
+    interval  says where y's interval comes from: `seeds` (Student's t over the replicates), `documents` (one seed: the
+              task's own standard error), `repeats` (one seed: the paired timings), or `none`, with NaN: never a guess
     Failed cells and rows that lack x or y are left out.
     """
     ok = rows[(rows.status == "ok") & rows[x].notna() & rows[y].notna()]
-    lines = []
-    for key, group in ok.groupby(SAME_POINT, dropna=False, sort=True):
-        n, mean = len(group), group[y].mean()
-        half = student.ppf(0.975, n - 1) * group[y].std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-        lines.append((*key, group[x].mean(), mean, mean - half, mean + half, n))
-    columns = list(dict.fromkeys([*SAME_POINT, "x", "y", "y_low", "y_high", "seeds"]))
-    return pd.DataFrame(lines, columns=columns)
+    ok = ok.assign(**{name: "" for name in ("variant", "setting") if name not in ok})
+    bounds = [f"{x}_low", f"{x}_high", f"{y}_stderr", f"{y}_low", f"{y}_high"]
+    wanted = pd.DataFrame({"x": ok[x], "y": ok[y]} | {name: ok.get(name, np.nan) for name in bounds}, index=ok.index)
+    grouped = wanted.astype(float).groupby([ok[name] for name in SAME_POINT], dropna=False, sort=True)
+    mean, seeds = grouped.mean(), grouped.size()
+    half = pd.Series(student.ppf(0.975, seeds.clip(lower=2) - 1), seeds.index) * grouped.y.std(ddof=1) / np.sqrt(seeds)
+    several, documents = seeds > 1, mean[f"{y}_stderr"].notna()
+    half = half.where(several, 1.96 * mean[f"{y}_stderr"])
+    centred = several | documents
+    interval = np.select([several, documents, mean[f"{y}_low"].notna()], ["seeds", "documents", "repeats"], "none")
+    found = pd.DataFrame({
+        "x": mean.x, "x_low": mean[f"{x}_low"], "x_high": mean[f"{x}_high"], "y": mean.y,
+        "y_low": (mean.y - half).where(centred, mean[f"{y}_low"]),
+        "y_high": (mean.y + half).where(centred, mean[f"{y}_high"]),
+        "seeds": seeds, "interval": interval,
+    })  # fmt: skip
+    return found.reset_index()
+
+
+def membership(points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool) -> pd.Series:
+    """`on`, `off` or `within noise` of the Pareto frontier, for every line of points().
+
+    A point is on the frontier for certain when nothing dominates it even at the worst ends of its own intervals, and
+    off for certain when something dominates it even at their best ends. Everything between is within noise.
+    """
+    x, y = (points[c] if loss else -points[c] for c, loss in (("x", x_is_loss), ("y", y_is_loss)))
+    ends = {}
+    for name, values, loss in (("x", x, x_is_loss), ("y", y, y_is_loss)):
+        low, high = ((points[f"{name}_{end}"] * (1 if loss else -1)).fillna(values) for end in ("low", "high"))
+        ends[name] = (np.minimum(low, high), np.maximum(low, high))
+    best = _dominated(ends["x"][0], ends["y"][0], x, y)
+    worst = _dominated(ends["x"][1], ends["y"][1], x, y)
+    words = np.where(best, OFF, np.where(worst, WITHIN_NOISE, ON))
+    return pd.Series(words, index=points.index)
+
+
+def _dominated(x: pd.Series, y: pd.Series, others_x: pd.Series, others_y: pd.Series) -> np.ndarray:
+    """Whether each (x, y) is dominated by one of the others (not by the one in its own place); lower is better."""
+    a, b, other_a, other_b = (np.asarray(v, dtype=float) for v in (x, y, others_x, others_y))
+    found = np.zeros(len(a), dtype=bool)
+    for i in range(len(a)):
+        as_good = (other_a <= a[i]) & (other_b <= b[i]) & ((other_a < a[i]) | (other_b < b[i]))
+        as_good[i] = False
+        found[i] = as_good.any()
+    return found
 
 
 def pareto(x: pd.Series, y: pd.Series, *, x_is_loss: bool, y_is_loss: bool) -> pd.Series:
@@ -54,16 +99,9 @@ def pareto(x: pd.Series, y: pd.Series, *, x_is_loss: bool, y_is_loss: bool) -> p
     a = np.asarray(x if x_is_loss else -x, dtype=float)
     b = np.asarray(y if y_is_loss else -y, dtype=float)
     order = np.lexsort((b, a))
+    costs, first, group = np.unique(a[order], return_index=True, return_inverse=True)
+    lowest = b[order][first]  # of each cost: a group is sorted by b
+    before = np.minimum.accumulate(np.concatenate([[np.inf], lowest]))[: len(costs)]
     on = np.zeros(len(a), dtype=bool)
-    best = np.inf
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and a[order[stop]] == a[order[start]]:
-            stop += 1
-        lowest = b[order[start]]  # the group is sorted by b
-        if lowest < best:
-            on[[i for i in order[start:stop] if b[i] == lowest]] = True
-            best = lowest
-        start = stop
+    on[order] = (b[order] == lowest[group]) & (lowest < before)[group]
     return pd.Series(on, index=x.index)

@@ -1,29 +1,64 @@
-"""Figures from rows: quality against cost with the Pareto frontier, and quality against sparsity."""
+"""Figures from rows, sized for one column of a paper: quality against cost or sparsity, speed-up, loss by benchmark.
+
+Every method has its own colour, mark and line, so that a figure survives grey printing and colour-blind eyes. A figure
+shows only what the rows hold: a point without an interval has no bar, and a failed cell has no point.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
-
-matplotlib.use("Agg")
+import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sweep import frontier
 
+AXES = {  # what is typed after --x, and the column it stands for
+    "latency": "decode_ms_paired",
+    "prefill": "prefill_ms_paired",
+    "memory": "peak_memory_bytes",
+    "device_memory": "peak_device_memory_bytes",
+    "weights": "weights_bytes",
+    "stored": "stored_bytes",
+    "macs": "nonzero_macs_per_token",
+    "energy": "energy_joules_per_token",
+    "sparsity": "sparsity",
+}
 LABELS = {
-    "decode_ms_paired": "decode latency (ms per token, paired with dense)",
-    "prefill_ms_paired": "prefill latency (ms, paired with dense)",
+    "decode_ms_paired": "decode latency (ms per token)",
+    "prefill_ms_paired": "prefill latency (ms)",
     "peak_memory_bytes": "peak resident memory (MB)",
+    "peak_device_memory_bytes": "peak device memory (MB)",
     "weights_bytes": "weights in memory (MB)",
+    "stored_bytes": "stored weights (MB)",
+    "nonzero_macs_per_token": "non-zero MACs per token (millions, counted)",
+    "macs_per_token": "MACs per token (millions, counted)",
+    "energy_joules_per_token": "energy (J per token)",
     "sparsity": "sparsity requested (fraction removed)",
 }
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
-_MARKS = "os^Dv<>P*X"
+WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
+FORMATS = ("png", "svg", "pdf")
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
+_MARKS = "os^Dv<>PXp"
+_LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 _EXPLODES = 10.0  # a loss that spans more than this factor is drawn on a log scale
+_BELOW, _ABOVE = 0.42, 0.1  # inches for the horizontal axis' words, and over the axes
+_LABELLED = 24  # more points than this, and their sparsities are left to the table
+_HEAT_LINES = 40
+_STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+          "axes.titlesize": 8, "lines.linewidth": 1.1, "lines.markersize": 4.5, "axes.linewidth": 0.6,
+          "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "sweep"}  # fmt: skip
 
 
 def label(column: str) -> str:
@@ -31,81 +66,308 @@ def label(column: str) -> str:
     if column in LABELS:
         return LABELS[column]
     task, _, metric = column.partition("/")
-    return f"{metric.replace('_', ' ')} on {task}" if metric else column
+    return f"{metric.replace('_', ' ')} on {task}" if metric else column.replace("_", " ")
 
 
-def cost_figure(rows: pd.DataFrame, cost: str, metric: str) -> Figure:
-    """A metric against a cost: one mark a cell, the Pareto frontier as a line, the dense model as cross-hairs."""
-    figure, axes = _new()
-    points = _scaled(frontier.points(rows, cost, metric), cost)
+def scale(column: str) -> float:
+    """What a column is divided by to be in the unit of its label."""
+    return 1e6 if column.endswith("_bytes") or "macs" in column else 1.0
+
+
+def series(points: pd.DataFrame) -> pd.Series:
+    """The name of each point's method: as short as tells it from the other methods of the figure."""
+    criterion = points.criterion.fillna("").astype(str)
+    name = points.method.astype(str) + (" " + criterion).where(criterion != "", "")
+    name += (" (" + points.variant + ")").where(points.variant != "", "")
+    several = points.groupby(name).execution.transform("nunique") > 1
+    name += (", " + points.execution.astype(str)).where(several | (points.execution == "bitmap"), "")
+    name += (" [" + points.setting + "]").where(points.setting != "", "")
+    if points.model.nunique() > 1:
+        name += ", " + points.model.astype(str)
+    return name
+
+
+def cost_figure(rows: pd.DataFrame, cost: str, metric: str, width: str = "column") -> Figure:
+    """A metric against a cost: one mark a method, the Pareto frontier with its uncertainty, dense as cross-hairs.
+
+    Filled: on the frontier for certain. Hollow: within noise of it. Pale: certainly off it.
+    """
+    points = _prepared(rows, cost, metric)
+    losses = {"x_is_loss": frontier.is_loss(cost), "y_is_loss": frontier.is_loss(metric)}
+    points["standing"] = frontier.membership(points, **losses)
+    figure, axes = _new(width)
+    _draw_frontier(axes, points, **losses)
     _draw_series(axes, points, joined=False)
-    _draw_sparsities(axes, points)
-    on = points[frontier.pareto(points.x, points.y, x_is_loss=frontier.is_loss(cost),
-                                y_is_loss=frontier.is_loss(metric))].sort_values("x")  # fmt: skip
-    axes.plot(on.x, on.y, color="0.4", linewidth=1.2, zorder=1, label="Pareto frontier")
+    if len(points) <= _LABELLED:
+        _draw_sparsities(axes, points)
     _finish(axes, points, cost, metric)
+    hollow = Line2D([], [], marker="o", color="0.3", markerfacecolor="white", linestyle="none")
+    extra = {"within noise of the frontier": hollow} if (points.standing == frontier.WITHIN_NOISE).any() else {}
+    _legend(axes, extra)
     return figure
 
 
-def sparsity_figure(rows: pd.DataFrame, metric: str) -> Figure:
-    """A metric against the requested sparsity, one line a method, the dense model as a horizontal line."""
-    figure, axes = _new()
-    points = frontier.points(rows, "sparsity", metric)
-    points = points.loc[:, ~points.columns.duplicated()]
+def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column") -> Figure:
+    """A metric against the requested sparsity, one line a method, dense as a horizontal line with its interval.
+
+    Hollow: the point's interval and the dense model's overlap, so the difference is within noise.
+    """
+    points = _prepared(rows, "sparsity", metric)
+    dense = points[points.method == "dense"]
+    points["standing"] = frontier.ON
+    if len(dense):
+        low, high = dense.y_low.min(), dense.y_high.max()
+        overlap = (points.y_low <= high) & (points.y_high >= low) & (points.method != "dense")
+        points.loc[overlap, "standing"] = frontier.WITHIN_NOISE
+    figure, axes = _new(width)
     _draw_series(axes, points, joined=True)
     _finish(axes, points, "sparsity", metric)
+    hollow = Line2D([], [], marker="o", color="0.3", markerfacecolor="white", linestyle="none")
+    _legend(axes, {"within noise of dense": hollow} if (points.standing == frontier.WITHIN_NOISE).any() else {})
     return figure
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG and close it; returns the files."""
-    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for file in files:
-        figure.savefig(file, dpi=160, bbox_inches="tight")
-    plt.close(figure)
-    return files
+def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "column") -> Figure:
+    """Measured speed-up against sparsity, and beside it, dashed, the one that the MACs alone would promise."""
+    column = f"{phase}_speedup"
+    points = _prepared(rows, "sparsity", column)
+    points["standing"] = frontier.ON
+    figure, axes = _new(width)
+    _draw_series(axes, points, joined=True)
+    counted = _prepared(with_counted_speedup(rows), "sparsity", "counted_speedup")
+    counted = counted[counted.method != "dense"]
+    styles = _styles(points)
+    for name, line in counted.groupby(series(counted), sort=True):
+        colour = styles[name][0] if name in styles else "0.5"
+        line = line.sort_values("x")
+        axes.plot(line.x, line.y, color=colour, linestyle=(0, (1, 2)), linewidth=1.0, zorder=2)
+    axes.axhline(1.0, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
+    axes.set_xlabel(label("sparsity"))
+    axes.set_ylabel(f"{phase} speed-up over dense (measured)")
+    _legend(axes, {"counted: dense MACs / non-zero MACs": Line2D([], [], color="0.3", linestyle=(0, (1, 2)))})
+    return figure
 
 
-def _new() -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.grid(alpha=0.25, linewidth=0.6)
+def with_counted_speedup(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `counted_speedup`: the dense model's MACs over this one's non-zero MACs."""
+    dense = rows[rows.method == "dense"].groupby("model").macs_per_token.median()
+    return rows.assign(counted_speedup=rows.model.map(dense) / rows.nonzero_macs_per_token)
+
+
+def drop_table(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
+    """Relative change against the dense row of the same setting in per cent; positive = worse. One line a point.
+
+    Where a loss explodes the number is large and true; where the dense value is zero it is NaN.
+    """
+    columns = []
+    for metric in metrics:
+        points = _points(rows, "sparsity", metric)
+        dense = points[points.method == "dense"].groupby(["model", "setting"]).y.mean()
+        pruned = points[points.method != "dense"]
+        reference = pd.Series([dense.get(key, np.nan) for key in zip(pruned.model, pruned.setting, strict=True)],
+                              index=pruned.index)  # fmt: skip
+        sign = 1 if frontier.is_loss(metric) else -1
+        drop = 100 * sign * (pruned.y - reference) / reference.where(reference != 0)
+        index = pd.MultiIndex.from_arrays([series(pruned), pruned.sparsity], names=["method", "sparsity"])
+        columns.append(pd.Series(drop.to_numpy(), index=index, name=metric))
+    return pd.concat(columns, axis=1).sort_index() if columns else pd.DataFrame()
+
+
+def heat_figure(drops: pd.DataFrame, width: str = "column") -> Figure:
+    """The table of drop_table as a heat map. Every cell has its number: the colour is for the eye, not for reading.
+
+    More than 40 lines do not fit: then each method is shown at its sparsity nearest to 0.5.
+    """
+    if len(drops) > _HEAT_LINES:
+        distance = pd.Series(abs(drops.index.get_level_values(1) - 0.5), index=drops.index)
+        drops = drops.loc[distance.groupby(level=0).idxmin()].head(_HEAT_LINES)
+    longest = max(len(f"{name} {sparsity:g}") for name, sparsity in drops.index)
+    figure, axes = _new(width, height=0.19 * len(drops), left=min(0.15 + 0.058 * longest, 0.7 * WIDTHS[width]))
+    axes.grid(visible=False)
+    worst = 100.0  # a metric that doubles, or an accuracy that is gone, is as dark as the map gets
+    values = drops.to_numpy(dtype=float)
+    axes.imshow(np.clip(values, -20, worst), aspect="auto", cmap="PuOr_r",
+                norm=TwoSlopeNorm(0.0, vmin=-worst, vmax=worst))  # fmt: skip
+    axes.set_xticks(range(drops.shape[1]), [label(c).replace(" on ", "\n") for c in drops.columns])
+    axes.set_yticks(range(len(drops)), [f"{name} {sparsity:g}" for name, sparsity in drops.index])
+    for i, j in np.ndindex(values.shape):
+        if np.isfinite(values[i, j]):
+            colour = "white" if values[i, j] > 70 else "black"
+            text = f"{values[i, j]:+.1f}" if abs(values[i, j]) < 1000 else f"{values[i, j]:+.0e}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+    axes.set_xlabel("change against dense in %, positive = worse")
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+class Saver:
+    """Writes figures while the next ones are drawn: two thirds of a report's time goes into PNG, SVG and PDF files.
+
+    In child processes where the system can fork (Linux); elsewhere a child would take longer to start than it saves.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self._pool: Executor | None = None
+        self._pending: list[Future] = []
+
+    def __enter__(self) -> Saver:
+        if sys.platform == "linux":
+            self._pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork"))
+        return self
+
+    def __call__(self, figure: Figure, path: Path, formats: Iterable[str] = FORMATS) -> None:
+        self.files += [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+        if self._pool is None:
+            save(figure, path, formats)
+        else:
+            self._pending.append(self._pool.submit(save, figure, path, formats))
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._pending:
+                future.result()  # raises what went wrong in the child
+
+
+def save(figure: Figure, path: Path, formats: Iterable[str] = FORMATS) -> None:
+    """Write a figure as `path` with the suffix of each format. Undated: equal rows give equal files."""
+    for suffix in formats:
+        when = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix, {})
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300, metadata=when)
+
+
+def _new(width: str, height: float | None = None, left: float = 0.62) -> tuple[Figure, Axes]:
+    """A figure whose axes have the same size whatever stands around them; lengths in inches.
+
+    Placed by hand: a layout engine would shrink the axes to nothing under a long legend, and takes longer than drawing.
+    """
+    inches = WIDTHS[width]
+    height = height or 0.6 * min(inches, 5.0)
+    total = height + _BELOW + _ABOVE
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(inches, total))
+        axes = figure.add_axes((left / inches, _BELOW / total, (inches - left - 0.1) / inches, height / total))
+    axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _scaled(points: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Bytes as megabytes: the axis names the unit."""
-    return points.assign(x=points.x / 1e6) if column.endswith("_bytes") else points
+def _points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Points in the units of the columns, without those that no axis can show."""
+    points = frontier.points(rows, x, y)
+    return points[np.isfinite(points.x) & np.isfinite(points.y)].reset_index(drop=True)
+
+
+def _prepared(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Points in the units of the labels."""
+    points = _points(rows, x, y)
+    for name, column in (("x", x), ("y", y)):
+        for end in ("", "_low", "_high"):
+            points[name + end] /= scale(column)
+    return points
+
+
+def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
+    """Colour, mark and line of each method, by its place in the sorted names."""
+    names = sorted(set(series(points[points.method != "dense"])))
+    return {name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
+            for i, name in enumerate(names)}  # fmt: skip
 
 
 def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
-    pruned = points[points.method != "dense"].copy()
-    pruned["series"] = pruned.method + " (" + pruned.criterion.fillna("") + ")"
-    several = pruned.execution.nunique() > pruned.groupby("method").execution.first().nunique()
-    if several:
-        pruned["series"] += ", " + pruned.execution
-    for i, (name, line) in enumerate(pruned.groupby("series", sort=True)):
-        line = line.sort_values("sparsity")
-        interval = [(line.y - line.y_low).fillna(0), (line.y_high - line.y).fillna(0)]
-        axes.errorbar(line.x, line.y, yerr=interval, label=name, color=_COLOURS[i % len(_COLOURS)],
-                      marker=_MARKS[i % len(_MARKS)], linestyle="-" if joined else "none", capsize=2, zorder=3)  # fmt: skip
+    pruned = points[points.method != "dense"]
+    styles = _styles(points)
+    for name, line in pruned.groupby(series(pruned), sort=True):
+        colour, mark, dashes = styles[name]
+        line = line.sort_values(["sparsity", "x"])
+        if joined:
+            axes.plot(line.x, line.y, color=colour, linestyle=dashes, zorder=2)
+        bars: dict[str, Any] = {
+            "fmt": "none",
+            "ecolor": colour,
+            "elinewidth": 0.8,
+            "capsize": 1.5,
+            "zorder": 2.5,
+            "alpha": 0.8,
+        }
+        axes.errorbar(line.x, line.y, xerr=_bars(line, "x"), yerr=_bars(line, "y"), **bars)
+        for standing, face, alpha in ((frontier.ON, colour, 1.0), (frontier.WITHIN_NOISE, "white", 1.0),
+                                      (frontier.OFF, colour, 0.45)):  # fmt: skip
+            part = line[line.standing == standing]
+            axes.plot(part.x, part.y, linestyle="none", marker=mark, color=colour, markerfacecolor=face, alpha=alpha,
+                      zorder=3)  # fmt: skip
+        axes.plot([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name)
+
+
+def _bars(line: pd.DataFrame, axis: str) -> list[np.ndarray] | None:
+    """Lengths below and above the point, zero where no interval is known."""
+    low, high = line[axis] - line[f"{axis}_low"], line[f"{axis}_high"] - line[axis]
+    if low.isna().all():
+        return None
+    return [np.clip(np.nan_to_num(side, nan=0.0, posinf=0.0), 0, None) for side in (low, high)]
+
+
+def _draw_frontier(axes: Axes, points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool) -> None:
+    """The staircase of what nothing dominates, and the band between the staircases of the intervals' ends."""
+    if points.empty:
+        return
+    grid = np.unique(points.x)
+    central, low, high = (_staircase(points, y, grid, x_is_loss=x_is_loss, y_is_loss=y_is_loss)
+                          for y in ("y", "y_low", "y_high"))  # fmt: skip
+    where: Literal["post", "pre"] = "post" if x_is_loss else "pre"
+    axes.fill_between(grid, low, high, step=where, color="0.88", linewidth=0, zorder=0.5)
+    axes.plot(grid, central, color="0.45", linewidth=1.0, drawstyle=f"steps-{where}", zorder=1, label="Pareto frontier")
+
+
+def _staircase(points: pd.DataFrame, y: str, grid: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> np.ndarray:
+    """The best y that is to be had at each cost of the grid."""
+    best = points.assign(value=points[y].fillna(points.y)).groupby("x").value
+    best = (best.min() if y_is_loss else best.max()).reindex(grid)
+    ordered = best if x_is_loss else best[::-1]
+    running = ordered.cummin() if y_is_loss else ordered.cummax()
+    return (running if x_is_loss else running[::-1]).to_numpy()
 
 
 def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
     for point in points[points.method != "dense"].itertuples():
-        axes.annotate(f"{point.sparsity:g}", (point.x, point.y), textcoords="offset points", xytext=(5, 4), fontsize=7,
-                      color="0.35")  # fmt: skip
+        axes.annotate(f"{point.sparsity:g}", (point.x, point.y), textcoords="offset points", xytext=(4, 3), fontsize=6,
+                      color="0.3")  # fmt: skip
 
 
 def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
     for dense in points[points.method == "dense"].itertuples():
-        axes.axhline(dense.y, color="0.6", linewidth=0.9, linestyle="--", zorder=0)
-        axes.plot(dense.x, dense.y, "*", color="black", markersize=11, zorder=4, label="dense")
-    if frontier.is_loss(y) and points.y.max() > _EXPLODES * points.y.min() > 0:
-        axes.set_yscale("log")
+        axes.axhline(dense.y, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
+        if x != "sparsity":
+            axes.axvline(dense.x, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
+        axes.errorbar([dense.x], [dense.y], yerr=None if np.isnan(dense.y_low) else [[dense.y - dense.y_low], [dense.y_high - dense.y]],
+                      marker="*", color="black", markersize=8, elinewidth=0.8, capsize=1.5, linestyle="none", zorder=4)  # fmt: skip
+    if (points.method == "dense").any():
+        axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
+    if frontier.is_loss(y) and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
+        axes.set_yscale("log", nonpositive="mask")
     better = "lower" if frontier.is_loss(y) else "higher"
     axes.set_xlabel(label(x))
-    axes.set_ylabel(f"{label(y)} ({better} is better)")
+    axes.set_ylabel(f"{label(y)}\n({better} is better)")
+
+
+def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
+    """Above the axes, where no point can be, in as many lines as it takes: the figure grows, the axes stay."""
     handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False)
+    entries = dict(zip(names, handles, strict=True)) | dict(extra or {})
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    inches, height = figure.get_size_inches()
+    longest = max(map(len, entries), default=1)
+    columns = max(1, min(len(entries), int((inches - 0.2) / (0.33 + 0.062 * longest))))
+    box = axes.get_position()
+    legend_height = 0.15 * -(-len(entries) // columns) + 0.06
+    total = height + legend_height
+    figure.set_size_inches(inches, total)
+    axes.set_position((box.x0, box.y0 * height / total, box.width, box.height * height / total))
+    with matplotlib.rc_context(_STYLE):
+        figure.legend(entries.values(), entries.keys(), loc="upper left", bbox_to_anchor=(0.02, 1 - 0.02 / total),
+                      ncols=columns, frameon=False, borderaxespad=0, borderpad=0.2, handletextpad=0.5,
+                      columnspacing=1.0, labelspacing=0.35)  # fmt: skip

@@ -1,93 +1,312 @@
-"""`python -m sweep.report results`: figures and tables from the rows of a results folder."""
+"""`python -m sweep.report results`: figures, tables, a page to explore and answers in words, from the rows alone."""
 
 from __future__ import annotations
 
 import argparse
+import operator
+import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
-from sweep import frontier, messages, plot, store
-from sweep.config import RequestError
+from sweep import advice, frontier, knobs, messages, page, plot, published, store, tables
+from sweep.config import RequestError, did_you_mean
 
-_TABLE = ["model", "method", "criterion", "execution", "sparsity", "sparsity_all_parameters", "seed",
-          "weights_bytes", "peak_memory_bytes", "prefill_speedup", "decode_speedup",
-          "decode_ms_per_token_p50"]  # fmt: skip
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "=": operator.eq, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
+_DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
+_PREFERRED = ("acc", "f1", "token_perplexity", "word_perplexity", "perplexity")
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def report(results: str, out: Path) -> list[Path]:
-    """Write every figure and table that the rows allow into `out`; returns the files.
+@dataclass(frozen=True)
+class Wanted:
+    """What a report shows; every field is a flag of the command line."""
 
-    Raises RequestError when there are no rows to report.
+    x: tuple[str, ...] = ()  # costs; empty = every one that the rows hold
+    y: tuple[str, ...] = ()  # metrics; empty = the main one of each task
+    filters: tuple[str, ...] = ()
+    facet: str | None = None
+    width: str = "column"
+    max_drop: str = "2%"
+    max_ms: float | None = None
+    max_bytes: int | None = None
+    html: bool = True
+
+
+def read(results: Sequence[str]) -> pd.DataFrame:
+    """The rows of one or several results folders, each cell once.
+
+    Of a cell that several folders hold, a row that is ok is kept, and of two such the newer one.
+    Raises RequestError when a folder has no rows.
     """
-    try:
-        rows = store.load(results)
-    except FileNotFoundError as error:
-        example = "python -m sweep +method=weight sparsity=0.1,0.3,0.5 -m"
-        raise RequestError(f"{error}. Run a sweep first, such as: {example}") from error
-    ok = frontier.with_paired_latency(rows[rows.status == "ok"])
+    frames = []
+    for folder in results:
+        try:
+            frames.append(store.load(folder))
+        except FileNotFoundError as error:
+            example = "python -m sweep +method=weight sparsity=0.1,0.3,0.5 -m"
+            raise RequestError(f"{error}. Run a sweep first, such as: {example}") from error
+    if len(frames) == 1:
+        return frames[0]
+    rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    rows = rows.assign(_ok=rows.status == "ok").sort_values(["_ok", "started_at"], kind="stable")
+    return rows.drop_duplicates("cell", keep="last").drop(columns="_ok").reset_index(drop=True)
+
+
+def select(rows: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
+    """The rows that meet every filter: `method=weight,neuron`, `sparsity<=0.5`, `criterion!=random`.
+
+    Dense rows meet every filter on what was pruned and how: without them nothing can be compared.
+    Raises RequestError for an unknown column, a filter that is none, or when no row is left.
+    """
+    for words in filters:
+        match = re.fullmatch(r"\s*([\w/,.]+?)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*", words)
+        if match is None:
+            raise RequestError(f"--filter {words!r} must be COLUMN=VALUE[,VALUE], or use !=, <, <=, > or >=")
+        name, sign, value = match.groups()
+        column = _column(rows, name, "--filter")
+        meets = pd.Series(sign == "!=", index=rows.index)
+        for choice in value.split(","):
+            wanted = _typed(rows[column], choice, words)
+            one = _OPERATORS[sign](rows[column], wanted)
+            meets = meets & one if sign == "!=" else meets | one
+        if column in ("method", "criterion", "sparsity", "seed", "execution", "sparsity_achieved"):
+            meets |= rows.method == "dense"
+        rows = rows[meets]
+        if not (rows.method != "dense").any():
+            raise RequestError(f"--filter {words!r} leaves no pruned row")
+    return rows
+
+
+def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> list[Path]:
+    """Write every figure, table and the page that the rows allow into `out`; returns the files.
+
+    Raises RequestError when there are no rows to report, or for a column that they lack.
+    """
+    wanted = wanted or Wanted()
+    rows = select(read(results), wanted.filters)
+    everything = knobs.with_variant(rows)
+    ok = frontier.with_paired_latency(everything[everything.status == "ok"])
     if ok.empty:
-        raise RequestError(f"{results}: none of the {len(rows)} rows is ok, so there is nothing to plot")
+        raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
+    metrics = [_column(ok, name, "--y") for name in wanted.y] or quality_metrics(ok)
+    costs = _costs(ok, wanted.x)
+    limit = _drop(wanted.max_drop)
+    parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for metric in quality_metrics(ok):
-        name = metric.replace("/", "-")
-        files += plot.save(plot.sparsity_figure(ok, metric), out / f"{name}-against-sparsity")
-        for cost, short in (("decode_ms_paired", "latency"), ("peak_memory_bytes", "memory")):
-            if ok[cost].notna().any():
-                files += plot.save(plot.cost_figure(ok, cost, metric), out / f"{name}-against-{short}")
-    table = out / "table.md"
-    table.write_text(markdown(rows))
-    return [*files, table]
+    with plot.Saver() as save:
+        for words, part in parts:
+            _figures(save, part, metrics, costs, out, words, wanted.width)
+        advised = _advice(ok, metrics, costs, limit, wanted)
+        summary = tables.summary(ok, metrics, costs)
+    drops = plot.drop_table(ok, metrics)
+    files = list(save.files)
+    shown = [*metrics, *costs]
+    failed = tables.failures(rows)
+    texts = {
+        "table.md": tables.markdown(summary, shown),
+        "table.tex": tables.latex(summary, shown, f"{len(ok)} cells; ± half a 95 % interval."),
+        "table.csv": summary.to_csv(index=False),
+        "drop-by-benchmark.csv": drops.to_csv(),
+        "README.md": _readme(results, rows, failed, advised, files, out, summary, shown),
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text)
+        files.append(out / name)
+    if wanted.html:
+        (out / "report.html").write_text(page.render(everything, ok, metrics, costs, advised, failed))
+        files.append(out / "report.html")
+    return files
 
 
 def quality_metrics(rows: pd.DataFrame) -> list[str]:
-    """The task metrics worth a figure: perplexity a token where there is one, else a word; accuracies and F1."""
-    found = [c for c in rows.columns if "/" in c and rows[c].notna().any() and not c.endswith("_stderr")]
-    tasks = dict.fromkeys(c.partition("/")[0] for c in found)
+    """The task metrics worth a figure: an accuracy or F1 where a task has one, else its perplexity a token."""
+    found = [c for c in rows.columns if "/" in c and not c.endswith("_stderr") and rows[c].notna().any()]
     chosen = []
-    for task in tasks:
-        for metric in ("acc", "f1", "token_perplexity", "word_perplexity", "perplexity"):
-            if f"{task}/{metric}" in found:
-                chosen.append(f"{task}/{metric}")
-                break
+    for task in dict.fromkeys(c.partition("/")[0] for c in found):
+        chosen += [f"{task}/{metric}" for metric in _PREFERRED if f"{task}/{metric}" in found][:1]
     return chosen
 
 
-def markdown(rows: pd.DataFrame) -> str:
-    """The rows as a Markdown table, failed cells listed below it with their reason."""
-    ok = rows[rows.status == "ok"].sort_values([*frontier.SAME_POINT, "seed"], na_position="first")
-    columns = _TABLE + quality_metrics(ok)
-    text = tabulate(
-        ok[columns].fillna({"criterion": ""}),
-        headers="keys",
-        tablefmt="github",
-        showindex=False,
-        floatfmt=".4g",
-        missingval="",
-    )
-    failed = rows[rows.status != "ok"]
-    if len(failed):
-        reasons = [f"- {r.method} {r.criterion or ''} {r.sparsity:g} seed {r.seed}: {r.status}, "
-                   f"{(r.error or '').strip().splitlines()[-1:]}" for r in failed.itertuples()]  # fmt: skip
-        text += "\n\nCells that are not ok:\n\n" + "\n".join(reasons)
-    return text + "\n"
+def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
+    """(suffix of the file names, rows) of each facet; without one, a facet for each model when there are several."""
+    column = _column(rows, by, "--facet") if by else "model"
+    values = rows[column].dropna().unique()
+    if by is None and len(values) == 1:
+        return [("", rows)]
+    keeps_dense = column in ("method", "criterion", "execution", "variant", "sparsity", "seed")
+    return [(f"-{column}-{_file_name(value)}",
+             rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)]) for value in values]  # fmt: skip
+
+
+def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], out: Path,
+             suffix: str, width: str) -> None:  # fmt: skip
+    short = {column: name for name, column in plot.AXES.items()}
+    for metric in metrics:
+        if not rows[metric].notna().any():
+            continue
+        name = _file_name(metric)
+        save(plot.sparsity_figure(rows, metric, width), out / f"{name}-against-sparsity{suffix}")
+        for cost in costs:
+            if cost != "sparsity" and (rows[cost].notna() & rows[metric].notna()).any():
+                path = out / f"{name}-against-{short.get(cost, _file_name(cost))}{suffix}"
+                save(plot.cost_figure(rows, cost, metric, width), path)
+    for phase in ("decode", "prefill"):
+        if rows[f"{phase}_speedup"].notna().any():
+            save(plot.speedup_figure(rows, phase, width), out / f"{phase}-speedup-against-sparsity{suffix}")
+    drops = plot.drop_table(rows, metrics)
+    if drops.notna().any(axis=None):
+        save(plot.heat_figure(drops, width), out / f"drop-by-benchmark{suffix}")
+
+
+def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], drop: tuple[float, bool],
+            wanted: Wanted) -> list[str]:  # fmt: skip
+    latency, memory = "decode_ms_paired", "peak_memory_bytes"
+    sentences = []
+    for metric in metrics:
+        sentences += [advice.cheapest_within(rows, cost, metric, *drop) for cost in costs[:1]]
+        if wanted.max_ms is not None:
+            sentences.append(advice.best_within(rows, latency, metric, wanted.max_ms))
+        if wanted.max_bytes is not None:
+            sentences.append(advice.best_within(rows, memory, metric, wanted.max_bytes))
+        sentences += [advice.knee(rows, cost, metric) for cost in costs[:1]]
+    return sentences + advice.break_even(rows)
+
+
+def _readme(results: Sequence[str], rows: pd.DataFrame, failed: Sequence[str], advised: Sequence[str],
+            files: Sequence[Path], out: Path, summary: pd.DataFrame, shown: Sequence[str]) -> str:  # fmt: skip
+    """The report's front page: answers first, then what failed, the table, and the figures."""
+    counts = f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok"
+    parts = [f"# Report on {', '.join(results)}\n\n{counts}.\n", "## Which should I use\n",
+             "\n".join(f"- {sentence}" for sentence in advised) + "\n"]  # fmt: skip
+    if failed:
+        parts += ["## Cells that are not ok, and in no figure\n", "\n".join(f"- {line}" for line in failed) + "\n"]
+    if len(summary) <= 200:
+        parts += ["## Table\n", "Bold: the best at its sparsity. ~: within noise of it. ±: half a 95 % interval.\n",
+                  tables.markdown(summary, shown)]  # fmt: skip
+    else:
+        parts += [f"The table has {len(summary)} lines: see table.csv.\n"]
+    pictures = [file.name for file in files if file.suffix == ".png"]
+    parts += ["## Figures\n", "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures) + "\n"]
+    return "\n".join(parts)
+
+
+def _costs(rows: pd.DataFrame, asked: Sequence[str]) -> list[str]:
+    if asked:
+        columns = [plot.AXES[name] if name in plot.AXES else _column(rows, name, "--x") for name in asked]
+        for name, column in zip(asked, columns, strict=True):
+            if column not in rows or not rows[column].notna().any():
+                raise RequestError(f"--x {name}: no row has a value of {column}")
+        return columns
+    known = [plot.AXES[name] for name in _DEFAULT_COSTS]
+    return [column for column in known if column in rows and rows[column].notna().any()]
+
+
+def _column(rows: pd.DataFrame, name: str, flag: str) -> str:
+    if name not in rows:
+        shown = ", ".join([c for c in rows.columns if "/" in c and not c.endswith("_stderr")] or rows.columns[:15])
+        near = did_you_mean(name, [*plot.AXES, *rows.columns])
+        raise RequestError(f"{flag} {name}: the rows have no such column.{near} Among them: {shown}")
+    return name
+
+
+def _typed(column: pd.Series, text: str, words: str) -> Any:
+    if not pd.api.types.is_numeric_dtype(column):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"--filter {words!r}: {column.name} is a number, got {text!r}") from None
+
+
+def _drop(text: str) -> tuple[float, bool]:
+    """`2%` as (0.02, relative to dense), `0.02` as (0.02, in the metric's unit). Raises RequestError."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(%?)\s*", text)
+    try:
+        value = float(match[1]) if match else -1.0
+    except ValueError:
+        value = -1.0
+    if match is None or value < 0:
+        raise RequestError(f"--max-drop must be a share such as 2%, or an amount such as 0.02; got {text!r}")
+    return (value / 100, True) if match[2] else (value, False)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise RequestError(f"--max-bytes must be a number with B, kB, MB, GB, KiB, MiB or GiB; got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _file_name(text: object) -> str:
+    return re.sub(r"[^\w.]+", "-", str(text)).strip("-")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exits 2 for a wrong request."""
-    parser = argparse.ArgumentParser(prog="python -m sweep.report", description="Figures and tables from a sweep.")
-    parser.add_argument("results", nargs="?", default="results", help="results folder (default: results)")
-    parser.add_argument("--out", type=Path, help="folder for the figures (default: RESULTS/report)")
-    options = parser.parse_args(arguments)
-    out = options.out or Path(options.results) / "report"
+    options = _parser().parse_args(arguments)
+    out = options.out or Path(options.results[0]) / "report"
     try:
-        files = report(options.results, out)
+        if options.against:
+            sys.exit(_compare(options))
+        wanted = Wanted(
+            x=_list(options.x), y=_list(options.y), filters=tuple(options.filter), facet=options.facet,
+            width=options.width, max_drop=options.max_drop, max_ms=options.max_ms,
+            max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes), html=not options.no_html,
+        )  # fmt: skip
+        files = report(options.results, out, wanted)
     except RequestError as error:
         sys.exit(messages.complain(error))
-    print(f"{len(files)} files in {out}: " + ", ".join(sorted({file.stem for file in files})))
+    print((out / "README.md").read_text().partition("## Figures")[0].partition("## Table")[0].strip())
+    print(f"\n{len(files)} files in {out}" + (f"; open {out / 'report.html'} in a browser" if wanted.html else ""))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    text, agrees = published.compare(select(read(options.results), options.filter), options.against)
+    print(text)
+    return 0 if agrees else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweep.report",
+        description="Figures, tables and report.html from the rows of a sweep.",
+        epilog="Example: python -m sweep.report results --x latency,memory --filter 'sparsity<=0.5' --max-drop 2%%",
+    )
+    add = parser.add_argument
+    add("results", nargs="*", default=["results"], help="results folders (default: results)")
+    add("--out", type=Path, help="folder for the report (default: RESULTS/report)")
+    add("--x", help=f"costs, of {', '.join(plot.AXES)}, or columns; comma-separated (default: all that rows hold)")
+    add("--y", help="task metrics, such as capitals/acc; comma-separated (default: the main one of each task)")
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE[,VALUE]",
+        help="keep these rows; also != < <= > >=; may be given again",
+    )
+    add(
+        "--facet",
+        metavar="COLUMN",
+        help="a figure for each value of this column (default: model, when there are several)",
+    )
+    add("--width", choices=plot.WIDTHS, default="column", help="for one or two columns of a paper (default: column)")
+    add("--max-drop", default="2%", help="quality loss for `which should I use`: 2%% of dense, or 0.02 (default: 2%%)")
+    add("--max-ms", type=float, help="say the best quality within this decode latency, in ms per token")
+    add("--max-bytes", help="say the best quality within this peak memory, such as 800MB")
+    add("--no-html", action="store_true", help="leave out report.html")
+    add("--against", type=Path, metavar="CSV", help="print our numbers beside published ones, and write nothing")  # fmt: skip
+    return parser
+
+
+def _list(text: str | None) -> tuple[str, ...]:
+    return tuple(word for word in (text or "").split(",") if word)
 
 
 if __name__ == "__main__":

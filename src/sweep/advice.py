@@ -1,0 +1,151 @@
+"""Which cell to use, in words: from the rows, with their uncertainty, and never past what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from sweep import frontier, plot, tables
+
+_DRAWS = 500  # resamplings of the knee
+
+
+def cheapest_within(rows: pd.DataFrame, cost: str, metric: str, max_drop: float, relative: bool) -> str:
+    """The cheapest cell that loses at most `max_drop` of the metric against dense, in a sentence.
+
+    max_drop  a fraction of the dense value when `relative`, else in the metric's own unit
+    """
+    points = _named(rows, cost, metric)
+    dense = points[points.method == "dense"]
+    limit_text = f"{100 * max_drop:g} %" if relative else f"{max_drop:g}"
+    start = f"At most {limit_text} worse than dense on {plot.label(metric)}: "
+    if dense.empty:
+        return f"{start}cannot be told, since the rows hold no dense cell."
+    sign = 1 if frontier.is_loss(metric) else -1
+    reference = dense.groupby(["model", "setting"]).y.mean()
+    per_row = points.set_index(["model", "setting"]).index.map(reference).to_numpy(dtype=float)
+    allowance = max_drop * abs(per_row) if relative else np.full(len(points), max_drop)
+    drop = sign * (points.y - per_row)
+    worst = sign * ((points.y_high if sign > 0 else points.y_low) - per_row)
+    kept = points[(points.method != "dense") & (drop <= allowance)]
+    cheaper = _cheapest_first(kept, cost)
+    if cheaper.empty:
+        return f"{start}no pruned cell."
+    best = cheaper.iloc[0]
+    surely = worst[best.name] <= allowance[best.name]
+    text = f"{start}{_describe(best, cost, metric)}."
+    if np.isnan(worst[best.name]):
+        return text + " It has no interval: add seeds before relying on it."
+    if surely:
+        return text + " Its whole interval is within the limit."
+    sure = cheaper[(worst[cheaper.index] <= allowance[cheaper.index])]
+    text += " Its interval reaches past the limit, so this is within noise"
+    if sure.empty:
+        return text + "; no pruned cell is within it for certain."
+    return text + f"; the cheapest that is within it for certain: {_describe(sure.iloc[0], cost, metric)}."
+
+
+def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float) -> str:
+    """The best metric among the cells whose cost is at most `limit` (in the column's unit), in a sentence."""
+    points = _named(rows, cost, metric)
+    shown = f"{tables.number(limit / plot.scale(cost))}"
+    start = f"Best {plot.label(metric)} with {plot.label(cost)} at most {shown}: "
+    affordable = points[points.x <= limit]
+    if affordable.empty:
+        cheapest = points.x.min() / plot.scale(cost)
+        return f"{start}no cell; the cheapest needs {tables.number(cheapest)}."
+    best = _best_first(affordable, metric).iloc[0]
+    others = affordable.drop(best.name)
+    tied = others[(others.y_low <= best.y_high) & (others.y_high >= best.y_low)]
+    text = f"{start}{_describe(best, cost, metric)}."
+    if best.x_high > limit:
+        text += " The interval of its cost reaches past the limit."
+    if len(tied):
+        names = sorted(set(tied.name_ + " at " + tied.sparsity.map("{:g}".format)))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text += f" Within noise of it: {', '.join(names[:3])}{more}."
+    return text
+
+
+def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
+    """The knee of the frontier: the point farthest from the line between its ends, and how sure that is.
+
+    A loss that spans more than a factor of ten is taken by its logarithm. The point is drawn again 500 times within its
+    intervals (taken as normal); the share of the draws with the same knee is said.
+    """
+    points = _named(rows, cost, metric).reset_index(drop=True)
+    start = f"Knee of {plot.label(metric)} against {plot.label(cost)}: "
+    at = _knee(points.x.to_numpy(), points.y.to_numpy(), cost, metric)
+    if at is None:
+        return f"{start}none; the frontier has fewer than three points."
+    if points.y_low.isna().all():
+        return f"{start}{_describe(points.loc[at], cost, metric)}; without intervals, how sure that is cannot be said."
+    deviation = {n: ((points[f"{n}_high"] - points[f"{n}_low"]) / 3.92).fillna(0).to_numpy() for n in ("x", "y")}
+    draw = np.random.default_rng(0)
+    same = 0
+    for _ in range(_DRAWS):
+        x, y = (points[n].to_numpy() + deviation[n] * draw.standard_normal(len(points)) for n in ("x", "y"))
+        same += _knee(x, np.maximum(y, points.y.min() * 1e-3), cost, metric) == at
+    return f"{start}{_describe(points.loc[at], cost, metric)} (in {100 * same / _DRAWS:.0f} % of {_DRAWS} redraws)."
+
+
+def break_even(rows: pd.DataFrame, phase: str = "decode") -> list[str]:
+    """For each method, the lowest sparsity from which every measured point is faster than dense for certain."""
+    points = frontier.points(rows, "sparsity", f"{phase}_speedup")
+    points["name_"] = plot.series(points)
+    sentences = []
+    low = rows.groupby([c for c in frontier.SAME_POINT if c in rows], dropna=False)[f"{phase}_speedup_low"].min()
+    points = points.merge(low.rename("lowest").reset_index(), how="left")
+    for name, line in points[points.method != "dense"].groupby("name_"):
+        line = line.sort_values("sparsity", ascending=False)
+        sure = line[(line.lowest > 1.0).cummin()]
+        if sure.empty:
+            best = line.loc[line.y.idxmax()]
+            sentences.append(f"{name}: {phase} is nowhere faster than dense for certain "
+                             f"(best {best.y:.2f}x at sparsity {best.sparsity:g}).")  # fmt: skip
+        else:
+            first = sure.iloc[-1]
+            sentences.append(f"{name}: {phase} is faster than dense from sparsity {first.sparsity:g} on "
+                             f"({first.y:.2f}x there, {line.y.max():.2f}x at best).")  # fmt: skip
+    return sentences
+
+
+def _named(rows: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
+    points = frontier.points(rows, cost, metric)
+    return points.assign(name_=plot.series(points))[np.isfinite(points.x) & np.isfinite(points.y)]
+
+
+def _knee(x: np.ndarray, y: np.ndarray, cost: str, metric: str) -> int | None:
+    """The index of the frontier point farthest from the chord between the frontier's ends, both axes scaled to 1."""
+    loss = frontier.is_loss(metric)
+    on = frontier.pareto(pd.Series(x), pd.Series(y), x_is_loss=frontier.is_loss(cost), y_is_loss=loss).to_numpy()
+    index = np.flatnonzero(on)[np.argsort(x[on], kind="stable")]
+    if len(index) < 3:
+        return None
+    a, b = x[index], y[index]
+    if loss and b.min() > 0 and b.max() > 10 * b.min():
+        b = np.log(b)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    a, b = (a - a[0]) / (a[-1] - a[0]), (b - b[0]) / (b[-1] - b[0])
+    return int(index[1:-1][np.argmax(np.abs(a - b)[1:-1])])
+
+
+def _cheapest_first(points: pd.DataFrame, cost: str) -> pd.DataFrame:
+    return points.sort_values("x", ascending=frontier.is_loss(cost), kind="stable")
+
+
+def _best_first(points: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return points.sort_values("y", ascending=frontier.is_loss(metric), kind="stable")
+
+
+def _describe(point: pd.Series, cost: str, metric: str) -> str:
+    at = f" at sparsity {point.sparsity:g}" if point.method != "dense" else ""
+    return (f"{point.name_}{at}, {plot.label(cost)} {_with_interval(point, 'x', cost)}, "
+            f"{plot.label(metric)} {_with_interval(point, 'y', metric)}")  # fmt: skip
+
+
+def _with_interval(point: pd.Series, axis: str, column: str) -> str:
+    value, low, high = (point[axis + end] / plot.scale(column) for end in ("", "_low", "_high"))
+    text = tables.number(value)
+    return f"{text} ({tables.number(low)} to {tables.number(high)})" if pd.notna(low) and high > low else text

@@ -1,0 +1,97 @@
+"""Our numbers beside published ones: the dense model first, because a protocol that differs shows there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from tabulate import tabulate
+
+from sweep import knobs, store
+from sweep.config import RequestError
+
+NEEDED = ("model", "method", "sparsity", "metric", "published", "source")
+_ASIDE = {*NEEDED, "note"}
+DENSE_TOLERANCE = (
+    0.02  # relative; the rounding of a table and of bfloat16 stays below it, another context length does not
+)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The published numbers: one a line, with its source. Raises RequestError for a file that is none."""
+    if not path.is_file():
+        raise RequestError(f"--against: there is no file {path}")
+    table = pd.read_csv(path, comment="#")
+    lacking = [name for name in NEEDED if name not in table]
+    if lacking:
+        raise RequestError(f"--against {path}: the columns {', '.join(lacking)} are missing. Needed: {', '.join(NEEDED)}; "
+                           "further columns are matched with the rows' columns or settings")  # fmt: skip
+    return table
+
+
+def compare(rows: pd.DataFrame, path: Path) -> tuple[str, bool]:
+    """(the table as text, whether every dense number that we have agrees).
+
+    A line of the file matches the rows that agree in model, method, sparsity and every further column that it fills: a
+    column of the rows, or a knob of the method or the calibration. Seeds are averaged.
+    """
+    wanted = read(path)
+    ok = rows[rows.status == "ok"]
+    settings = pd.DataFrame([knobs.flat(config) for config in ok.config], index=ok.index) if len(ok) else pd.DataFrame()
+    lines, verdicts = [], []
+    for line in wanted.to_dict("records"):
+        found = _matching(ok, settings, line, path)
+        ours = found[line["metric"]].dropna() if line["metric"] in found else pd.Series(dtype=float)
+        value = float(ours.mean()) if len(ours) else None
+        ratio = value / line["published"] if value is not None else None
+        dense = line["method"] == "dense"
+        if dense and value is not None and ratio is not None:
+            verdicts.append((line, value, abs(ratio - 1) <= DENSE_TOLERANCE))
+        what = " ".join(str(line[k]) for k in line if k not in _ASIDE and pd.notna(line[k]) and str(line[k]) != "")
+        lines.append([line["model"], "dense" if dense else f"{line['method']} {what} {line['sparsity']:g}".replace("  ", " "),
+                      line["metric"], line["published"], value, ratio, line["source"]])  # fmt: skip
+    header = ["model", "what", "metric", "published", "ours", "ours / published", "source"]
+    text = tabulate(
+        lines, header, tablefmt="github", floatfmt=("", "", "", ".4g", ".4g", ".3f", ""), missingval="not run"
+    )
+    return "\n".join([*_said(verdicts, wanted), "", text]), all(agrees for _, _, agrees in verdicts)
+
+
+def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> list[str]:
+    if not (wanted.method == "dense").any():
+        return ["no dense number is published here, so the protocol cannot be checked"]
+    if not verdicts:
+        return ["the dense model has not been measured: the protocol is unchecked"]
+    said = []
+    for line, value, agrees in verdicts:
+        words = f"dense {line['model']}, {line['metric']}: published {line['published']:g}, ours {value:.4g}"
+        said.append(f"{words}: " + ("agrees" if agrees else
+                    "PROTOCOL DIFFERS (context length, split, tokenisation or window rule): do not compare the lines below"))  # fmt: skip
+    return said
+
+
+def _matching(rows: pd.DataFrame, settings: pd.DataFrame, line: dict, path: Path) -> pd.DataFrame:
+    keep = (rows.model == line["model"]) & (rows.method == line["method"])
+    if line["method"] != "dense":
+        keep &= (rows.sparsity - line["sparsity"]).abs() < 1e-6
+    for name, value in line.items():
+        if name in _ASIDE or pd.isna(value) or str(value) == "":
+            continue
+        if line["method"] == "dense" and (name == "criterion" or name.startswith(("method.", "calibration."))):
+            continue
+        source = rows if name in rows else settings
+        if name not in source:
+            if len(rows) == 0 or name in store.COLUMNS or "." in name:
+                return rows.iloc[:0]  # no row has that setting yet
+            raise RequestError(
+                f"--against {path}: '{name}' is neither a column of the rows nor a setting such as method.scope"
+            )
+        keep &= source[name].astype(str) == _text(value, source[name])
+    return rows[keep]
+
+
+def _text(value: object, column: pd.Series) -> str:
+    """A CSV's 2048.0 is the 2048 of a setting."""
+    if isinstance(value, float) and value.is_integer() and not pd.api.types.is_float_dtype(column):
+        return str(int(value))
+    return str(value)

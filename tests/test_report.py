@@ -1,0 +1,344 @@
+"""The report from synthetic rows: what is drawn, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import frames
+from sweep import advice, frontier, knobs, plot, published, report, tables
+from sweep.config import RequestError
+
+
+def folder(path: Path, rows: pd.DataFrame) -> str:
+    (path / "cells").mkdir(parents=True)
+    rows.to_parquet(path / "cells" / "rows.parquet")
+    return str(path)
+
+
+def ready(rows: pd.DataFrame) -> pd.DataFrame:
+    return frontier.with_paired_latency(knobs.with_variant(rows))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on rows of which two failed."""
+    place = tmp_path_factory.mktemp("results")
+    report.report([folder(place, frames.rows(failed=2))], place / "report")
+    return place / "report"
+
+
+def test_a_report_is_a_folder_of_figures_tables_and_a_page(made: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    for figure in ("pydoc-token_perplexity-against-latency", "capitals-acc-against-memory",
+                   "capitals-acc-against-sparsity", "capitals-acc-against-stored", "capitals-acc-against-macs",
+                   "decode-speedup-against-sparsity", "drop-by-benchmark"):  # fmt: skip
+        assert {f"{figure}.png", f"{figure}.svg", f"{figure}.pdf"} <= names
+    assert {"table.md", "table.csv", "table.tex", "README.md", "report.html"} <= names
+    assert "against-energy" not in "".join(names)  # the rows hold none
+
+
+def test_failed_cells_are_listed_and_never_plotted(made: Path) -> None:
+    front = (made / "README.md").read_text()
+    assert "37 cells, 35 of them ok" in front
+    assert front.count("out_of_memory: MemoryError") == 2
+    table = pd.read_csv(made / "table.csv").set_index(["name", "sparsity"])
+    assert table.seeds["neuron taylor_abs", 0.7] == 1 and table.seeds["neuron taylor_abs", 0.5] == 3
+    assert (table["capitals/acc"] > 0).all()
+
+
+def test_figures_of_equal_rows_are_equal_files(tmp_path: Path) -> None:
+    rows = ready(frames.rows())
+    for name in ("a", "b"):
+        plot.save(plot.cost_figure(rows, "decode_ms_paired", "capitals/acc"), tmp_path / name)
+    for suffix in plot.FORMATS:
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_a_figure_is_a_column_wide_and_its_axes_survive_a_long_legend() -> None:
+    methods = tuple(("weight", f"criterion_{i}", "dense") for i in range(12))
+    small = plot.cost_figure(ready(frames.rows()), "decode_ms_paired", "capitals/acc")
+    large = plot.cost_figure(ready(frames.rows(methods=methods)), "decode_ms_paired", "capitals/acc")
+    heights = [f.get_size_inches()[1] * f.axes[0].get_position().height for f in (small, large)]
+    assert heights[0] == pytest.approx(heights[1])
+    assert large.get_size_inches()[0] == small.get_size_inches()[0] == plot.WIDTHS["column"]
+
+
+def test_every_method_has_its_own_mark_and_colour() -> None:
+    figure = plot.sparsity_figure(ready(frames.rows()), "capitals/acc")
+    lines = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
+    methods = [lines[name] for name in ("weight magnitude", "weight wanda, bitmap", "neuron taylor_abs")]
+    assert len({line.get_marker() for line in methods}) == len({line.get_color() for line in methods}) == 3
+    assert len({line.get_linestyle() for line in methods}) == 3
+    assert "dense" in lines
+
+
+def test_points_within_noise_are_hollow() -> None:
+    points = pd.DataFrame({"x": [1.0, 2, 3], "y": [10.0, 5.0, 5.1], "x_low": np.nan, "x_high": np.nan,
+                           "y_low": [9.9, 4.9, 4.8], "y_high": [10.1, 5.1, 5.4]})  # fmt: skip
+    assert frontier.membership(points, x_is_loss=True, y_is_loss=True).tolist() == ["on", "on", "within noise"]
+    assert frontier.membership(points.assign(y_low=[9.9, 4.9, 5.05]), x_is_loss=True, y_is_loss=True).tolist() == [
+        "on", "on", "off"]  # fmt: skip
+    rows = ready(frames.rows(seeds=1))
+    rows["capitals/acc_stderr"] = 0.5  # everything is within noise of dense
+    axes = plot.sparsity_figure(rows, "capitals/acc").axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert sum(len(line.get_xdata()) for line in hollow) == (rows.method != "dense").sum()
+
+
+def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
+    rows = frames.rows(seeds=1, methods=frames.METHODS[:1])
+    other = rows.assign(config=[text.replace('"matrix"', '"global"') for text in rows.config])
+    both = knobs.with_variant(pd.concat([rows, other[other.method != "dense"]], ignore_index=True))
+    points = frontier.points(both, "sparsity", "capitals/acc")
+    assert (points.seeds == 1).all()
+    assert set(plot.series(points[points.method == "weight"])) == {
+        "weight magnitude (scope=matrix)", "weight magnitude (scope=global)"}  # fmt: skip
+
+
+def test_rows_measured_differently_are_compared_with_their_own_dense_row() -> None:
+    rows = frames.rows(seeds=1, methods=frames.METHODS[:1], sparsities=(0.5,))
+    longer = rows.assign(config=[text.replace('["pydoc"]', '["pydoc"], "limit": 3') for text in rows.config])
+    longer["capitals/acc"] = [0.5, 0.25]
+    drops = plot.drop_table(knobs.with_variant(pd.concat([rows, longer], ignore_index=True)), ["capitals/acc"])
+    assert drops.loc["weight magnitude [limit=3]", "capitals/acc"].item() == pytest.approx(50)
+
+
+def test_the_table_of_drops_is_signed_so_that_positive_is_worse() -> None:
+    rows = ready(frames.rows(seeds=1))
+    drops = plot.drop_table(rows, ["capitals/acc", "pydoc/token_perplexity"])
+    dense, pruned = (
+        rows[rows.method == "dense"].iloc[0],
+        rows[(rows.criterion == "wanda") & (rows.sparsity == 0.3)].iloc[0],
+    )
+    line = drops.loc[("weight wanda, bitmap", 0.3)]
+    assert line["capitals/acc"] == pytest.approx(100 * (1 - pruned["capitals/acc"] / dense["capitals/acc"]))
+    ratio = pruned["pydoc/token_perplexity"] / dense["pydoc/token_perplexity"]
+    assert line["pydoc/token_perplexity"] == pytest.approx(100 * (ratio - 1))
+
+
+def test_counted_speedup_stands_beside_the_measured_one() -> None:
+    rows = plot.with_counted_speedup(frames.rows(seeds=1))
+    assert rows.counted_speedup[rows.sparsity == 0.5].tolist() == pytest.approx([2.0, 2.0, 2.0], rel=1e-6)
+    figure = plot.speedup_figure(ready(rows))
+    assert "counted" in " ".join(text.get_text() for text in figure.legends[0].get_texts())
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def simple(**columns: object) -> pd.DataFrame:
+    base = {"cell": "c", "status": "ok", "model": "m", "method": "weight", "criterion": "a", "execution": "dense",
+            "seed": 0, "variant": "", "setting": ""}  # fmt: skip
+    frame = pd.DataFrame(base | columns)
+    frame.loc[frame.sparsity == 0, ["method", "criterion"]] = ["dense", None]
+    return frame
+
+
+def test_the_cheapest_within_a_loss_and_whether_that_is_certain() -> None:
+    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 6, 4], acc=[0.80, 0.80, 0.79, 0.5],
+                  acc_stderr=[0.001, 0.001, 0.01, 0.01])  # fmt: skip
+    said = advice.cheapest_within(rows, "cost_ms", "acc", 0.02, relative=True)
+    assert "weight a at sparsity 0.4" in said and "within noise; the cheapest that is within it for certain" in said
+    assert said.endswith("weight a at sparsity 0.2, cost ms 8.00, acc 0.800 (0.798 to 0.802).")
+    assert "Its whole interval is within" in advice.cheapest_within(rows, "cost_ms", "acc", 0.2, relative=False)
+    assert "no pruned cell" in advice.cheapest_within(
+        rows[rows.sparsity != 0.2], "cost_ms", "acc", 0.001, relative=True
+    )
+    assert "no dense cell" in advice.cheapest_within(rows[1:], "cost_ms", "acc", 0.1, relative=True)
+    silent = advice.cheapest_within(rows.drop(columns="acc_stderr"), "cost_ms", "acc", 0.02, relative=True)
+    assert "no interval" in silent
+
+
+def test_the_best_within_a_budget_names_its_ties() -> None:
+    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 6, 4], acc=[0.80, 0.75, 0.74, 0.5],
+                  acc_stderr=0.02)  # fmt: skip
+    said = advice.best_within(rows, "cost_ms", "acc", 8.5)
+    assert "weight a at sparsity 0.2" in said and "Within noise of it: weight a at 0.4." in said
+    assert "no cell; the cheapest needs 4.00" in advice.best_within(rows, "cost_ms", "acc", 1.0)
+
+
+def test_the_knee_is_where_the_frontier_bends_and_says_how_sure() -> None:
+    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 3, 2.5], acc=[0.80, 0.79, 0.78, 0.1],
+                  acc_stderr=0.001)  # fmt: skip
+    assert "sparsity 0.4" in advice.knee(rows, "cost_ms", "acc") and "in 100 % of 500" in advice.knee(
+        rows, "cost_ms", "acc"
+    )
+    vague = advice.knee(rows.assign(acc_stderr=0.3), "cost_ms", "acc")
+    assert int(re.search(r"in (\d+) %", vague)[1]) < 90
+    assert "fewer than three" in advice.knee(rows[:2], "cost_ms", "acc")
+
+
+def test_break_even_is_where_the_interval_stays_above_one() -> None:
+    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], decode_speedup=[1.0, 1.05, 0.9, 1.4],
+                  decode_speedup_low=[0.99, 1.01, 0.8, 1.3], decode_speedup_high=[1.01, 1.1, 1.0, 1.5])  # fmt: skip
+    assert advice.break_even(rows) == [
+        "weight a: decode is faster than dense from sparsity 0.6 on (1.40x there, 1.40x at best)."
+    ]
+    (never,) = advice.break_even(rows.assign(decode_speedup_low=0.9))
+    assert "nowhere faster" in never
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
+    rows = simple(sparsity=[0.0, 0.5, 0.5, 0.5], criterion=[None, "a_b", "c", "d"], acc=[0.8, 0.7, 0.69, 0.4],
+                  acc_stderr=0.02)  # fmt: skip
+    table = tables.summary(rows, ["acc"], [])
+    text = tables.markdown(table, ["acc"])
+    assert "| weight a_b | 0.5 | 1 | **0.700 ± 0.0392** |" in text
+    assert "| weight c | 0.5 | 1 | 0.690 ± 0.0392 ~ |" in text and "0.400 ± 0.0392 |" in text
+    tex = tables.latex(table, ["acc"], "50 % & more")
+    assert r"weight a\_b & 0.5 & \textbf{$0.700 \pm 0.0392$} \\" in tex and r"$^\dagger$" in tex
+    assert r"\toprule" in tex and r"50 \% \& more" in tex
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0"), (1.0, "1.00"), (15.16, "15.2"), (351.0, "351"), (48419.0, "48,419"), (2.76e8, "2.76e+08"),
+     (-0.0123, "-0.0123"), (float("inf"), "inf"), (float("nan"), "")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert tables.number(value) == text
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_filters_keep_the_dense_row() -> None:
+    rows = frames.rows()
+    kept = report.select(rows, ["criterion=wanda,taylor_abs", "sparsity<=0.3"])
+    assert set(kept.method) == {"dense", "weight", "neuron"} and kept.sparsity.max() == 0.3
+    assert set(report.select(rows, ["criterion!=wanda"]).criterion.dropna()) == {"magnitude", "taylor_abs"}
+
+
+def test_several_folders_are_one_and_a_cell_counts_once(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1)
+    failed = rows.assign(status="failed", error="x")
+    found = report.read([folder(tmp_path / "a", rows[:5]), folder(tmp_path / "b", pd.concat([failed[3:5], rows[5:]]))])
+    assert len(found) == len(rows) and (found.status == "ok").all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--x", "latenzy"], "--x latenzy: the rows have no such column. Did you mean 'latency'?"),
+        (["--x", "device_memory"], "--x device_memory: no row has a value of peak_device_memory_bytes"),
+        (["--y", "capitals/f1"], "Among them: pydoc/token_perplexity, capitals/acc"),
+        (["--filter", "methodweight"], "must be COLUMN=VALUE"),
+        (["--filter", "mehtod=weight"], "Did you mean 'method'?"),
+        (["--filter", "sparsity=half"], "sparsity is a number, got 'half'"),
+        (["--filter", "method=head"], "leaves no pruned row"),
+        (["--facet", "colour"], "--facet colour: the rows have no such column"),
+        (["--max-drop", "two"], "--max-drop must be a share such as 2%"),
+        (["--max-bytes", "3 apples"], "--max-bytes must be a number with B, kB, MB"),
+        (["--against", "nowhere.csv"], "--against: there is no file nowhere.csv"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_a_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = folder(tmp_path / "rows", frames.rows(seeds=1))
+    with pytest.raises(SystemExit) as stop:
+        report.main([place, *arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.startswith("sweep: ") and len(printed.splitlines()) == 1
+    assert not (tmp_path / "rows" / "report").exists()
+
+
+def test_all_failed_is_said(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1).assign(status="failed")
+    with pytest.raises(RequestError, match="none of the 13 rows is ok"):
+        report.report([folder(tmp_path, rows)], tmp_path / "out")
+
+
+def test_flags_choose_what_is_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    place = folder(tmp_path / "rows", frames.rows(seeds=1))
+    report.main([place, "--out", str(tmp_path / "out"), "--x", "weights", "--y", "capitals/acc", "--facet", "method",
+                 "--max-ms", "18", "--max-bytes", "350MB", "--no-html", "--width", "page"])  # fmt: skip
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert {"capitals-acc-against-weights-method-weight", "capitals-acc-against-weights-method-neuron"} <= names
+    assert not any("latency" in name or "pydoc" in name for name in names)
+    assert not (tmp_path / "out" / "report.html").exists()
+    said = capsys.readouterr().out
+    assert "decode latency (ms per token) at most 18.0" in said and "peak resident memory (MB) at most 350" in said
+
+
+# -- published numbers ------------------------------------------------------------------------------------------------
+
+
+def csv_of(path: Path, *lines: tuple) -> Path:
+    with path.open("w", newline="") as handle:
+        csv.writer(handle).writerows(
+            [("model", "method", "criterion", "sparsity", "method.scope", "metric", "published", "source"), *lines]
+        )
+    return path
+
+
+def test_published_numbers_stand_beside_ours_and_dense_comes_first(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1, methods=frames.METHODS[:1])
+    dense = rows["capitals/acc"][0]
+    path = csv_of(tmp_path / "p.csv", ("m", "dense", "", 0, "", "capitals/acc", round(dense, 3), "paper"),
+                  ("m", "weight", "magnitude", 0.5, "matrix", "capitals/acc", 0.4, "paper"),
+                  ("m", "weight", "magnitude", 0.5, "global", "capitals/acc", 0.4, "paper"))  # fmt: skip
+    text, agrees = published.compare(rows, path)
+    assert agrees and text.splitlines()[0].endswith("agrees")
+    ours = rows["capitals/acc"][rows.sparsity == 0.5].item()
+    matrix, global_ = (line for line in text.splitlines() if "weight magnitude" in line)
+    assert f"{ours:.4g}" in matrix and "not run" in global_
+    off = csv_of(tmp_path / "q.csv", ("m", "dense", "", 0, "", "capitals/acc", dense * 1.07, "paper"))
+    text, agrees = published.compare(rows, off)
+    assert not agrees and "PROTOCOL DIFFERS" in text.splitlines()[0]
+    text, agrees = published.compare(
+        rows, csv_of(tmp_path / "r.csv", ("big", "dense", "", 0, "", "capitals/acc", 1, "p"))
+    )
+    assert agrees and "has not been measured" in text
+
+
+def test_a_published_table_without_a_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("model,method\nm,dense\n")
+    with pytest.raises(RequestError, match="the columns sparsity, metric, published, source are missing"):
+        published.read(tmp_path / "p.csv")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def data(page: Path) -> dict:
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def test_the_page_holds_the_rows_and_needs_no_network(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    outside = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # plotly's code names addresses that it never asks
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']|url\(|@import|https?://""", outside)
+    found = data(made / "report.html")
+    assert found["count"] == 35
+    assert len(found["columns"]["command"]) == 35 and found["columns"]["model"] == "m"
+    assert found["columns"]["command"][1].startswith("python -m sweep +method=weight sparsity=0.1")
+    assert {"method", "criterion", "execution"} <= set(found["filters"])
+    assert {"decode_ms_paired", "sparsity", "capitals/acc"} <= set(found["x"]) & set(found["y"])
+    assert "MemoryError: no &lt;b&gt;memory&lt;/b&gt; left" in text  # what a failed cell says is text, not markup
+
+
+def test_what_a_row_says_cannot_end_the_page(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1).assign(command="</script><script>alert(1)</script>")
+    report.report([folder(tmp_path, rows)], tmp_path / "out", report.Wanted(x=("latency",), y=("capitals/acc",)))
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "alert(1)</script>" not in text
+    assert data(tmp_path / "out" / "report.html")["columns"]["command"] == "</script><script>alert(1)</script>"
+
+
+def test_infinite_perplexities_are_null_in_the_page_and_break_no_figure(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1)
+    rows.loc[3, "pydoc/token_perplexity"] = np.inf
+    report.report([folder(tmp_path, rows)], tmp_path / "out", report.Wanted(x=("latency",)))
+    assert data(tmp_path / "out" / "report.html")["columns"]["pydoc/token_perplexity"][3] is None
