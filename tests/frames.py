@@ -46,7 +46,7 @@ def _line(model: str, method: str, criterion: str | None, execution: str, sparsi
         "dense_prefill_ms_p50": 50.0, "decode_ms_per_token_p50": 20 / gain, "dense_decode_ms_per_token_p50": 20.0,
         "prefill_speedup": gain, "prefill_speedup_low": gain - 0.02, "prefill_speedup_high": gain + 0.02,
         "decode_speedup": gain, "decode_speedup_low": gain - 0.02, "decode_speedup_high": gain + 0.02,
-        "tokens_per_second": 50 * gain, "peak_memory_bytes": int(4e8 * kept), "config": json.dumps(config),
+        "tokens_per_second": 50 * gain, "peak_memory_bytes": int(4e8 * kept), "config": json.dumps(config), "schema_version": 1,
         "command": f"python -m sweep +method={method} sparsity={sparsity:g} seed={seed} 'model.path=a b'",
         "started_at": f"2026-01-01T00:00:{seed:02d}+00:00",
         "pydoc/token_perplexity": 15 * np.exp(harm**2) * (1 + noise), "pydoc/token_perplexity_stderr": np.nan,

@@ -251,7 +251,8 @@ def _file_name(text: object) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exits 2 for a wrong request."""
     options = _parser().parse_args(arguments)
-    out = options.out or Path(options.results[0]) / "report"
+    first = options.results[0]
+    out = options.out or Path("report" if "://" in first else f"{first}/report")
     try:
         if options.against:
             sys.exit(_compare(options))
