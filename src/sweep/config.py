@@ -272,6 +272,8 @@ def _normalised(cell: Cell) -> Cell:
         cell = replace(cell, method=method)
     if not _reads_text(method):
         cell = replace(cell, calibration=None, seed=cell.seed if method.criterion in SEEDED else 0)
+    elif isinstance(method, Vocab) and cell.calibration is not None:  # counts the whole text
+        cell = replace(cell, calibration=Calibration(cell.calibration.source), seed=0)
     if method.family in SHRINKING:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":

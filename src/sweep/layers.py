@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import models, select, surgery, unit_scores, unit_statistics
+from sweep import drop, models, select, surgery, unit_scores, unit_statistics
 from sweep.config import Layer
 from sweep.outcome import Outcome
 
 
-def prune(model: PreTrainedModel, method: Layer, sparsity: float, tokens: Tensor | None, seed: int = 0) -> Outcome:
+def prune(
+    model: PreTrainedModel,
+    method: Layer,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Outcome:
     """Remove the least important blocks in place, in `method.steps` rounds of measuring and removing.
 
     Raises ValueError when the request leaves no block.
@@ -23,7 +34,7 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, tokens: Tensor
     left = list(range(len(sizes)))
     costs = {block: sizes[block] if method.sparsity_of == "parameters" else 1 for block in candidates}
     for step in range(1, method.steps + 1):
-        scores = _scores(model, method, tokens, generator)
+        scores = _scores(model, method, tokens, generator, tokenizer)
         open_ = [block for block in left if block in costs]
         budget = sum(costs.values()) * sparsity * step / method.steps - sum(
             cost for block, cost in costs.items() if block not in left
@@ -49,13 +60,29 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, tokens: Tensor
     )
 
 
-def _scores(model: PreTrainedModel, method: Layer, tokens: Tensor | None, generator: torch.Generator) -> Tensor:
-    """(blocks,) float32, higher = keep."""
+def _scores(
+    model: PreTrainedModel,
+    method: Layer,
+    tokens: Tensor | None,
+    generator: torch.Generator,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor:
+    """(blocks,) float, higher = keep."""
     blocks = models.blocks(model)
     if method.criterion == "random":
         return unit_scores.random(len(blocks), generator)
+    if method.criterion == "drop":
+        return _drops(model, drop.probe(method, tokens, tokenizer), method)
     assert tokens is not None
     return block_influence(unit_statistics.block_cosines(list(blocks), model, tokens))
+
+
+@torch.inference_mode()
+def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer) -> Tensor:
+    """(blocks,) float64: what the metric loses without each block."""
+    run = drop.Resumed(model if model.dtype == torch.float32 else copy.deepcopy(model).float(), probe)
+    without = [run.without_block(block) for block in tqdm(range(len(run.blocks)), "measuring drops", leave=False)]
+    return torch.from_numpy(drop.importance(drop.Scheme(method.metric, probe), run.whole(), np.stack(without)))
 
 
 def block_influence(cosine: Tensor) -> Tensor:

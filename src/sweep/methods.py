@@ -36,9 +36,9 @@ def prune(
         case Weight():
             return weights.prune(model, method, sparsity)
         case Neuron() | Head():
-            return units.prune(model, method, sparsity, tokens, seed)
+            return units.prune(model, method, sparsity, tokens, seed, tokenizer)
         case Layer():
-            return layers.prune(model, method, sparsity, tokens, seed)
+            return layers.prune(model, method, sparsity, tokens, seed, tokenizer)
         case Vocab():
             assert tokenizer is not None
             return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)

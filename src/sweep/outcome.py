@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -15,6 +17,7 @@ class Outcome:
     units_removed: int = 0
     removed_parameters: int | None = None  # of the whole model, biases and norms included; None: the same as `removed`
     tokenizer: Any = None  # the model's tokenizer from now on, where the vocabulary has changed
+    measured: pd.DataFrame | None = None  # criterion=drop: block, unit, importance, measured
     outside_blocks: bool = False  # what was removed is no part of a block: embeddings and head
 
     @property

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from sweep import checkpoint, efficiency, execution, machine, methods, models, perplexity, quality, text, turns
-from sweep.config import Cell, Dense, as_dict
+from sweep.config import Cell, Dense, Vocab, as_dict
 
 
 def run_cell(
@@ -35,7 +35,11 @@ def run_cell(
     row["load_seconds"] = time.perf_counter() - started
     dense_parameters = sum(p.numel() for p in model.parameters())
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
-    tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed) if cell.calibration else None
+    tokens = None
+    if cell.calibration is not None and isinstance(cell.method, Vocab):
+        tokens = text.calibration_stream(cell.calibration, tokenizer)  # rare tokens are told by much text
+    elif cell.calibration is not None:
+        tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed)
 
     before = time.perf_counter()
     outcome = methods.prune(model, cell.method, cell.sparsity, tokens, seed=cell.seed, tokenizer=tokenizer)
@@ -43,6 +47,8 @@ def run_cell(
     row["prune_seconds"] = time.perf_counter() - before
     row["calibration_tokens"] = outcome.calibration_tokens
     row["sparsity_achieved"] = outcome.sparsity
+    if outcome.measured is not None:
+        row["units_measured"] = int(outcome.measured["measured"].sum())
     row["sparsity_units"] = outcome.sparsity_units
     row["sparsity_block_parameters"] = 0.0 if outcome.outside_blocks else outcome.sparsity_of(block_parameters)
     row["sparsity_all_parameters"] = outcome.sparsity_of(dense_parameters)
@@ -71,7 +77,8 @@ def run_cell(
         columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
     row["other_cores_busy"] = others.cores
     row |= columns | {"cell_seconds": time.perf_counter() - started} | metrics
-    return row, {"samples": samples, "latency": repeats}
+    tables = {"samples": samples, "latency": repeats}
+    return row, tables if outcome.measured is None else tables | {"units": outcome.measured}
 
 
 def _quiet() -> None:

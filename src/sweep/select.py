@@ -60,7 +60,7 @@ def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at
     at_least  entries that every tensor keeps, its highest ones, whatever the others score
     Raises ValueError when a score is NaN, or the budget exceeds what may be dropped by more than one entry's cost.
     """
-    protected = [s.float().clone() for s in scores]
+    protected = [s.double().clone() for s in scores]
     for s in protected:
         if at_least:
             s[s.topk(min(at_least, s.numel())).indices] = torch.inf

@@ -4,6 +4,7 @@
     cells/0-table-*.parquet     many rows, put together by `python -m sweep.store compact RESULTS`
     samples/CELL.parquet        one row an evaluated example and metric
     latency/CELL.parquet        every timed repeat
+    units/CELL.parquet          one row a unit whose drop was asked for: its importance, and whether it was measured
 
 Files appear whole, and the row is written last: where it stands, the rest stands too. pandas takes the columns of a
 folder from its first file, so `cells/0-schema.parquet`, which has no rows and sorts first, carries every column that
@@ -50,12 +51,13 @@ COLUMNS: dict[str, pa.DataType] = {
     "dense_prefill_ms_p50": _FLOAT, "dense_decode_ms_per_token_p50": _FLOAT,
     "tokens_per_second": _FLOAT, "peak_memory_bytes": _INT, "base_memory_bytes": _INT,
     "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "calibration_tokens": _INT,
+    "units_measured": _INT,
     "perplexity_tokens": _INT, "perplexity_windows": _INT, "perplexity_join": _TEXT,
     "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
     "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
 }  # fmt: skip
-TABLES = ("samples", "latency")
+TABLES = ("samples", "latency", "units")
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
 _COMPACT = "0-table-"

@@ -167,7 +167,7 @@ def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase
     """
     import torch
 
-    stream = tokenizer(calibration_text(settings.source), return_tensors="pt", verbose=False).input_ids[0]
+    stream = calibration_stream(settings, tokenizer)
     available = len(stream) // settings.length
     if available < settings.sequences:
         raise RequestError(
@@ -176,3 +176,8 @@ def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[: settings.sequences]
     return stream[: available * settings.length].view(available, settings.length)[chosen]
+
+
+def calibration_stream(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The whole calibration text, (tokens,) int64."""
+    return tokenizer(calibration_text(settings.source), return_tensors="pt", verbose=False).input_ids[0]

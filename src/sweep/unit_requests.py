@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sweep import sources
-from sweep.config import Cell, Head, Layer, Neuron, RequestError
+from sweep import sources, text
+from sweep.config import Cell, Drop, Head, Layer, Neuron, RequestError
+
+HIGHER_IS_WORSE = {"loss", "perplexity"}  # of the metrics whose drop is measured
+# Tasks on which a drop can be measured: the prompt, the answers and the right one of a document.
+QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {  # prompt, answers, the right one
+    "continents": lambda d: (f"{d['country']} is a country in", list(text.CONTINENTS.values()), d["continent"]),
+    "capitals": lambda d: (f"The capital of {d['country']} is", d["choices"], d["answer"]),
+}
 
 
 def check(cell: Cell) -> None:
@@ -16,6 +24,8 @@ def check(cell: Cell) -> None:
     method = cell.method
     if not isinstance(method, Neuron | Head | Layer):
         return
+    if method.criterion == "drop":
+        check_drop(method)
     shape = sources.shape(cell.model)
     depth = _first(shape, "num_hidden_layers", "n_layer")
     if not depth:
@@ -44,6 +54,34 @@ def check(cell: Cell) -> None:
         _check_parts(cell, method.scope, "a block without a head", blocks, groups, 1, "key-value groups")
     elif heads and method.sparsity_of == "units":
         _check_parts(cell, method.scope, "a key-value group without a head", blocks, heads, groups, "heads")
+
+
+def check_drop(method: Drop) -> None:
+    """Refuse a metric that a task does not have, and too few documents. Needs no model. Raises RequestError."""
+    known = ", ".join(QUESTIONS)
+    if isinstance(method, Layer) and method.screen != "none":
+        raise RequestError(f"method.screen={method.screen} is for neurons and heads: layers are few, and each is "
+                           "measured. Leave method.screen out")  # fmt: skip
+    if method.task is None:
+        if method.metric not in HIGHER_IS_WORSE:
+            raise RequestError(f"method.metric={method.metric} needs classes, and the calibration text has none: set "
+                               f"method.task to one of {known}, or method.metric to loss or perplexity")  # fmt: skip
+        return
+    if method.task not in QUESTIONS:
+        reason = "has no classes" if method.task in text.EMBEDDED else "is not embedded"
+        raise RequestError(f"method.task={method.task} {reason}, so that no drop can be measured on it: use one of "
+                           f"{known}, or null for the calibration text")  # fmt: skip
+    available = text.EMBEDDED[method.task]()
+    if method.documents is not None and method.documents > len(available):
+        raise RequestError(f"method.documents={method.documents} is more than the {len(available)} of {method.task}")
+    check_classes(method.task, [QUESTIONS[method.task](d)[2] for d in available[-(method.documents or 0) :]])
+
+
+def check_classes(task: str, truth: Sequence[int]) -> None:
+    """Raises RequestError when the documents are all of one class."""
+    if len(set(truth)) < 2:
+        raise RequestError(f"method.documents: the {len(truth)} documents of {task} are all of one class, whose "
+                           "accuracy any constant answer reaches: raise method.documents")  # fmt: skip
 
 
 def _check_parts(cell: Cell, scope: str, left: str, blocks: int, units: int, bundle: int, noun: str) -> None:

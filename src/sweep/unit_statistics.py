@@ -51,7 +51,7 @@ def gather(
         if gradients:
             x.register_hook(on_gradient)
 
-    with inputs_observed(outputs, observe), _activations_differentiable(model, gradients):
+    with inputs_observed(outputs, observe), activations_differentiable(model) if gradients else torch.no_grad():
         for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
             batch, sequences = batch.to(model.device), len(batch)
             if not gradients:
@@ -97,12 +97,8 @@ def _columns(output: nn.Module) -> int:
 
 
 @contextmanager
-def _activations_differentiable(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def activations_differentiable(model: PreTrainedModel) -> Iterator[None]:
     """Gradients flow to activations and not to weights, which halves the cost of a backward pass."""
-    if not wanted:
-        with torch.no_grad():
-            yield
-        return
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:

@@ -7,14 +7,17 @@ smallest sets whose removal leaves a legal shape: one unit; `multiple_of` neuron
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import heads, models, repair, select, surgery, unit_scores, unit_statistics
+from sweep import drop, heads, models, repair, select, surgery, unit_scores, unit_statistics
 from sweep.config import GRADIENT_CRITERIA, Head, Neuron
 from sweep.outcome import Outcome
 from sweep.unit_scores import Statistics
@@ -68,11 +71,17 @@ def parts(model: PreTrainedModel, method: Neuron | Head) -> list[Part]:
 
 
 def prune(
-    model: PreTrainedModel, method: Neuron | Head, sparsity: float, tokens: Tensor | None, seed: int = 0
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Outcome:
     """Prune the model in place, in `method.steps` rounds of measuring and removing.
 
-    tokens  (sequences, length) calibration text, for criteria and repairs that read one
+    tokens     (sequences, length) calibration text, for criteria and repairs that read one
+    tokenizer  for a drop that is measured on a task
     Raises ValueError when the request leaves a part without a unit, RuntimeError when the matrices are not left with
     the weights that the choice leaves them.
     """
@@ -80,12 +89,20 @@ def prune(
     before = parts(model, method)
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
     parameters = sum(p.numel() for p in model.parameters())
-    expected = weights
+    expected, table = weights, None
     for step in range(1, method.steps + 1):
-        now = parts(model, method)
-        seen = _statistics(model, method, now, tokens)
-        scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
-        keeps = choose(now, scores, method, sparsity * step / method.steps, weights, units)
+        now, goal = parts(model, method), sparsity * step / method.steps
+        seen: list[Statistics] | list[None] = [None] * len(now)
+        bundles = None
+        if method.criterion == "drop":
+            gone = 1 - (sum(p.weights for p in now) / weights)
+            measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
+            scores, bundles = measured.scores, measured.groups
+            table = measured.table
+        else:
+            seen = _statistics(model, method, now, tokens)
+            scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
+        keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
         cut = [keep.repeat_interleave(part.size) for part, keep in zip(now, keeps, strict=True)]
         if method.repair:
@@ -110,6 +127,7 @@ def prune(
         units=units,
         units_removed=units - sum(p.units for p in after),
         removed_parameters=parameters - sum(p.numel() for p in model.parameters()),
+        measured=table,
     )
 
 
@@ -140,15 +158,22 @@ def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.
 
 
 def choose(
-    parts: list[Part], scores: list[Tensor], method: Neuron | Head, goal: float, weights: int, units: int
+    parts: list[Part],
+    scores: list[Tensor],
+    method: Neuron | Head,
+    goal: float,
+    weights: int,
+    units: int,
+    groups: list[list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Keep-masks over the units of each part, such that `goal` of the original weights or units is gone in all.
 
     weights, units  of the parts before anything was removed
+    groups          units that were measured together and go together, where criterion=drop says so
     The lowest bundles go, as many as come nearest to the goal; every part keeps its best bundle.
     """
     by_weight = method.sparsity_of == "parameters"
-    bundles = [_bundles(part, s.cpu()) for part, s in zip(parts, scores, strict=True)]
+    bundles = groups or [_bundles(part, s.cpu()) for part, s in zip(parts, scores, strict=True)]
     values = [torch.stack([s.cpu()[members].mean() for members in inside])
               for s, inside in zip(scores, bundles, strict=True)]  # fmt: skip
     costs = [torch.tensor([len(members) * (part.weights_a_unit if by_weight else 1) for members in inside])
@@ -179,6 +204,96 @@ def _bundles(part: Part, scores: Tensor) -> list[Tensor]:
     order = scores.argsort(stable=True)
     odd = part.units % part.bundle
     return [*([order[:odd]] if odd else []), *order[odd:].split(part.bundle)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Importance by the measured drop, of every part."""
+
+    scores: list[Tensor]  # (units,) float64; with groups, every unit has its group's
+    groups: list[list[Tensor]] | None
+    table: pd.DataFrame  # block, unit, importance, measured: False for a unit that screening spared
+
+
+def measured_drops(
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    tokens: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    fraction: float,
+) -> Measured:
+    """What `method.metric` loses without each unit, or without each group of units.
+
+    fraction  of the units that are to go; screening measures those whose estimate is near that cut
+    """
+    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    found = parts(exact, method)
+    probe = drop.probe(method, tokens, tokenizer)
+    size = getattr(method, "group", 1)
+    estimates = [torch.zeros(part.units) for part in found]
+    if method.screen == "taylor" or size > 1:
+        columns = drop.first_order(exact, probe, [part.output for part in found])
+        estimates = [c.cpu().view(-1, part.size).sum(1) for c, part in zip(columns, found, strict=True)]
+    # Units of like estimate form a group, so that a group is about as dispensable as each of its units.
+    groups = [list(estimate.argsort(stable=True).split(size)) for estimate in estimates]
+    if size == 1:
+        groups = [list(torch.arange(part.units).split(1)) for part in found]
+    guess = [torch.stack([e[g].sum() for g in inside]).double() for e, inside in zip(estimates, groups, strict=True)]
+    near = [torch.ones(len(g), dtype=torch.bool) for g in guess]
+    if method.screen == "taylor":
+        near = screened(guess, fraction, method.screen_margin, together=method.scope == "global")
+    ablations = [drop.Ablation(part.block, part.output, [
+        _columns(inside[i], part.size) for i in keep.nonzero().squeeze(1).tolist()
+    ]) for part, inside, keep in zip(found, groups, near, strict=True)]  # fmt: skip
+    scheme = drop.Scheme(method.metric, probe)
+    base, likelihoods = drop.likelihoods(exact, probe, ablations)
+    drops = torch.from_numpy(drop.importance(scheme, base, np.concatenate(likelihoods)))
+    values = _around(guess, near, list(drops.split([int(n.sum()) for n in near])), together=method.scope == "global")
+    scores, rows = [], []
+    for part, inside, value, keep in zip(found, groups, values, near, strict=True):
+        of_unit = torch.zeros(part.units, dtype=torch.double)
+        for members, one, exactly in zip(inside, value.tolist(), keep.tolist(), strict=True):
+            of_unit[members] = one
+            rows += [(part.block, unit, one if exactly else None, exactly) for unit in members.tolist()]
+        scores.append(of_unit)
+    table = pd.DataFrame(rows, columns=["block", "unit", "importance", "measured"])
+    return Measured(scores, groups if size > 1 else None, table)
+
+
+def screened(estimates: list[Tensor], fraction: float, margin: float, *, together: bool) -> list[Tensor]:
+    """Masks of the entries whose rank is within `margin` (of all entries) of the cut at `fraction`.
+
+    together  the ranks are among all tensors; else within each
+    """
+    if not together:
+        return [screened([e], fraction, margin, together=True)[0] for e in estimates]
+    joined = torch.cat(estimates)
+    rank = joined.argsort(stable=True).argsort()
+    cut, width = fraction * len(joined), margin * len(joined)
+    return list(((rank >= cut - width) & (rank < cut + width)).split([len(e) for e in estimates]))
+
+
+def _around(estimates: list[Tensor], near: list[Tensor], drops: list[Tensor], *, together: bool) -> list[Tensor]:
+    """Measured drops where there are some; entries below the measured window sort under them, those above over them."""
+    if not together:
+        return [_around([e], [n], [d], together=True)[0] for e, n, d in zip(estimates, near, drops, strict=True)]
+    guess, measured, exact = torch.cat(estimates), torch.cat(near), torch.cat(drops)
+    if measured.all():
+        return drops
+    if not len(exact):
+        return estimates
+    values = torch.empty_like(guess)
+    values[measured] = exact
+    low = ~measured & (guess <= guess[measured].min())
+    high = ~measured & ~low
+    values[low] = guess[low] - guess[low].max() + exact.min() - 1e-9 if low.any() else guess[low]
+    values[high] = guess[high] - guess[high].min() + exact.max() + 1e-9 if high.any() else guess[high]
+    return list(values.split([len(e) for e in estimates]))
+
+
+def _columns(members: Tensor, size: int) -> Tensor:
+    """The columns of some units of `size` columns each."""
+    return (members[:, None] * size + torch.arange(size)).flatten()
 
 
 def _statistics(

@@ -1,0 +1,220 @@
+"""The measured drop: equal to plain zeroing, unit by unit, in every family and for every metric."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from transformers import PreTrainedModel
+
+from conftest import random_tokens, tiny_model
+from sweep import drop, methods, models, unit_requests, units
+from sweep.config import Drop, Head, Layer, Neuron, RequestError
+
+
+def plain(model: PreTrainedModel, prompts: Sequence, answers: Sequence) -> np.ndarray:
+    """Log-likelihood of every answer after its prompt, each read alone and from its first token."""
+    found = []
+    for prompt, choices in zip(prompts, answers, strict=True):
+        for choice in choices:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *choice]])).logits[0].double().log_softmax(-1)
+            found.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(choice)))
+    return np.array(found)
+
+
+def zeroed(model: PreTrainedModel, block: int, columns: torch.Tensor, part: str) -> PreTrainedModel:
+    method = Neuron() if part == "neuron" else Head()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        models.weight(units.parts(copied, method)[block].output)[:, columns] = 0
+    return copied
+
+
+QUESTIONS = ([[5, 6, 7], [8, 9]], [[[10], [11, 12], [11, 13]], [[14, 15, 16], [10]]])
+
+
+@pytest.mark.parametrize("part", ["neuron", "head"])
+def test_a_drop_is_what_plain_zeroing_gives(family: str, part: str, cache_folder: object) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(3, 9)
+    whole = [row[:1].tolist() for row in tokens], [[row[1:].tolist()] for row in tokens]
+    parts = units.parts(model, Neuron() if part == "neuron" else Head(unit="query"))
+    ablations = [drop.Ablation(p.block, p.output, list(torch.arange(p.columns).view(-1, p.size)[:3])) for p in parts]
+    for probe, (prompts, answers) in (
+        (drop.probe_of_text(tokens), whole),
+        (drop.probe_of_questions(*QUESTIONS, [0, 1]), QUESTIONS),
+    ):
+        base, found = drop.likelihoods(model, probe, ablations, resume=False)
+        np.testing.assert_allclose(base, plain(model, prompts, answers), atol=1e-4)
+        for ablation, values in zip(ablations, found, strict=True):
+            for columns, value in zip(ablation.columns, values, strict=True):
+                gone = zeroed(model, ablation.block, columns, part)
+                np.testing.assert_allclose(value, plain(gone, prompts, answers), atol=1e-4)
+
+
+def test_a_removed_block_gives_what_the_model_without_it_gives(family: str) -> None:
+    from sweep import surgery
+
+    model, tokens = tiny_model(family), random_tokens(3, 9)
+    with torch.inference_mode():
+        run = drop.Resumed(model, drop.probe_of_text(tokens))
+    whole = [row[:1].tolist() for row in tokens], [[row[1:].tolist()] for row in tokens]
+    for block in (0, 1):
+        shrunk = copy.deepcopy(model)
+        surgery.remove_layers(shrunk, [index != block for index in range(2)])
+        with torch.inference_mode():
+            np.testing.assert_allclose(run.without_block(block), plain(shrunk, *whole), atol=1e-4)
+
+
+def test_the_first_order_estimate_is_the_derivative(family: str) -> None:
+    model, probe = tiny_model(family), drop.probe_of_questions(*QUESTIONS, [0, 1])
+    part = units.parts(model, Neuron())[0]
+    estimate = drop.first_order(model, probe, [part.output])[0]
+    scheme, step = drop.Scheme("loss", probe), 1e-2
+    changes = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(model).double()
+        with torch.no_grad():
+            models.weight(units.parts(moved, Neuron())[0].output)[:, 3] *= 1 + sign * step
+        changes.append(float(scheme(plain(moved, *QUESTIONS))))
+    assert float(estimate[3]) == pytest.approx(-(changes[0] - changes[1]) / (2 * step), rel=1e-2, abs=1e-6)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_classifier_metrics_are_those_of_scikit_learn() -> None:
+    draw = np.random.default_rng(0)
+    truth, chosen = draw.integers(0, 4, 30), draw.integers(0, 3, (5, 30))
+    found = drop.classified(truth, chosen, 5)
+    for one, row in enumerate(chosen):
+        names = ("precision", "recall", "f1")
+        values = precision_recall_fscore_support(truth, row, average="macro", zero_division=0.0)[:3]
+        for name, value in zip(names, values, strict=True):
+            assert found[name][one] == pytest.approx(value)
+        assert found["accuracy"][one] == pytest.approx(accuracy_score(truth, row))
+
+
+def test_drops_of_a_counted_metric_that_are_equal_go_by_the_loss() -> None:
+    probe = drop.probe_of_questions(*QUESTIONS, [0, 1])
+    base = np.array([-1.0, -2.0, -3.0, -4.0, -1.0])
+    found = np.stack([base, base - [0.5, 0, 0, 0, 0], base - [2.5, 0, 0, 0, 0]])  # the last one loses the first answer
+    scores = drop.importance(drop.Scheme("accuracy", probe), base, found)
+    assert scores[0] < scores[1] < scores[2]
+    assert scores[2] - scores[1] > 0.2 and scores[1] - scores[0] < 0.5 / 2
+    loss = drop.importance(drop.Scheme("loss", probe), base, found)
+    assert loss.tolist() == pytest.approx([0.0, 0.25, 1.25])  # two scored tokens are right
+    assert drop.importance(drop.Scheme("perplexity", probe), base, found)[1] == pytest.approx(np.e * (np.exp(0.25) - 1))
+
+
+def test_an_interrupted_measurement_goes_on(cache_folder: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
+    part = units.parts(model, Neuron())[0]
+    ablation = drop.Ablation(0, part.output, list(torch.arange(8).view(-1, 1)))
+    monkeypatch.setattr(drop, "TOKENS_AT_ONCE", 48)  # two units at a time
+    counted, original = [], drop.Resumed.after
+
+    def after(self: drop.Resumed, block: int, hidden: torch.Tensor, copies: int) -> np.ndarray:
+        counted.append(copies)
+        if len(counted) == 4:
+            raise KeyboardInterrupt
+        return original(self, block, hidden, copies)
+
+    monkeypatch.setattr(drop.Resumed, "after", after)
+    with pytest.raises(KeyboardInterrupt):
+        drop.likelihoods(model, probe, [ablation])
+    assert counted == [1, 2, 2, 2]
+    _, (resumed,) = drop.likelihoods(model, probe, [ablation])
+    assert counted[4:] == [1, 2, 2]  # the check, and the four units that were missing
+    _, (fresh,) = drop.likelihoods(model, probe, [ablation], resume=False)
+    np.testing.assert_array_equal(resumed, fresh)
+    with torch.no_grad():
+        part.output.weight[0, 0] += 1
+    before = len(counted)
+    drop.likelihoods(model, probe, [ablation])
+    assert counted[before:] == [1, 2, 2, 2, 2]  # other weights, other measurement
+
+
+def test_answers_that_begin_alike_share_a_row() -> None:
+    probe = drop.probe_of_questions(*QUESTIONS, [0, 1])
+    assert [row.tolist() for row in probe.rows] == [[5, 6, 7, 11], [8, 9, 14, 15]]
+    assert len(probe.reads) == 9 and len(probe.places) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            Drop(metric="f1"),
+            "method.metric=f1 needs classes, and the calibration text has none: set method.task to one",
+        ),
+        (Layer(criterion="drop", screen="taylor"), "method.screen=taylor is for neurons and heads"),
+        (Drop(metric="f1", task="pydoc"), "method.task=pydoc has no classes, so that no drop can be measured on it"),
+        (Drop(task="arc_easy"), "method.task=arc_easy is not embedded"),
+        (Drop(task="continents", documents=5000), "method.documents=5000 is more than the"),
+    ],
+)
+def test_a_metric_that_a_task_does_not_have_is_refused(method: Drop, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        unit_requests.check_drop(method)
+
+
+def test_documents_of_one_class_are_refused() -> None:
+    with pytest.raises(RequestError, match="the 3 documents of continents are all of one class"):
+        unit_requests.check_classes("continents", [1, 1, 1])
+    unit_requests.check_drop(Drop(metric="f1", task="continents", documents=50))
+
+
+def test_bfloat16_is_refused() -> None:
+    with pytest.raises(ValueError, match="measured in float32, and the model is in torch.bfloat16"):
+        drop.likelihoods(tiny_model("llama").bfloat16(), drop.probe_of_text(random_tokens()), [])
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+@pytest.mark.parametrize(("make", "units_in_all"), [(Neuron, 48), (Head, 4), (Layer, 2)])
+def test_units_go_by_their_measured_drop(metric: str, make: type, units_in_all: int, cache_folder: object) -> None:
+    model, tokens = tiny_model("llama").bfloat16(), random_tokens(3, 9)
+    outcome = methods.prune(model, make(criterion="drop", metric=metric), 0.5, tokens)
+    assert outcome.units_removed == units_in_all // 2
+    if make is Layer:
+        return
+    table = outcome.measured
+    assert len(table) == units_in_all and table.measured.all() and table.importance.notna().all()
+
+
+def test_the_lowest_drops_are_the_ones_that_go(cache_folder: object) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(3, 9)
+    before = [part.output.weight.clone() for part in units.parts(model, Neuron())]
+    table = methods.prune(model, Neuron(criterion="drop"), 0.5, tokens).measured
+    kept = table.sort_values("importance").iloc[24:].sort_values(["block", "unit"])
+    for block, part in enumerate(units.parts(model, Neuron())):
+        chosen = kept[kept.block == block].unit.tolist()
+        assert torch.equal(part.output.weight, before[block][:, chosen])
+
+
+def test_screening_measures_only_what_is_near_the_cut(cache_folder: object) -> None:
+    exact, screened = (tiny_model("llama") for _ in range(2))
+    tokens = random_tokens(3, 9)
+    whole = methods.prune(exact, Neuron(criterion="drop"), 0.5, tokens).measured
+    method = Neuron(criterion="drop", screen="taylor", screen_margin=0.125)
+    table = methods.prune(screened, method, 0.5, tokens).measured
+    assert table.measured.sum() == 12 and table.importance.notna().sum() == 12
+    both = table[table.measured].importance
+    np.testing.assert_allclose(both, whole.importance[both.index], atol=1e-6)
+    estimates = [torch.arange(10.0), torch.arange(10.0) + 0.5]
+    assert [m.nonzero().flatten().tolist() for m in units.screened(estimates, 0.5, 0.1, together=True)] == [
+        [4, 5],
+        [4, 5],
+    ]
+    assert units.screened(estimates, 0.2, 0.1, together=False)[0].nonzero().flatten().tolist() == [1, 2]
+
+
+def test_groups_are_measured_and_removed_together(cache_folder: object) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(3, 9)
+    outcome = methods.prune(model, Neuron(criterion="drop", group=4), 0.25, tokens)
+    assert outcome.units_removed == 12
+    assert all(part.units % 4 == 0 for part in units.parts(model, Neuron()))
+    assert (outcome.measured.groupby(["block", "importance"]).size() == 4).all()
