@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import classification, quality
+from sweep import classification, quality, surgery, text, vocabulary, words
 from sweep.config import Benchmarks
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -52,6 +54,56 @@ def test_perplexity_follows_from_the_examples(loaded: Loaded) -> None:
     outcomes = wide(samples, "pydoc")
     expected = np.exp(-outcomes.log_likelihood.sum() / outcomes.tokens.sum())
     assert metrics["pydoc/token_perplexity"] == pytest.approx(expected)
+
+
+def test_losses_by_frequency_band_add_up_to_the_whole(loaded: Loaded) -> None:
+    metrics, samples = quality.evaluate(*loaded, Benchmarks(("pydoc", "pydoc_cloze"), limit=4, max_length=256), None)
+    outcomes = wide(samples, "pydoc")
+    for one in outcomes.to_dict("records"):
+        assert np.nansum([one.get(f"tokens_band_{b}", 0) for b in words.BANDS]) == one["tokens"]
+        whole = np.nansum([one.get(f"loss_band_{b}", 0) for b in words.BANDS])
+        assert whole == pytest.approx(-one["log_likelihood"], rel=1e-4)
+    for b in words.BANDS:
+        expected = outcomes[f"loss_band_{b}"].sum() / outcomes[f"tokens_band_{b}"].sum()
+        assert metrics[f"pydoc/loss_band_{b}"] == pytest.approx(expected)
+    endings = wide(samples, "pydoc_cloze")
+    assert (endings.told == endings.acc).all() and endings.band.between(0, 3).all()
+    counted = sum(metrics.get(f"pydoc_cloze/examples_band_{b}", 0) for b in words.BANDS)
+    assert counted == len(endings) == 4
+
+
+def test_a_word_that_the_vocabulary_has_lost_cannot_be_told(loaded: Loaded) -> None:
+    model, tokenizer = loaded
+    kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) != "e"]
+    smaller = copy.deepcopy(model)
+    surgery.remove_tokens(smaller, torch.tensor(kept))
+    metrics, samples = quality.evaluate(
+        smaller,
+        vocabulary.remapped(tokenizer, kept),
+        Benchmarks(("pydoc", "pydoc_cloze"), limit=5, max_length=256),
+        None,
+    )
+    pages = wide(samples, "pydoc")
+    removed = sum(pages[f"removed_band_{b}"].sum() for b in words.BANDS)
+    expected = sum(document["page"].count("e") for document in text.pydoc_documents()[:5])
+    assert removed == expected > 0
+    assert 0 < metrics["pydoc/removed_share_band_zipf5up"] < 1
+    lost = np.array(["e" in document["word"] for document in text.cloze_documents()[:5]])
+    assert lost.any() and not wide(samples, "pydoc_cloze").sort_index().told[lost].any()
+
+
+def test_rows_of_tokens_by_band_are_those_of_the_dense_model(loaded: Loaded) -> None:
+    model, tokenizer = loaded
+    kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in ("a", "b")]
+    found = quality.rows_by_band(quality.token_rows(model), tokenizer, vocabulary.remapped(tokenizer, kept))
+    bands = words.of_vocabulary(tokenizer)
+    for matrix, weight in (("embedding", model.get_input_embeddings().weight), ("head", model.lm_head.weight)):
+        for i, name in enumerate(words.BANDS):
+            if (bands == i).any():
+                norms = weight[np.flatnonzero(bands == i)].norm(dim=1)
+                assert found[f"{matrix}/row_norm_band_{name}"] == pytest.approx(norms.mean().item(), rel=1e-5)
+        assert sum(found[f"{matrix}/share_pruned_band_{b}"] * found[f"{matrix}/rows_band_{b}"]
+                   for b in words.BANDS if f"{matrix}/rows_band_{b}" in found) == pytest.approx(2)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

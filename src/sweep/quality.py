@@ -1,7 +1,8 @@
 """Quality: lm-eval tasks on the model in memory, with the outcome of every example.
 
 Tasks are lm-eval's own, unmodified; four more, whose data need no network, are in sweep/tasks. Perplexity per token is
-added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not.
+added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not; loss and
+accuracy by how rare the words are (sweep/words.py); and multiple choice as classification (sweep/classification.py).
 lm-eval and torch are imported when something is evaluated.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,11 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from sweep import catalogue, classification
+from sweep import catalogue, classification, words
 from sweep.config import Benchmarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sweep.scorer import Scorer
 
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
 
@@ -75,26 +79,90 @@ def _evaluate(
         kind = tasks["tasks"][task].OUTPUT_TYPE
         outcomes = [_outcome(example) for example in examples]
         if kind == "loglikelihood_rolling":
-            tokens = [len(lm.scores[example["arguments"][0]][0]) for example in examples]
-            for outcome, count in zip(outcomes, tokens, strict=True):
-                outcome["tokens"] = count
-            log_likelihood = sum(outcome["log_likelihood"] for outcome in outcomes)
-            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / sum(tokens))
+            for example, outcome in zip(examples, outcomes, strict=True):
+                (page,) = example["arguments"][0]
+                outcome["tokens"] = len(lm.scores[(page,)][0])
+                outcome |= _page_by_band(lm, page)
+            log_likelihood, tokens = (
+                sum(outcome[name] for outcome in outcomes) for name in ("log_likelihood", "tokens")
+            )
+            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / tokens)
+            metrics |= {f"{task}/{name}": value for name, value in words.pooled(outcomes).items()}
+        elif kind == "loglikelihood":
+            for example, outcome in zip(examples, outcomes, strict=True):
+                outcome |= _ending_by_band(lm, *example["arguments"][0])
+            by_band = words.pooled(outcomes)
+            by_band |= words.accuracy_by_band([int(o["band"]) for o in outcomes], [o["told"] for o in outcomes])
+            metrics |= {f"{task}/{name}": value for name, value in by_band.items()}
         elif kind == "multiple_choice":
             found = _classified(tasks["tasks"][task], examples, outcomes)
             metrics |= {f"{task}/{name}": value for name, value in found.items()}
         for example, outcome in zip(examples, outcomes, strict=True):
             rows += [(task, str(example["doc_id"]), name, value) for name, value in outcome.items()]
-    for column, number in metrics.items():
-        if number is not None and not math.isfinite(number) and not column.endswith("_stderr"):
-            warnings.warn(f"{column} is {number}", stacklevel=2)
+    strange = [f"{column} is {number}" for column, number in metrics.items()
+               if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)]  # fmt: skip
+    if strange:
+        warnings.warn(", ".join(strange), stacklevel=2)
     return metrics, _frame(rows)
+
+
+def token_rows(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The L2 norm of every row of the matrices with one row a token: `embedding`, and `head` where it is another."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    matrices = {"embedding": embedding}
+    if head is not None and head.weight.data_ptr() != embedding.data_ptr():
+        matrices["head"] = head.weight
+    return {name: matrix.detach().float().norm(dim=1).cpu().numpy() for name, matrix in matrices.items()}
+
+
+def rows_by_band(
+    rows: dict[str, np.ndarray], dense: PreTrainedTokenizerBase, pruned: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Columns `embedding/…_band_B`: how large the dense model's rows are by how rare their token is, and the share pruned.
+
+    rows    `token_rows` of the dense model; rows beyond the tokenizer's tokens are left out
+    pruned  the tokenizer of the pruned model, which knows the ids that it kept
+    """
+    bands = words.of_vocabulary(dense)
+    kept = [i for i in getattr(pruned, "kept_ids", range(len(bands))) if i < len(bands)]
+    return {f"{matrix}/{name}": value for matrix, norms in rows.items()
+            for name, value in words.rows_by_band(bands[: len(norms)], norms[: len(bands)], kept).items()}  # fmt: skip
 
 
 def _outcome(example: dict[str, Any]) -> dict[str, float]:
     """What an example's metrics are, and the log-likelihood of what it asks for; of its first choice, if it has any."""
     outcome = {name: _number(example[name]) for name in example["metrics"]}
     return outcome | {"log_likelihood": _number(example["filtered_resps"][0])}
+
+
+def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
+    """Sums of a page's losses by how rare its words are; empty where the tokenizer does not say where tokens stand."""
+    tokens, scores = lm.scores[(page,)]
+    offsets = lm.offsets(page, tokens)
+    if offsets is None:
+        return {}
+    return words.by_band(*words.of_tokens(page, offsets), -scores.log_probs, _removed(lm.tokenizer, tokens))
+
+
+def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
+    """The band and Zipf value of the word to be told, its loss by band, and whether the model tells it.
+
+    A word that has lost a token with the vocabulary cannot be told.
+    """
+    tokens, scores = lm.scores[(context, ending)]
+    band, removed = words.band(ending), _removed(lm.tokenizer, tokens)
+    told = bool(scores.greedy.all()) and not (removed is not None and removed.any())
+    sums = words.by_band(np.full(len(tokens), band), np.zeros(len(tokens), dtype=np.int64), -scores.log_probs, removed)
+    return {"band": band, "zipf": words.zipf(ending.strip()), "told": float(told)} | sums
+
+
+def _removed(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> np.ndarray | None:
+    """Which tokens stand for one that was pruned from the vocabulary; None where nothing was."""
+    if not hasattr(tokenizer, "kept_ids"):
+        return None
+    from sweep import vocabulary
+
+    return np.asarray(tokens) == vocabulary.unknown_id(tokenizer)
 
 
 def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:

@@ -41,6 +41,7 @@ def run_cell(
     elif cell.calibration is not None:
         tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed)
 
+    dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     before = time.perf_counter()
     outcome = methods.prune(model, cell.method, cell.sparsity, tokens, seed=cell.seed, tokenizer=tokenizer)
     tokenizer = outcome.tokenizer or tokenizer
@@ -70,6 +71,8 @@ def run_cell(
     metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root)
     columns, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
     metrics |= columns
+    if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are
+        metrics |= quality.rows_by_band(token_rows, dense_tokenizer, tokenizer)
     samples = pd.concat([samples, windows], ignore_index=True)
 
     dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]

@@ -241,6 +241,19 @@ class Scorer(HFLM):
                 found |= dict(zip(some, self.tokenizer(some, verbose=False, **options)["input_ids"], strict=True))
         return [found[text] for text in texts]
 
+    def offsets(self, text: str, tokens: Sequence[int]) -> list[tuple[int, int]] | None:
+        """Where each of the text's tokens stands in it, (0, 0) for special tokens before it.
+
+        None when the tokenizer cannot tell (one without offsets), or when `tokens` are not the text's.
+        """
+        if not self.tokenizer.is_fast:
+            return None
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        before = len(tokens) - len(encoded["input_ids"])
+        if before < 0 or list(tokens[before:]) != list(encoded["input_ids"]):
+            return None
+        return [(0, 0)] * before + [tuple(span) for span in encoded["offset_mapping"]]
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
         encoded = self._encode_pairs(arguments)
