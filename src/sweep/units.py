@@ -8,7 +8,7 @@ smallest sets whose removal leaves a legal shape: one unit; `multiple_of` neuron
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,17 +104,8 @@ def prune(
             scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
-        cut = [keep.repeat_interleave(part.size) for part, keep in zip(now, keeps, strict=True)]
-        if method.repair:
-            assert tokens is not None
-            repair.cut_and_refit(
-                model, [(p.block, p.output, p.remove, k) for p, k in zip(now, cut, strict=True)], tokens
-            )
-        else:
-            for part, keep, statistics in zip(now, cut, seen, strict=True):
-                if method.criterion == "flap" and statistics is not None:
-                    _compensate(part, keep, statistics)
-                part.remove(keep)
+        statistics = seen if method.criterion == "flap" else [None] * len(now)
+        cut(model, now, keeps, statistics, tokens if method.repair else None)
     surgery.describe_shape(model)
     after = parts(model, method)
     left = sum(p.weights for p in after)
@@ -129,6 +120,29 @@ def prune(
         removed_parameters=parameters - sum(p.numel() for p in model.parameters()),
         measured=table,
     )
+
+
+def cut(
+    model: PreTrainedModel,
+    parts: Sequence[Part],
+    keeps: Sequence[Tensor],
+    compensation: Sequence[Statistics | None],
+    mending: Tensor | None,
+) -> None:
+    """Cut every part down to the units it keeps. In place.
+
+    compensation  statistics of a part whose removed columns leave their mean in a bias, or None
+    mending       calibration text on which the output matrices are refitted, or None for no repair
+    """
+    columns = [keep.repeat_interleave(part.size) for part, keep in zip(parts, keeps, strict=True)]
+    if mending is not None:
+        cuts = [(p.block, p.output, p.remove, keep) for p, keep in zip(parts, columns, strict=True)]
+        repair.cut_and_refit(model, cuts, mending)
+        return
+    for part, keep, seen in zip(parts, columns, compensation, strict=True):
+        if seen is not None:
+            _compensate(part, keep, seen)
+        part.remove(keep)
 
 
 def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.Generator) -> Tensor:
