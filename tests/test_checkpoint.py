@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import sweep
 from conftest import random_tokens, tiny_model
 from sweep import checkpoint, methods
-from sweep.config import Model, Neuron, RequestError, Weight
+from sweep.config import Model, RequestError, Weight
 from test_cli import QUICK, run
 
 FACTS = {"model": "tiny", "method": {"family": "weight", "criterion": "magnitude"}, "sparsity": 0.5,
@@ -59,16 +59,6 @@ def test_a_checkpoint_is_replaced_whole_and_nothing_else_is(
         checkpoint.save(model, tokenizer, tmp_path, FACTS)
 
 
-def test_a_model_that_transformers_could_not_load_is_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    model = tiny_model("llama")
-    methods.prune(model, Neuron("neuron", scope="global"), 0.5, random_tokens())
-    with pytest.raises(RequestError, match="save_model: .*mlp.* where the model's configuration says"):
-        checkpoint.save(model, tokenizer, tmp_path / "saved", FACTS)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_card_states_method_sparsity_calibration_and_command() -> None:
     facts = FACTS | {"calibration": {"source": "pydoc", "sequences": 16}, "sparsity_achieved": 0.5}
     card = checkpoint.card(facts)
@@ -93,8 +83,8 @@ def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path,
     assert "3 already done, 0 to run" in run(*command, cwd=tmp_path)
     run("+method=weight", "sparsity=0.5", "save_model=one", *tiny, cwd=tmp_path)
     assert checkpoint.is_checkpoint(tmp_path / "one")
-    output = run("+method=neuron", "save_model=two", *tiny, cwd=tmp_path, code=2)
-    assert "save_model: a model that lost whole units" in output
+    run("+method=neuron", "method.importance=l2", "save_model=two", *tiny, cwd=tmp_path)
+    assert (tmp_path / "two" / "sweep.json").is_file()  # what transformers' format lacks
 
 
 @pytest.mark.slow

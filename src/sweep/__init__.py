@@ -6,7 +6,7 @@ Nothing here imports torch: a notebook that only reads results opens at once.
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_model"]
 
 
 def __getattr__(name: str) -> Any:  # the names above resolve on first use, so that `import sweep` stays instant
@@ -14,4 +14,8 @@ def __getattr__(name: str) -> Any:  # the names above resolve on first use, so t
         from sweep.store import load
 
         return load
+    if name == "load_model":
+        from sweep.shrunk import load_model
+
+        return load_model
     raise AttributeError(f"module 'sweep' has no attribute {name!r}")

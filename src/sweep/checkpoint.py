@@ -1,4 +1,5 @@
-"""A pruned model as a folder that `AutoModelForCausalLM.from_pretrained` loads, with a card that says how it came about.
+"""A pruned model as a folder, with a card that says how it came about. `sweep.load_model` loads every such folder,
+transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
 
 The folder appears whole: it is written beside its place under a name with a leading dot, then renamed.
 """
@@ -25,12 +26,12 @@ def save(
     """Write model, tokenizer and card to `folder`, in place of an earlier checkpoint, and return its weights' bytes.
 
     facts  what the card states: see `card`
-    Raises RequestError when the folder holds something else than a checkpoint, or when transformers could not load the
-    model again because its shapes are not those of its configuration.
+    Raises RequestError when the folder holds something else than a checkpoint.
     """
     path = Path(folder).expanduser()
     check_place(path)
-    _check_shapes(model)
+    from sweep import shrunk  # brings torch, which a look at a folder does not need
+
     path.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -38,8 +39,7 @@ def save(
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.save_pretrained(half)
-        tokenizer.save_pretrained(half)
+        shrunk.write(model, tokenizer, half)
         (half / "README.md").write_text(card(facts), encoding="utf-8")
         half.chmod(0o755)  # mkdtemp makes it the owner's alone
         if path.exists():
@@ -103,18 +103,3 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _check_shapes(model: PreTrainedModel) -> None:
-    """transformers builds a model from its configuration and refuses weights of another shape: say so now."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model.config).state_dict()
-    for name, tensor in model.state_dict().items():
-        if name in built and built[name].shape != tensor.shape:
-            raise RequestError(
-                f"save_model: {name} is {tuple(tensor.shape)} where the model's configuration says "
-                f"{tuple(built[name].shape)}; a model whose layers differ in width cannot be saved in transformers' format"
-            )

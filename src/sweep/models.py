@@ -70,6 +70,10 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     else:
         place = model.name
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if isinstance(place, Path) and (place / "sweep.json").is_file():
+        from sweep import shrunk  # here, since it needs this module to find the parts of a model
+
+        return shrunk.load_model(place, dtype, device, **options)
     if model.source == "hub":
         options["revision"] = model.revision or "main"
     try:

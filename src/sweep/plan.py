@@ -70,9 +70,6 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     if cell.calibration is not None:
         text.calibration_text(cell.calibration.source)  # raises when it is not there
     unit_requests.check(cell)
-    if options.save_model is not None and cell.method.family in config.SHRINKING:
-        raise RequestError(f"save_model: a model that lost whole units (method={cell.method.family}) cannot be "
-                           "saved; methods that zero weights can")  # fmt: skip
     return cell, options
 
 

@@ -110,6 +110,22 @@ def remapped(tokenizer: PreTrainedTokenizerBase, kept: Iterable[int]) -> PreTrai
     return new
 
 
+def kept_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The old ids of a tokenizer made by `remapped`; None for any other."""
+    return getattr(tokenizer, "kept_ids", None)
+
+
+def original(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that `remapped` was given, with all its ids; any other tokenizer itself."""
+    if kept_ids(tokenizer) is None:
+        return tokenizer
+    old = copy.copy(tokenizer)
+    for name in ("kept_ids", "unknown_id", "_table"):
+        old.__dict__.pop(name, None)
+    old.__class__ = type(tokenizer).__mro__[1]
+    return old
+
+
 @functools.lru_cache
 def _remapped_class(cls: Any) -> Any:
     """A tokenizer class whose ids are positions in `self.kept_ids`."""
