@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -94,3 +97,202 @@ def test_every_file_has_the_whole_schema(tmp_path: Path) -> None:
 def test_importing_sweep_imports_no_torch() -> None:
     code = "import sys, sweep; sweep.load; assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def cell_name(i: int) -> str:
+    return f"{i:016x}"
+
+
+def test_compaction_keeps_every_row_and_replaces_files(tmp_path: Path) -> None:
+    for i in range(30):
+        store.write(tmp_path, row(cell_name(i), seed=i, **{f"task{i % 3}/acc": i / 30}), {})
+    store.write(tmp_path, {"cell": cell_name(99), "status": "timeout"}, {})  # will be replaced: stays by itself
+    before = sweep.load(tmp_path)
+    assert store.compact(tmp_path) == (30, 30)
+    assert len(list((tmp_path / "cells").glob("[!.]*.parquet"))) == 3  # the schema, the rows, the one not ok
+    pd.testing.assert_frame_equal(sweep.load(tmp_path), before)
+    plain = pd.read_parquet(tmp_path / "cells").sort_values("cell").reset_index(drop=True)
+    pd.testing.assert_frame_equal(plain[before.columns], before)
+    assert store.compact(tmp_path) == (30, 0)  # nothing left to do
+    assert store.statuses(tmp_path, [cell_name(3), cell_name(99), cell_name(77)]) == {
+        cell_name(3): "ok",
+        cell_name(99): "timeout",
+    }
+    assert store.read_row(tmp_path, cell_name(4))["seed"] == 4
+
+
+def test_a_compacted_cell_measured_again_has_its_new_row_alone(tmp_path: Path) -> None:
+    for i in range(3):
+        store.write(tmp_path, row(cell_name(i), started_at="2026-01-01T00:00:00+00:00"), {})
+    store.compact(tmp_path)
+    store.write(tmp_path, row(cell_name(1), seed=7, started_at="2026-01-02T00:00:00+00:00"), {})
+    for rows in (sweep.load(tmp_path), pd.read_parquet(tmp_path / "cells")):
+        assert sorted(rows.cell) == [cell_name(i) for i in range(3)]
+        assert rows.set_index("cell").seed[cell_name(1)] == 7
+    assert store.compact(tmp_path)[0] == 3
+    assert sweep.load(tmp_path).set_index("cell").seed[cell_name(1)] == 7
+
+
+def test_a_row_in_two_compact_files_counts_once_and_the_newer_wins(tmp_path: Path) -> None:
+    """What two compactions at once, or one killed before it removed anything, leave behind."""
+    for seed, day in ((1, "02"), (2, "01")):
+        store.write(tmp_path / day, row(cell_name(0), seed=seed, started_at=f"2026-01-{day}T00:00:00+00:00"), {})
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / day / "cells" / f"{cell_name(0)}.parquet").rename(tmp_path / "cells" / f"0-table-{day}.parquet")
+    assert sweep.load(tmp_path).seed.tolist() == [1]
+    store.compact(tmp_path)
+    assert pd.read_parquet(tmp_path / "cells").seed.tolist() == [1]
+
+
+def test_compaction_beside_writers_and_readers_loses_nothing(tmp_path: Path) -> None:
+    done = threading.Event()
+    problems: list[str] = []
+
+    def write(worker: int) -> None:
+        for i in range(20):
+            store.write(tmp_path, row(cell_name(100 * worker + i)), {})
+
+    def compact() -> None:
+        while not done.is_set():
+            store.compact(tmp_path)
+
+    def read() -> None:
+        last = 0
+        while not done.is_set():
+            rows = sweep.load(tmp_path)
+            if len(rows) < last or rows.cell.duplicated().any():
+                problems.append(f"{last} rows, then {len(rows)}")
+            last = len(rows)
+
+    store.write(tmp_path, row(cell_name(9999)), {})
+    workers = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    others = [threading.Thread(target=compact), threading.Thread(target=compact), threading.Thread(target=read)]
+    for thread in (*workers, *others):
+        thread.start()
+    for worker in workers:
+        worker.join()
+    done.set()
+    for other in others:
+        other.join()
+    assert not problems
+    store.compact(tmp_path)
+    assert len(sweep.load(tmp_path)) == len(pd.read_parquet(tmp_path / "cells")) == 81
+
+
+def test_rows_of_an_older_version_come_in_the_columns_of_this_one(tmp_path: Path) -> None:
+    store.write(tmp_path, row(cell_name(0), seed=1), {})
+    old = pa.table({"cell": [cell_name(1)], "status": ["ok"], "sparsity": pa.array([1], pa.int32()), "seed": [2.0],
+                    "schema_version": [1], "t/acc": pa.array([0.5], pa.float32())})  # fmt: skip
+    pq.write_table(old, tmp_path / "cells" / f"{cell_name(1)}.parquet")
+    for _ in range(2):  # as they lie, and compacted
+        rows = sweep.load(tmp_path).set_index("cell")
+        assert list(rows.reset_index().columns) == [*store.COLUMNS, "t/acc"]
+        assert rows.sparsity[cell_name(1)] == 1.0 and rows.seed[cell_name(1)] == 2
+        assert pd.isna(rows.error[cell_name(1)]) and rows["t/acc"][cell_name(1)] == 0.5
+        store.compact(tmp_path)
+
+
+def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr(store, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
+        store.write(tmp_path, row(cell_name(0)), {})
+    for refuses in (store.check_writable, store.check_version, sweep.load, store.compact):
+        with pytest.raises(RequestError, match="was written by a newer version of sweep .* upgrade sweep, or give"):
+            refuses(tmp_path)
+
+
+def test_damaged_and_foreign_files_are_named_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(3):
+        store.write(tmp_path, row(cell_name(i)), {})
+    cells = tmp_path / "cells"
+    whole = (cells / f"{cell_name(1)}.parquet").read_bytes()
+    (cells / f"{cell_name(1)}.parquet").write_bytes(whole[: len(whole) // 2])
+    (cells / f"{cell_name(5)}.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"other": [1]}), cells / "notes.parquet")
+    assert len(sweep.load(tmp_path)) == 2
+    for name in (cell_name(1), cell_name(5), "notes"):
+        assert f"cells/{name}.parquet is no row of sweep and is left out" in caplog.text
+    assert store.statuses(tmp_path, [cell_name(0), cell_name(1)]) == {
+        cell_name(0): "ok",
+        cell_name(1): store.UNREADABLE,
+    }
+    assert sorted(store.set_aside(tmp_path, [cell_name(1)])) == [f"{cell_name(1)}.parquet", "notes.parquet"]
+    store.compact(tmp_path)  # looks at every file
+    assert sorted(file.stem for file in (tmp_path / "set_aside").iterdir()) == [cell_name(1), cell_name(5), "notes"]
+    assert len(pd.read_parquet(cells)) == 2
+
+
+def test_what_a_killed_writer_left_is_removed_after_an_hour(tmp_path: Path) -> None:
+    store.write(tmp_path, row(cell_name(0)), {})
+    old, new = tmp_path / "cells" / ".aa.parquet.host-1.tmp", tmp_path / "cells" / ".bb.parquet.host-2.tmp"
+    for half in (old, new):
+        half.write_bytes(b"PAR1")
+    os.utime(old, (0, 0))
+    store.set_aside(tmp_path)
+    assert not old.exists() and new.exists()
+
+
+def test_the_command_line_compacts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    store.write(tmp_path, row(cell_name(0)), {})
+    store.main(["compact", str(tmp_path)])
+    assert "1 finished cells in one file, which replaced 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        store.main(["compact", str(tmp_path / "nowhere")])
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A local S3 server."""
+    pytest.importorskip("s3fs", reason="results on object storage need the extra s3")
+    moto = pytest.importorskip("moto.server", reason="the local S3 server is moto's: pip install 'moto[server]'")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir(f"studies-{port}")
+    yield f"s3://studies-{port}/first"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_results_folder_on_object_storage(bucket: str) -> None:
+    store.check_writable(bucket)
+    assert store.statuses(bucket, ["aa"]) == {}
+    samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
+    for i in range(5):
+        store.write(bucket, row(cell_name(i), seed=i, **{f"t{i}/acc": 0.5}), {"samples": samples})
+    store.write(bucket, {"cell": cell_name(9), "status": "failed", "error": "because"}, {})
+    assert store.read_row(bucket, cell_name(2))["seed"] == 2
+    assert store.table(bucket, "samples").cell.tolist() == [cell_name(i) for i in range(5)]
+    before = sweep.load(bucket)
+    assert len(before) == 6
+    assert store.compact(bucket) == (5, 5)
+    pd.testing.assert_frame_equal(sweep.load(bucket), before)
+    assert set(pd.read_parquet(f"{bucket}/cells").columns) == set(before.columns)
+    store.write(bucket, row(cell_name(1), seed=70, started_at="2026-01-02T00:00:00+00:00"), {})
+    assert sweep.load(bucket).set_index("cell").seed[cell_name(1)] == 70
+    assert store.statuses(bucket, [cell_name(1), cell_name(9)]) == {cell_name(1): "ok", cell_name(9): "failed"}
+
+
+def test_places_that_cannot_be_are_refused(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="results=s3://nobody/x cannot be written to"):
+        store.check_writable("s3://nobody/x")
+    with pytest.raises(RequestError, match="results=nosuch://x"):
+        store.check_writable("nosuch://x")
+
+
+def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(RequestError, match=r"pip install 'sweep-pruning\[s3\]'"):
+        store.check_writable("s3://bucket/prefix")

@@ -53,12 +53,10 @@ class SweepSweeper(BasicSweeper):
             words = [[*s.overrides, f"threads={s.cell.threads}", f"device={s.cell.device}"] for s in steps]
             with launchers.not_waiting_for_the_dead():
                 jobs = self.launcher.launch(words, initial_job_idx=0)
-            errors = [job for job in jobs if isinstance(job, Exception)]
             for job in jobs:
-                if not isinstance(job, Exception):
-                    _ = job.return_value  # raises what the job raised
-            if errors:
-                raise errors[0]
+                if isinstance(job, Exception):
+                    raise job
+                _ = job.return_value  # raises what the job raised
 
         if code := runner.run_plan(made, options, None if isinstance(self.launcher, BasicLauncher) else launch):
             sys.exit(code)

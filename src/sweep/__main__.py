@@ -30,7 +30,7 @@ def task(cfg: DictConfig) -> dict[str, Any] | None:
     try:
         cell, options = plan.prepare(compose(cfg))
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
-            return runner.run_one(cell, options.of_sweep(), overrides).row
+            return runner.run_one(cell, options.of_sweep(), overrides, beside_others=True).row
         sys.exit(runner.run_plan(plan.make([(cell, overrides)], options), options))
     except RequestError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -138,6 +138,10 @@ def _cause(exitcode: int | None, ooms: int) -> tuple[Status, str]:
 
 
 def _context() -> ForkServerContext:
+    if (
+        multiprocessing.get_start_method(allow_none=True) == "loky"
+    ):  # a worker of joblib; its children know no such method
+        multiprocessing.set_start_method("forkserver", force=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     if not sys.stderr.isatty():

@@ -20,7 +20,7 @@ def not_waiting_for_the_dead() -> Iterator[None]:
     """
     try:
         from submitit.core.core import InfoWatcher
-        from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+        from submitit.slurm.slurm import SlurmJob
     except ImportError:  # another launcher
         yield
         return
@@ -65,18 +65,16 @@ def not_waiting_for_the_dead() -> Iterator[None]:
         def get_state(self, job_id: str, mode: str = "standard") -> str:
             return self.get_info(job_id, mode=mode).get("State") or "UNKNOWN"
 
-    class Job(SlurmJob):
-        watcher = Watcher()
+    waits_and_raises, watcher = SlurmJob.results, SlurmJob.watcher
 
-        def results(self) -> list[Any]:
-            try:
-                return super().results()
-            except Exception as error:
-                return [error]
+    def results(job: SlurmJob) -> list[Any]:
+        try:
+            return waits_and_raises(job)
+        except Exception as error:
+            return [error]
 
-    usual = SlurmExecutor.job_class
-    SlurmExecutor.job_class = Job
+    SlurmJob.results, SlurmJob.watcher = results, Watcher()
     try:
         yield
     finally:
-        SlurmExecutor.job_class = usual
+        SlurmJob.results, SlurmJob.watcher = waits_and_raises, watcher

@@ -39,7 +39,7 @@ def share(launcher: Mapping[str, Any]) -> Share:
     if "submitit" in target:
         gpus = any(launcher.get(key) for key in ("gpus_per_node", "gpus_per_task", "gres"))
         return Share(threads=launcher.get("cpus_per_task") or 1, elsewhere="Local" not in target, has_gpu=gpus)
-    if "ray" in target:
+    if "ray_launcher" in target:
         remote = launcher["ray"].get("remote") or {}
         return Share(threads=max(1, int(remote.get("num_cpus") or 1)), elsewhere=True,
                      has_gpu=bool(remote.get("num_gpus")))  # fmt: skip

@@ -114,7 +114,7 @@ def _run_there(batch: list[tuple[str, Step]], options: Options, launch: Launch) 
         )
     rows = store.read_rows(options.results, [step.name for _, step in batch])
     for _, step in batch:
-        if step.name in rows:
+        if step.name in rows and rows[step.name]["status"] != "ok":
             print(f"      {step.cell.label()}: {headline(rows[step.name])}")
     failed = len(rows) < len(batch) or any(row["status"] != "ok" for row in rows.values())
     return "a cell failed (on_failure=stop)" if failed and options.on_failure == "stop" else None
@@ -126,17 +126,20 @@ def run_one(
     overrides: Iterable[str],
     gpu: str | None = None,
     stop: threading.Event | None = None,
+    *,
+    beside_others: bool = False,
 ) -> Outcome:
     """Run a cell in a child process, print one line of its outcome, and return it.
 
-    gpu   the only CUDA device that the cell shall see
-    stop  ends the child when set; this then raises KeyboardInterrupt
+    gpu            the only CUDA device that the cell shall see
+    stop           ends the child when set; this then raises KeyboardInterrupt
+    beside_others  the line says which cell it is of
     """
     described = _described(cell, overrides) | {"cuda_visible_devices": gpu or os.environ.get("CUDA_VISIBLE_DEVICES")}
     limits = isolate.Limits(options.timeout, memory_bytes(options.memory_limit))
     checkpoint = options.checkpoint(cell.method, described["cell"])
     outcome = isolate.run(cell, described, options.results, limits, gpu, stop, checkpoint)
-    print(f"      {cell.label() + ': ' if gpu else ''}{headline(outcome.row)}", flush=True)
+    print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{headline(outcome.row)}", flush=True)
     return outcome
 
 

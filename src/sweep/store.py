@@ -201,7 +201,7 @@ def set_aside(results: Where, cells: Iterable[str] = ()) -> list[str]:
     suspects = {f"{cell}.parquet" for cell in cells}
     for name in folder.names("cells") if folder.exists("cells") else []:
         foreign = not name.startswith("0-") and not _is_cell(_cell(name))
-        if (foreign or name in suspects) and _read(folder, name, ["status"]) is None:
+        if name != _SCHEMA_FILE and (foreign or name in suspects) and _read(folder, name, ["status"]) is None:
             folder.move(f"cells/{name}", f"set_aside/{name}")
             moved.append(name)
     return moved

@@ -1,0 +1,163 @@
+"""What a sweep will do, told before it does any of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep import identity, machine, plan, row, store
+from sweep.config import (
+    Benchmarks,
+    Calibration,
+    Cell,
+    Dense,
+    Efficiency,
+    Execution,
+    Model,
+    Options,
+    RequestError,
+    Weight,
+    memory_bytes,
+)
+
+
+@pytest.fixture
+def cell(tiny_checkpoint: Path) -> Cell:
+    model = Model("tiny", "local", path=str(tiny_checkpoint))
+    return Cell(
+        model, Weight("weight"), 0.5, Benchmarks(("pydoc",)), None, Efficiency(), Execution(), device="cpu", threads=1
+    )
+
+
+def stored(results: Path, cell: Cell, **columns: Any) -> str:
+    described = row.describe(cell, "command") | {"status": "ok", "cell_seconds": 10.0, "peak_memory_bytes": 2**30}
+    store.write(results, described | columns, {})
+    return described["cell"]
+
+
+def test_done_failed_and_missing_cells_are_told_apart(cell: Cell, tmp_path: Path) -> None:
+    cells = [replace(cell, sparsity=s) for s in (0.1, 0.2, 0.3, 0.4)]
+    stored(tmp_path, cells[0])
+    stored(tmp_path, cells[1], status="failed")
+    stored(tmp_path, cells[2], status="out_of_memory")
+    asked = [(c, ()) for c in (*cells, cells[3])]
+
+    def to_run(**options: Any) -> tuple[list[float], int, int]:
+        made = plan.make(asked, Options(results=str(tmp_path), **options))
+        assert made.repeated == 1
+        return [step.cell.sparsity for step in made.todo], len(made.done), len(made.left)
+
+    assert to_run() == ([0.0, 0.2, 0.3, 0.4], 1, 0)  # the dense baseline, at sparsity 0, first
+    assert to_run(retry="failed") == ([0.0, 0.2, 0.4], 1, 1)
+    assert to_run(retry="out_of_memory") == ([0.0, 0.3, 0.4], 1, 1)
+    assert to_run(retry="none") == ([0.0, 0.4], 1, 2)
+    assert to_run(resume=False) == ([0.0, 0.1, 0.2, 0.3, 0.4], 0, 0)
+
+
+def test_expectations_come_from_rows_of_like_cells(cell: Cell, tmp_path: Path) -> None:
+    def expected(asked: Cell) -> plan.Expectation | None:
+        step = plan.Step(identity.cell_name(asked), asked, ())
+        return plan.expectation([step], str(tmp_path))
+
+    assert expected(cell) is None
+    stored(tmp_path, cell.dense(), cell_seconds=100.0, peak_memory_bytes=2**30)
+    stored(tmp_path, replace(cell, sparsity=0.9), cell_seconds=40.0, peak_memory_bytes=2**31)
+    stored(tmp_path, replace(cell, sparsity=0.8), cell_seconds=60.0, peak_memory_bytes=2**31)
+    stored(tmp_path, replace(cell, sparsity=0.7), status="failed", cell_seconds=None)
+    found = expected(cell)
+    assert found is not None and (found.seconds, found.known, found.peak_memory) == (50.0, 1, 2**31)
+    assert str(found) == "about 50 s of work and up to 2.0 GiB a cell"
+    assert expected(replace(cell, benchmarks=Benchmarks(("capitals",)))) is None  # other work
+    assert expected(replace(cell, threads=2)) is None  # another machine
+    store.compact(tmp_path)
+    assert expected(cell) == found
+
+
+def test_options_cannot_be_swept_over() -> None:
+    with pytest.raises(
+        RequestError, match="timeout says how the whole sweep is run and cannot be swept over; got 10.0, 20.0"
+    ):
+        plan.same_options([Options(timeout=10.0), Options(timeout=20.0)])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "share"),
+    [
+        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, machine.Share()),
+        ({"_target_": "a.joblib_launcher.JoblibLauncher", "n_jobs": 4}, machine.Share(workers=4)),
+        ({"_target_": "a.submitit_launcher.SlurmLauncher", "cpus_per_task": 8, "gpus_per_node": 1},
+         machine.Share(threads=8, elsewhere=True, has_gpu=True)),
+        ({"_target_": "a.submitit_launcher.LocalLauncher", "cpus_per_task": None}, machine.Share(threads=1)),
+        ({"_target_": "a.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 2}}}, machine.Share(threads=2, elsewhere=True)),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_gives_each_cell(launcher: dict, share: machine.Share) -> None:
+    assert machine.share(launcher) == share
+
+
+def test_threads_are_divided_among_cells_that_run_side_by_side(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    free = replace(cell, threads=None)
+    assert machine.resolve(free).threads == 8
+    assert machine.resolve(free, machine.Share(workers=4)).threads == 2
+    assert machine.resolve(free, machine.Share(workers=100)).threads == 1
+    assert machine.resolve(replace(cell, threads=3), machine.Share(workers=4)).threads == 3
+    elsewhere = machine.resolve(replace(free, device="auto"), machine.Share(threads=64, elsewhere=True, has_gpu=True))
+    assert (elsewhere.threads, elsewhere.device) == (64, "cuda")  # though this machine has neither
+
+
+def test_cells_are_spread_over_gpus_and_each_sees_one(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Three devices that are not there: what a child sees is another test's matter."""
+    import threading
+
+    from sweep import isolate, runner
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
+    monkeypatch.setattr(machine, "_device", lambda asked: "cuda")
+    used: list[tuple[float, str]] = []
+    together = threading.Barrier(3, timeout=20)
+
+    def run(cell: Cell, described: dict, results: str, limits: Any, gpu: str, *_: Any) -> isolate.Outcome:
+        if not isinstance(cell.method, Dense):
+            together.wait()  # passes only when three cells run at once
+        used.append((cell.sparsity, gpu))
+        assert described["cuda_visible_devices"] == gpu
+        row = described | {"status": "failed", "error": "no such device", "sparsity": cell.sparsity}
+        store.write(results, row, {})
+        return isolate.Outcome(row, None)
+
+    monkeypatch.setattr(isolate, "run", run)
+    options = Options(results=str(tmp_path))
+    cells = [machine.resolve(replace(cell, device="cuda", threads=None, sparsity=s / 10)) for s in range(1, 7)]
+    assert cells[0].threads == max(1, machine.cores() // 3)
+    assert runner.run_plan(plan.make([(c, ()) for c in cells], options), options) == 1
+    assert used[0][0] == 0.0 and len(used) == 7  # the dense baseline first
+    assert {gpu for _, gpu in used[1:4]} == {gpu for _, gpu in used[4:]} == {"0", "2", "5"}
+    assert "on GPU 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [("12GiB", 12 * 2**30), ("1500MB", 1_500_000_000), ("2147483648", 2**31), ("1.5 gib", 3 * 2**29), (None, None)]
+)  # fmt: skip
+def test_memory_limits_are_read(limit: str | None, size: int | None) -> None:
+    assert memory_bytes(limit) == size
+
+
+@pytest.mark.parametrize(("limit", "message"), [("much", "must be a size such as 12GiB"), ("-1GiB", "must be a size"),
+                                                ("12GiBs", "must be a size"), ("500MB", "must be at least 1GiB")])  # fmt: skip
+def test_wrong_memory_limits_are_refused(limit: str, message: str) -> None:
+    with pytest.raises(RequestError, match=f"memory_limit {message}.*got '{limit}'"):
+        memory_bytes(limit)
+
+
+def test_identity_ignores_how_a_sweep_is_run(cell: Cell) -> None:
+    name = identity.cell_name(cell)
+    assert name == identity.cell_name(replace(cell, model=replace(cell.model)))
+    for other in (replace(cell, seed=1), replace(cell, sparsity=0.51), replace(cell, dtype="float32"), replace(cell, threads=2),
+                  replace(cell, calibration=Calibration("pydoc")), replace(cell, benchmarks=Benchmarks(("capitals",)))):  # fmt: skip
+        assert identity.cell_name(other) != name
