@@ -37,11 +37,11 @@ def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str,
         old, new = before[f"{name}.weight"], linear.weight
         gone = (new == 0) & (old != 0)
         if gone.any():
-            assert int(gone.sum()) == select.count(old.numel(), sparsity)
+            assert abs(int(gone.sum()) - old.numel() * sparsity) < 1
             assert old[~gone].abs().min() >= old[gone].abs().max()
             assert torch.equal(new[~gone], old[~gone])
             pruned += int(gone.sum())
-    assert outcome.removed == pruned
+    assert outcome.removed == pruned == select.count(outcome.targets, sparsity)
     if targets == "all":
         assert outcome.targets == sum(linear.weight.numel() for linear in linears.values())
     assert abs(outcome.sparsity - sparsity) < 0.01
@@ -122,5 +122,5 @@ def test_nan_weights_are_named_with_their_layer() -> None:
     name, linear = next(iter(models.linears(model).items()))
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=f"{name}: 1 of .* scores are NaN"):
+    with pytest.raises(ValueError, match=f"{name}: 1 of .* weights are NaN or infinite"):
         methods.prune(model, Weight("weight"), 0.5, None)

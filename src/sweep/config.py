@@ -51,9 +51,18 @@ class Dense:
 @dataclass(frozen=True)
 class Weight:
     family: Literal["weight"]
-    criterion: Literal["magnitude"] = "magnitude"
-    scope: Literal["matrix"] = "matrix"
+    criterion: Literal["magnitude", "random", "wanda", "ria", "gradient", "sparsegpt", "alps"] = "magnitude"
+    scope: Literal["matrix", "row", "global"] | None = None  # what weights compete within; None = as in the paper
+    pattern: str | None = None  # "2:4": at most 2 of each 4 along the input stay; instead of a scope
+    allocation: Literal["uniform", "global", "owl"] | tuple[float, ...] = "uniform"  # sparsity over blocks
     targets: Literal["all", "attention", "ffn"] = "all"
+    embeddings: bool = False
+    head: bool = False
+    exclude: tuple[str, ...] = ()  # names of matrices; * stands for any characters
+    steps: int = _at_least(1, default=1)
+    damping: float = _at_least(0, default=0.01)  # of a Hessian, share of the mean of its diagonal
+    outlier_ratio: float = _at_least(0, default=5.0)  # of allocation=owl: an outlier is so many times the mean score
+    outlier_range: float = _at_least(0, default=0.08)  # of allocation=owl: blocks' sparsities differ by twice this
 
 
 UnitCriterion = Literal["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher", "drop"]
@@ -116,7 +125,10 @@ FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | typ
     "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
 GRADIENT_CRITERIA = {"taylor", "taylor_abs", "fisher"}  # criteria that need a backward pass over the text
-CALIBRATED = GRADIENT_CRITERIA | {"activation", "wanda_sp", "flap", "block_influence", "frequency"}  # that read text
+REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
+BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
+CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {
+    "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
 SEEDED = {"random"}  # criteria that draw numbers, text or not
 SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
@@ -145,6 +157,7 @@ class Calibration:
     source: str  # "pydoc" or a text file
     sequences: int = _at_least(1, default=16)
     length: int = _at_least(2, default=256)  # tokens a sequence
+    sequential: bool = True  # weight methods: a block reads what the pruned blocks before it put out
 
 
 @dataclass(frozen=True)
@@ -270,10 +283,15 @@ def _normalised(cell: Cell) -> Cell:
         unread = {f.name: f.default for f in fields(Drop)} | ({"group": 1} if isinstance(method, Neuron) else {})
         method = replace(method, **unread)  # type: ignore[arg-type]
         cell = replace(cell, method=method)
+    if isinstance(method, Weight):
+        method = checked_weight(method, cell.sparsity)
+        cell = replace(cell, method=method)
     if not _reads_text(method):
         cell = replace(cell, calibration=None, seed=cell.seed if method.criterion in SEEDED else 0)
     elif isinstance(method, Vocab) and cell.calibration is not None:  # counts the whole text
         cell = replace(cell, calibration=Calibration(cell.calibration.source), seed=0)
+    if cell.calibration is not None and not (isinstance(method, Weight) and method.allocation != "global"):
+        cell = replace(cell, calibration=replace(cell.calibration, sequential=True))  # not read
     if method.family in SHRINKING:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":
@@ -285,7 +303,65 @@ def _normalised(cell: Cell) -> Cell:
 def _reads_text(method: Weight | Neuron | Head | Layer | Vocab) -> bool:
     """Whether the numbers of a method depend on the calibration text."""
     on_text = method.criterion == "drop" and getattr(method, "task", None) is None
-    return method.criterion in CALIBRATED or on_text or getattr(method, "repair", False)
+    return (
+        method.criterion in CALIBRATED
+        or on_text
+        or getattr(method, "repair", False)
+        or (getattr(method, "allocation", None) == "owl")
+    )
+
+
+def groups(pattern: str) -> tuple[int, int]:
+    """(n, m) of an n:m pattern. Raises RequestError."""
+    n, _, m = pattern.partition(":")
+    if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
+        raise RequestError(f"method.pattern must be n:m with 0 < n < m, such as 2:4; got {pattern!r}")
+    return int(n), int(m)
+
+
+def checked_weight(method: Weight, sparsity: float) -> Weight:
+    """The method with its paper's scope where none is given, and what it does not read set to one value.
+
+    Raises RequestError for settings that contradict each other.
+    """
+    if method.pattern is not None:
+        n, m = groups(method.pattern)
+        if round(1 - n / m, 6) != round(sparsity, 6):
+            raise RequestError(f"method.pattern={method.pattern} removes exactly {1 - n / m:g}: set sparsity={1 - n / m:g}, "
+                               f"or another pattern for sparsity={sparsity:g}")  # fmt: skip
+        for name, allowed in (("scope", (None, "matrix")), ("allocation", ("uniform",)), ("steps", (1,))):
+            if getattr(method, name) not in allowed:
+                raise RequestError(f"method.{name}={getattr(method, name)} has no meaning with method.pattern="
+                                   f"{method.pattern}, which removes the same of every group: leave it out")  # fmt: skip
+    allocation = method.allocation
+    if method.scope == "global":
+        if allocation not in ("uniform", "global"):
+            raise RequestError(f"method.scope=global decides what each block loses, and so does method.allocation="
+                               f"{allocation}: use scope=matrix or scope=row with it")  # fmt: skip
+        allocation = "global"
+    if allocation == "global" and method.criterion in CALIBRATED and method.embeddings and not method.head:
+        raise RequestError("method.embeddings=true with a global rank: an embedding reads no activations, and its scores "
+                           "cannot be compared with the others'; use method.allocation=uniform")  # fmt: skip
+    if isinstance(allocation, tuple):
+        if any(not 0 <= share <= 1 for share in allocation):
+            raise RequestError(f"method.allocation lists a sparsity for each block, in [0, 1]; got {list(allocation)}")
+        mean = sum(allocation) / max(len(allocation), 1)
+        if abs(mean - sparsity) > 0.005:
+            raise RequestError(f"the sparsities of method.allocation have the mean {mean:.4g}: set sparsity={mean:.4g}, "
+                               "or other sparsities; small differences are spread over the blocks")  # fmt: skip
+    scope = method.scope or ("row" if method.criterion in BY_ROW else "matrix")
+    if method.pattern is not None or scope == "global":
+        scope = "matrix"
+    defaults = Weight("weight")
+    return replace(
+        method,
+        scope=scope,
+        allocation=allocation,
+        steps=1 if method.criterion in ("magnitude", "random") else method.steps,  # their scores do not change
+        damping=method.damping if method.criterion in REBUILDING else defaults.damping,
+        outlier_ratio=method.outlier_ratio if allocation == "owl" else defaults.outlier_ratio,
+        outlier_range=method.outlier_range if allocation == "owl" else defaults.outlier_range,
+    )
 
 
 def as_dict(cell: Cell) -> dict[str, Any]:
@@ -331,7 +407,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        (hint,) = [a for a in args if a is not type(None)]
+        hints = [a for a in args if a is not type(None)]
+        as_list = isinstance(value, list | tuple)
+        (hint,) = hints if len(hints) == 1 else [a for a in hints if (typing.get_origin(a) is tuple) == as_list]
         return _convert(value, hint, where)
     if origin is Literal:
         if value not in args:

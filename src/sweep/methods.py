@@ -1,6 +1,6 @@
 """The seam: every method, as a change of the model in place.
 
-To add a criterion: a function in scores.py, a line in the dictionary of weights.py or units.py, its name in config.py,
+To add a criterion: a function in scores.py, its line in weights.py or units.py, its name in config.py,
 a YAML in conf/method, and a row in the test of invariants.
 """
 
@@ -22,19 +22,24 @@ def prune(
     *,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    sequential: bool = True,
 ) -> Outcome:
     """Prune the model in place and report what was removed.
 
     tokens     (sequences, length) calibration text for methods that read one, else None
     seed       of criteria that draw numbers
     tokenizer  for methods that change the vocabulary or measure on a task
+    sequential weight methods calibrate a block on what the pruned blocks before it put out
     Raises RuntimeError when the removed count is not the requested one.
     """
     match method:
         case Dense():
-            return Outcome(targets=sum(models.weight(m).numel() for m in models.linears(model).values()), removed=0)
+            return Outcome(
+                targets=sum(w.numel() for block in models.blocks(model) for w in models.matrices(block).values()),
+                removed=0,
+            )
         case Weight():
-            return weights.prune(model, method, sparsity)
+            return weights.prune(model, method, sparsity, tokens, seed=seed, sequential=sequential)
         case Neuron() | Head():
             return units.prune(model, method, sparsity, tokens, seed, tokenizer)
         case Layer():

@@ -34,6 +34,8 @@ class Architecture:
 
 
 _LLAMA = Architecture("self_attn", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+ROUTERS = {"router", "gate", "shared_expert_gate"}  # linear layers that choose experts
+ATTENTION = {"self_attn", "attn", "attention", "self_attention"}  # what decoders call the attention module of a block
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
     "phi": Architecture("self_attn", ("mlp.fc1",), "mlp.fc2"),
@@ -128,8 +130,10 @@ def _damage(folder: Path) -> str | None:
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's blocks, in order: the longest list of modules of one class."""
+    """The decoder's blocks, in order: the longest list of modules of one class that is not inside another."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
+    nested = {id(inner) for outer in lists for inner in outer.modules() if inner is not outer}  # such as experts
+    lists = [m for m in lists if id(m) not in nested]
     if not lists:
         raise RequestError(f"{type(model).__name__} has no list of equal blocks, so it is no decoder that sweep knows")
     return max(lists, key=len)
@@ -142,6 +146,42 @@ def architecture(model: PreTrainedModel) -> Architecture:
         raise RequestError(f"the parts of a '{kind}' block are not known: add a line to ARCHITECTURES in "
                            f"sweep/models.py. Known: {', '.join(ARCHITECTURES)}")  # fmt: skip
     return ARCHITECTURES[kind]
+
+
+def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Every weight matrix of the linear layers and experts inside a block, (out, in), as a view that writes through.
+
+    prefix  the block's own name, without which names are those within the block
+    The matrices of experts, which transformers keep fused in three dimensions, are named by expert: `mlp.experts.3.up_proj`.
+    Routers decide which expert reads a token; they are tiny, and no linear layers to prune.
+    """
+    found = {}
+    for path, module in block.named_modules(prefix=prefix):
+        if isinstance(module, Linear):
+            if path.rpartition(".")[2] not in ROUTERS:
+                found[path] = weight(module).detach()
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    found |= _expert_matrices(module, f"{path}.", name, parameter.detach())
+    return found
+
+
+def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
+    found = {}
+    for expert, matrix in enumerate(fused):
+        matrix = matrix.t() if getattr(module, "is_transposed", False) else matrix
+        if name == "gate_up_proj" and getattr(module, "is_concatenated", True):
+            found[f"{path}{expert}.gate_proj"], found[f"{path}{expert}.up_proj"] = matrix.chunk(2)
+        else:
+            found[f"{path}{expert}.{name}"] = matrix
+    return found
+
+
+def block_names(model: PreTrainedModel) -> list[str]:
+    """The name of every block, in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in blocks(model)]
 
 
 def linears(model: PreTrainedModel) -> dict[str, Linear]:

@@ -19,6 +19,7 @@ class Outcome:
     tokenizer: Any = None  # the model's tokenizer from now on, where the vocabulary has changed
     measured: pd.DataFrame | None = None  # criterion=drop: block, unit, importance, measured
     outside_blocks: bool = False  # what was removed is no part of a block: embeddings and head
+    damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal
 
     @property
     def sparsity(self) -> float:

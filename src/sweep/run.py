@@ -43,10 +43,19 @@ def run_cell(
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     before = time.perf_counter()
-    outcome = methods.prune(model, cell.method, cell.sparsity, tokens, seed=cell.seed, tokenizer=tokenizer)
+    outcome = methods.prune(
+        model,
+        cell.method,
+        cell.sparsity,
+        tokens,
+        seed=cell.seed,
+        tokenizer=tokenizer,
+        sequential=cell.calibration is None or cell.calibration.sequential,
+    )
     tokenizer = outcome.tokenizer or tokenizer
     row["prune_seconds"] = time.perf_counter() - before
     row["calibration_tokens"] = outcome.calibration_tokens
+    row["damping"] = outcome.damping
     row["sparsity_achieved"] = outcome.sparsity
     if outcome.measured is not None:
         row["units_measured"] = int(outcome.measured["measured"].sum())

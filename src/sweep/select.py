@@ -1,15 +1,19 @@
 """Selection: scores to boolean keep-masks. True = keep. Counts are exact.
 
-Exactly round(sparsity * n) entries are dropped, those of the lowest scores. Of equal scores the one with the lower
+Exactly the asked number of entries is dropped, those of the lowest scores. Of equal scores the one with the lower
 index is dropped first: a threshold alone would drop every tie, and bfloat16 weights are full of ties.
+
+Matrices are (out, in). n:m is as in the literature: of each m neighbours along the input, the n highest are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+_HALF = 1 << 16  # a float32 is placed by its upper 16 bits, then by its lower 16
 
 
 def count(n: int, sparsity: float) -> int:
@@ -22,19 +26,58 @@ def lowest(scores: Tensor, drop: int) -> Tensor:
 
     Raises ValueError when a score is NaN, or `drop` is not in 0..n.
     """
-    flat = scores.flatten()
+    flat = scores.flatten().to(torch.float32)
     if not 0 <= drop <= flat.numel():
         raise ValueError(f"cannot drop {drop} of {flat.numel()} entries")
-    if torch.isnan(flat).any():
-        raise ValueError(f"{int(torch.isnan(flat).sum())} of {flat.numel()} scores are NaN")
+    _refuse_nan(flat)
     if drop == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(drop).values
+    threshold, below = _threshold(lambda: [flat], drop)
     keep = flat > threshold
-    surplus = flat.numel() - drop - int(keep.sum())  # ties at the threshold that stay
+    gone = drop - below  # of the ties at the threshold, the first so many
     ties = (flat == threshold).nonzero().squeeze(1)
-    keep[ties[ties.numel() - surplus :]] = True
+    keep[ties[gone:]] = True
     return keep.view_as(scores)
+
+
+def lowest_by_row(scores: Tensor, drop: int) -> Tensor:
+    """Keep-mask that drops the lowest of each row: `drop` in all, as many in each row, the first rows one more.
+
+    Raises ValueError as `lowest` does.
+    """
+    rows, columns = scores.shape
+    if not 0 <= drop <= scores.numel():
+        raise ValueError(f"cannot drop {drop} of {scores.numel()} entries")
+    _refuse_nan(scores)
+    each, more = divmod(drop, rows)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    for part, number in ((slice(0, more), each + 1), (slice(more, rows), each)):
+        if number == 0 or scores[part].numel() == 0:
+            continue
+        threshold = scores[part].kthvalue(number, dim=1, keepdim=True).values
+        keep[part] = scores[part] > threshold
+        surplus = columns - number - keep[part].sum(1, keepdim=True)  # ties at the threshold that stay
+        if surplus.any():
+            ties = scores[part] == threshold
+            from_the_end = ties.flip(1).cumsum(1).flip(1)
+            keep[part] |= ties & (from_the_end <= surplus)
+    return keep
+
+
+def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Keep-mask with the n highest of each m neighbours along the last dimension.
+
+    Raises ValueError when a score is NaN or the last dimension is not divisible by m.
+    """
+    if scores.shape[-1] % m:
+        raise ValueError(f"{n}:{m} needs an input dimension divisible by {m}, not {scores.shape[-1]}")
+    _refuse_nan(scores)
+    groups = scores.reshape(-1, m).t().contiguous()  # (m, groups)
+    keep = torch.empty_like(groups, dtype=torch.bool)
+    for j in range(m):  # the rank of an entry is how many are dropped before it: m is small, and sorting slower
+        rank = (groups[:j] <= groups[j]).sum(0) + (groups[j + 1 :] < groups[j]).sum(0)
+        keep[j] = rank >= m - n
+    return keep.t().reshape(scores.shape)
 
 
 def lowest_across(scores: Sequence[Tensor], drop: int, at_least: int = 0) -> list[Tensor]:
@@ -78,3 +121,74 @@ def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at
     keep = torch.ones(joined.numel(), dtype=torch.bool)
     keep[order[:drop]] = False
     return list(keep.split([s.numel() for s in scores]))
+
+
+def counts_across(scores: Callable[[], Iterable[Tensor]], drop: int) -> list[int]:
+    """How many each tensor loses when the `drop` lowest of all together go: with `lowest`, the same as a global rank.
+
+    scores  yields the tensors anew at each call; they are read one at a time and never held together
+    """
+    if drop == 0:
+        return [0 for _ in scores()]
+    threshold, below = _threshold(scores, drop)
+    losses, ties_left = [], drop - below
+    for s in scores():
+        ties = min(ties_left, int((s == threshold).sum()))
+        ties_left -= ties
+        losses.append(int((s < threshold).sum()) + ties)
+    return losses
+
+
+def apportion(quotas: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Whole numbers next to the quotas that sum to exactly `total`, by largest remainder, none above its size.
+
+    The first of equal remainders is rounded up. Raises ValueError when the quotas are not near enough to the total.
+    """
+    floors = [min(int(quota + 1e-9), size) for quota, size in zip(quotas, sizes, strict=True)]
+    missing = total - sum(floors)
+    order = sorted(range(len(quotas)), key=lambda i: floors[i] - quotas[i])
+    order = [i for i in order if floors[i] < sizes[i]]
+    if not 0 <= missing <= len(order):
+        raise ValueError(f"quotas that sum to {sum(quotas):g} cannot be rounded to a total of {total}")
+    for i in order[:missing]:
+        floors[i] += 1
+    return floors
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    nan = torch.isnan(scores)
+    if nan.any():
+        raise ValueError(f"{int(nan.sum())} of {scores.numel()} scores are NaN")
+
+
+def _threshold(scores: Callable[[], Iterable[Tensor]], drop: int) -> tuple[Tensor, int]:
+    """(the drop-th lowest score, how many are lower than it), by counting and without sorting.
+
+    Two histograms of 65,536 places find it in time proportional to n: the first over the upper 16 bits of each score,
+    the second over the lower 16 of those that share the place. Read as integers, floats are ordered as their values
+    are, once the negative ones are turned round.
+    """
+    high, before = _place((_ordered(s) >> 16 for s in scores()), drop, offset=_HALF // 2)
+    low, before_low = _place(
+        (key[(key >> 16) == high] & (_HALF - 1) for key in map(_ordered, scores())), drop - before, offset=0
+    )
+    key = torch.tensor((high << 16) | low, dtype=torch.int64)
+    bits = torch.where(key < 0, key ^ 0x7FFFFFFF, key).to(torch.int32)
+    return bits.view(torch.float32).to(next(iter(scores())).device), before + before_low
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Scores as integers in the same order, int32."""
+    bits = (scores.flatten().to(torch.float32) + 0.0).view(torch.int32)  # the sum makes -0.0 the 0.0 that it equals
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _place(values: Iterable[Tensor], drop: int, offset: int) -> tuple[int, int]:
+    """(the place of the drop-th lowest value, how many are in lower places)."""
+    histogram: Tensor | int = 0
+    for value in values:
+        histogram = histogram + torch.bincount(value + offset, minlength=_HALF)
+    assert isinstance(histogram, Tensor)
+    upto = histogram.cumsum(0)
+    place = int(torch.searchsorted(upto, drop))
+    return place - offset, int(upto[place] - histogram[place])

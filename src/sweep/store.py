@@ -50,7 +50,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "decode_speedup": _FLOAT, "decode_speedup_low": _FLOAT, "decode_speedup_high": _FLOAT,
     "dense_prefill_ms_p50": _FLOAT, "dense_decode_ms_per_token_p50": _FLOAT,
     "tokens_per_second": _FLOAT, "peak_memory_bytes": _INT, "base_memory_bytes": _INT,
-    "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "calibration_tokens": _INT,
+    "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "calibration_tokens": _INT, "damping": _FLOAT,
     "units_measured": _INT,
     "perplexity_tokens": _INT, "perplexity_windows": _INT, "perplexity_join": _TEXT,
     "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,

@@ -21,9 +21,15 @@ _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 @torch.no_grad()
-def zero_weights(linear: models.Linear, keep: Tensor) -> None:
-    """Set the weights of a linear layer to zero where `keep`, (out, in) bool, is False. In place."""
-    models.weight(linear).masked_fill_(~keep, 0)
+def zero_weights(weight: Tensor, keep: Tensor) -> None:
+    """Set a weight, a view that writes through, to zero where `keep`, of its shape, is False. In place."""
+    weight.masked_fill_(~keep, 0)
+
+
+@torch.no_grad()
+def write_weights(weight: Tensor, values: Tensor) -> None:
+    """Give a weight, a view that writes through, other values, rounded to its dtype. In place."""
+    weight.copy_(values)
 
 
 @torch.no_grad()

@@ -1,0 +1,178 @@
+"""Criteria that also correct the weights that stay, so that the layer's output on calibration text changes least.
+
+Legend: a weight is (out, in) float32; H = X^T X, (in, in) float32, sums over the calibration tokens what the layer reads.
+Several matrices that read the same input are solved together, stacked as rows (R, in): rows are independent problems, and
+what is costly depends on H alone. `keep` masks are chosen per matrix by a function of its scores: True = keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor, float, float], Tensor]  # (scores, share of columns before these, with these) -> keep
+_COLUMNS = 128  # of SparseGPT, whose masks are chosen so many columns at a time, as in its paper
+_COLUMNS_INNER = 16
+_MOST_DAMPING = 1e3  # of the mean of the diagonal; with more, H says nothing
+_ITERATIONS = 300  # of ADMM, at most
+_REFIT = 12  # iterations of conjugate gradients
+
+
+def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """(H with its diagonal raised, the lower Cholesky factor of H reversed in both dimensions, the damping it took).
+
+    damping  share of the mean of the diagonal that is added to it; ten times more each time H is still not positive
+             definite in float32
+    Features that were never active have a diagonal of zero; they get a one, which leaves them apart from all others.
+    Raises ValueError when H is not finite or no damping helps.
+    """
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise ValueError("the calibration activations are not finite")
+    mean = float(diagonal.mean()) or 1.0
+    while damping <= _MOST_DAMPING:
+        raised = hessian.clone()
+        raised.diagonal().add_(damping * mean)
+        raised.diagonal()[diagonal == 0] = 1.0
+        factor, problem = torch.linalg.cholesky_ex(raised.flip(0, 1))
+        if not problem and torch.isfinite(factor).all():
+            return raised, factor, damping
+        damping = max(10 * damping, 1e-6)
+    raise ValueError(f"the Hessian is not positive definite even with {_MOST_DAMPING:g} times its mean on the diagonal")
+
+
+def sparsegpt(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    choose: Sequence[Choose],
+    damping: float,
+    *,
+    m: int = 1,
+    gone: Sequence[Tensor] | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Each weight's (new values, keep-mask), and the damping used (Frantar & Alistarh 2023, arXiv:2301.00774).
+
+    choose  of each weight: its mask for some of its columns, from their scores
+    m       columns are chosen in groups of m when the pattern is n:m
+    gone    of each weight, True where it was removed before: removed again before any other
+
+    Column by column, a weight w_j that goes leaves an error w_j / U_jj that the columns to the right take over along
+    row j of U, where H^-1 = U^T U. Its score is w_j^2 / U_jj^2, the rise in squared error. U is the inverse of the
+    reversed Cholesky factor of H: H is factored once and its inverse never formed.
+    """
+    _, factor, damping = damped(hessian, damping)
+    before = None if gone is None else torch.cat(list(gone)).t()
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    upper = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
+    sizes = [len(weight) for weight in weights]
+    left = torch.cat(list(weights)).t().contiguous()  # (in, R): a column of W is contiguous
+    keep = torch.ones_like(left, dtype=torch.bool)
+    inner = m * max(1, _COLUMNS_INNER // m)
+    outer = inner * max(1, _COLUMNS // inner)
+    columns = len(left)
+
+    def mask(start: int, end: int) -> None:
+        scores = (left[start:end] / upper.diagonal()[start:end, None]) ** 2
+        scores = (scores if before is None else scores.masked_fill(before[start:end], -1.0)).t()
+        masks = [c(s, start / columns, end / columns) for c, s in zip(choose, scores.split(sizes), strict=True)]
+        keep[start:end] = torch.cat(masks).t()
+
+    for start in range(0, columns, outer):
+        end = min(start + outer, columns)
+        if m == 1:
+            mask(start, end)
+        errors = torch.zeros_like(left[start:end])
+        for a in range(start, end, inner):
+            b = min(a + inner, end)
+            for j in range(a, b):
+                if m > 1 and j % m == 0:
+                    mask(j, j + m)
+                error = left[j].masked_fill(keep[j], 0) / upper[j, j]
+                errors[j - start] = error
+                left[j].masked_fill_(~keep[j], 0)
+                if j + 1 < b:
+                    left[j + 1 : b].addcmul_(upper[j, j + 1 : b, None], error[None], value=-1)
+            if b < end:
+                left[b:end].addmm_(upper[a:b, b:end].t(), errors[a - start : b - start], alpha=-1)
+        if end < columns:
+            left[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+    return list(zip(left.t().split(sizes), keep.t().split(sizes), strict=True)), damping
+
+
+def alps(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    choose: Sequence[Choose],
+    damping: float,
+    *,
+    m: int = 1,
+    gone: Sequence[Tensor] | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Each weight's (new values, keep-mask), and the damping used (Meng et al. 2024, ALPS, arXiv:2406.07831).
+
+    The arguments are those of `sparsegpt`; `m` is not needed, since all columns are chosen at once.
+
+    Minimises tr (W - W0) H (W - W0)^T under the sparsity pattern. ADMM splits W, which minimises, from D, which has the
+    pattern, with multipliers V and a penalty rho that rises while the support of D still changes:
+        W = (W0 H - V + rho D) (H + rho I)^-1      D = project(W + V / rho)      V = V + rho (W - D)
+    Features are first scaled so that H has a diagonal of one. On the support that is found, conjugate gradients, each
+    row with its own step, solve for the values that stay; with that diagonal the Jacobi preconditioner is the identity.
+    """
+    raised, _, damping = damped(hessian, damping)
+    scale = raised.diagonal().sqrt()
+    scaled = raised / torch.outer(scale, scale)
+    sizes = [len(weight) for weight in weights]
+    start = torch.cat(list(weights)) * scale
+    target = start @ scaled
+
+    before = None if gone is None else torch.cat(list(gone))
+
+    def project(values: Tensor) -> Tensor:
+        scores = values**2 if before is None else (values**2).masked_fill(before, -1.0)
+        return torch.cat([c(s, 0.0, 1.0) for c, s in zip(choose, scores.split(sizes), strict=True)])
+
+    identity = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+    rho, changed, removed = 0.1, 0, 0
+    multiplier = torch.zeros_like(start)
+    split = start
+    keep = earlier = torch.ones_like(start, dtype=torch.bool)
+    for iteration in range(_ITERATIONS):
+        if iteration % 3 == 0:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + rho * identity))
+        values = (target - multiplier + rho * split) @ inverse
+        candidate = values + multiplier / rho
+        keep = project(candidate)
+        split = candidate.masked_fill(~keep, 0)
+        multiplier = multiplier + rho * (values - split)
+        if iteration % 3 == 2:
+            changed = int((keep != earlier).sum())
+            removed = removed or int(keep.sum())
+            earlier = keep
+            if changed == 0:
+                break
+            rho *= 1.3 if changed >= 0.1 * removed else 1.2 if changed >= 0.005 * removed else 1.1
+    values = refit(split, keep, target, scaled) / scale
+    return list(zip(values.split(sizes), keep.split(sizes), strict=True)), damping
+
+
+def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """The values on the support `keep` that minimise tr W H W^T / 2 - tr W target^T, by conjugate gradients from `values`.
+
+    values, keep, target  (R, in)
+    """
+    values = values.masked_fill(~keep, 0)
+    residual = (target - values @ hessian).masked_fill(~keep, 0)
+    direction, size = residual, (residual**2).sum(1, keepdim=True)
+    solved = 1e-10 * size  # a row this near is left alone: what remains is rounding error
+    for _ in range(_REFIT):
+        moved = (direction @ hessian).masked_fill(~keep, 0)
+        curvature = (direction * moved).sum(1, keepdim=True)
+        going = (size > solved) & (curvature > 0)
+        step = torch.where(going, size / curvature, 0.0)
+        values = values + step * direction
+        residual = residual - step * moved
+        size, before = (residual**2).sum(1, keepdim=True), size
+        direction = residual + direction * torch.where(going, size / before, 0.0)
+    return values
