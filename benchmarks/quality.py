@@ -79,7 +79,7 @@ def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: 
                 at += len(group)
     lines = [
         ("HFLM", best, totals[0], right[0] / len(grouped)),
-        ("sweep", "4 x 512", totals[1], right[1] / len(grouped)),
+        ("sweep", "4 x 128", totals[1], right[1] / len(grouped)),
     ]
     table = tabulate(lines, headers=["ARC-Easy", "batch size", "seconds", "acc"], floatfmt=".4g")
     tried = ", ".join(f"{n}: {t:.1f} s" for n, t in timed.items())

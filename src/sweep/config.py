@@ -138,7 +138,7 @@ class Benchmarks:
     tasks: tuple[str, ...]
     limit: int | None = _at_least(1, default=None)  # documents a task
     num_fewshot: int = _at_least(0, default=0)
-    batch_size: int = _at_least(1, default=4)  # rows of 512 tokens in a forward pass
+    batch_size: int = _at_least(1, default=4)  # rows of 128 tokens in a forward pass
     max_length: int = _at_least(2, default=2048)  # tokens
     unsafe_code: bool = False  # allow tasks that run code which the model wrote
 

@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_ROW = 512  # `benchmarks.batch_size` counts rows of this many tokens
+TOKENS_PER_ROW = 128  # `benchmarks.batch_size` counts rows of this many tokens
 _WIDEST_TREE = 1024  # tokens; attention costs grow with the width of a row
 _WORTH_SHARING = 0.25  # of a request's tokens must be in the tree already for it to join
+_FULL = 0.8  # a row of a batch is at least so much of the longest: the rest is padding, and computed in vain
 _ROWS_OF_LOGITS = 256  # positions whose log-softmax, in float32, is held at once
 
 Request: TypeAlias = tuple[Sequence[int], int]  # tokens, of which the last so many are scored
@@ -98,8 +99,11 @@ def batches(trees: Sequence[Tree], budget: int) -> Iterator[list[Tree]]:
         ordered = sorted((t for t in trees if t.is_chain == chain), key=lambda t: -len(t.tokens))
         start = 0
         while start < len(ordered):
-            stop = start + max(1, budget // len(ordered[start].tokens))
-            yield ordered[start:stop]
+            longest = len(ordered[start].tokens)
+            stop = start + max(1, budget // longest)
+            batch = [tree for tree in ordered[start:stop] if len(tree.tokens) >= _FULL * longest]
+            stop = start + len(batch)
+            yield batch
             start = stop
 
 
