@@ -1,0 +1,186 @@
+"""Whether two cells differ, told from the same documents. No torch.
+
+Two intervals that overlap say little: both cells answered the same documents, and most of what makes one document
+harder than another cancels in the difference. So a comparison joins the cells by document. Accuracy is tested by
+McNemar's exact test on the documents that flipped; loss and F1 by a bootstrap over documents; and over a table of
+comparisons the p-values are Holm's, or one in twenty would be news by chance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from sweep import classification, frontier, store
+
+Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
+
+DRAWS = 2000
+LEVEL = 0.05
+BETTER, WORSE, NOISE = "better", "worse", frontier.WITHIN_NOISE
+_TRUTHS = ("acc", "acc_norm", "exact_match", "told", "em")  # metrics that are right or wrong for each document
+
+
+def mcnemar(before: ArrayLike, after: ArrayLike) -> tuple[float, int, int]:
+    """(p-value, wrong to right, right to wrong) of two answers, right (1) or wrong (0), to each document.
+
+    Exact and two-sided: where nothing changed, each flip is as likely to go either way (McNemar 1947,
+    doi:10.1007/BF02295996). Without flips the p-value is 1.
+    """
+    a, b = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
+    flips = gained + lost
+    return (float(binomtest(gained, flips, 0.5).pvalue) if flips else 1.0), gained, lost
+
+
+def bootstrap(
+    difference: Callable[[NDArray[np.int64]], NDArray[np.float64]], documents: int, seed: int = 0
+) -> tuple[float, float, float]:
+    """(low, high, p-value): the 95 % percentile interval of a difference, and how often its sign is the other one.
+
+    difference  from draws of documents, (DRAWS, documents) indices with replacement, to one difference a draw
+    The p-value is two-sided and never below 2 / (DRAWS + 1): so many draws can tell no less. NaN in, NaN out.
+    """
+    draws = np.random.default_rng(seed).integers(0, documents, (DRAWS, documents))
+    found = difference(draws)
+    if not len(found) or np.isnan(found).any():
+        return (np.nan,) * 3
+    low, high = np.quantile(found, [0.025, 0.975])
+    tail = min((found <= 0).sum(), (found >= 0).sum())
+    return float(low), float(high), float(min(1.0, 2 * (tail + 1) / (DRAWS + 1)))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Holm's adjusted p-values (1979): the k-th smallest of n times n - k + 1, never falling, at most 1. NaN stays NaN."""
+    p = np.asarray(p_values, dtype=float)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors)) if len(order) else []
+    return adjusted
+
+
+def outcomes(samples: pd.DataFrame, cell: str, task: str) -> Outcomes:
+    """A cell's outcomes in a task, one line a document."""
+    mine = samples[(samples.cell == cell) & (samples.task == task)]
+    return mine.pivot_table(index="document", columns="metric", values="value", aggfunc="first", dropna=False)
+
+
+def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]:
+    """`metric` of `after` less that of `before`, on the documents that both have.
+
+    metric   a truth (acc, acc_norm, exact_match, told), f1_macro, a loss (`loss` or `token_perplexity`: nats a token;
+             `loss_band_B`: nats a token of the band), or any other value of single documents, whose means are compared
+    returns  documents, before, after, difference, low, high (95 %), p, test, and for truths gained and lost
+    Raises KeyError when an outcome lacks what the metric is made of.
+    """
+    both = before.index.intersection(after.index)
+    a, b = before.loc[both], after.loc[both]
+    found: dict[str, Any] = {"documents": len(both)}
+    if metric == "f1_macro":
+        values, of_draws = _f1(a, b)
+        test = "bootstrap"
+    elif metric in ("loss", "token_perplexity") or metric.startswith("loss_band_"):
+        values, of_draws = _loss(a, b, metric)
+        test = "bootstrap"
+    else:
+        x, y = a[metric].to_numpy(float), b[metric].to_numpy(float)
+        values = (float(x.mean()), float(y.mean()))
+        test, of_draws = "bootstrap", lambda draws: (y - x)[draws].mean(1)
+    low, high, p = bootstrap(of_draws, len(both))
+    if metric in _TRUTHS:
+        p, found["gained"], found["lost"] = mcnemar(a[metric], b[metric])
+        test = "McNemar"
+    return found | {"before": values[0], "after": values[1], "difference": values[1] - values[0], "low": low,
+                    "high": high, "p": p, "test": test}  # fmt: skip
+
+
+def _f1(a: Outcomes, b: Outcomes) -> tuple[tuple[float, float], Callable[[NDArray], NDArray]]:
+    truth, *choices = (x.to_numpy(int) for x in (a["target"], a["chosen"], b["chosen"]))
+    classes = max(int(x.max()) for x in (truth, *choices)) + 2
+    pairs = [truth * classes + np.where(chosen < 0, classes - 1, chosen) for chosen in choices]
+
+    def f1(which: int, draws: NDArray) -> NDArray[np.float64]:
+        drawn = pairs[which][draws] + np.arange(len(draws))[:, None] * classes**2
+        counts = np.bincount(drawn.ravel(), minlength=len(draws) * classes**2)
+        return classification.f1_macro(counts.reshape(-1, classes, classes))
+
+    whole = np.arange(len(truth))[None]
+    return (float(f1(0, whole)[0]), float(f1(1, whole)[0])), lambda draws: f1(1, draws) - f1(0, draws)
+
+
+def _loss(a: Outcomes, b: Outcomes, metric: str) -> tuple[tuple[float, float], Callable[[NDArray], NDArray]]:
+    """Losses are sums over tokens: documents are drawn, and the sums divided by the drawn documents' tokens.
+
+    Of a band, tokens that a vocabulary has lost are in neither sum of its cell, so that the two cells may be divided by
+    different counts.
+    """
+    if metric.startswith("loss_band_"):
+        count = metric.replace("loss_", "tokens_", 1)
+        sums = [o[metric].fillna(0.0).to_numpy(float) for o in (a, b)]
+        tokens = [o[count].fillna(0.0).to_numpy(float) for o in (a, b)]
+    else:
+        sums = [-o["log_likelihood"].to_numpy(float) for o in (a, b)]
+        tokens = [o["tokens"].to_numpy(float) if "tokens" in o else np.ones(len(o)) for o in (a, b)]
+    values = tuple(float(s.sum() / n.sum()) for s, n in zip(sums, tokens, strict=True))
+
+    def of_draws(draws: NDArray) -> NDArray[np.float64]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = sums[1][draws].sum(1) / tokens[1][draws].sum(1) - sums[0][draws].sum(1) / tokens[0][draws].sum(1)
+        # A band so rare that a draw has none of it says nothing of the difference; NaN losses stay NaN.
+        empty = (tokens[0][draws].sum(1) == 0) | (tokens[1][draws].sum(1) == 0)
+        return found[~empty] if not np.isnan(np.concatenate(sums)).any() else found
+
+    return (values[0], values[1]), of_draws
+
+
+def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+    """Comparisons of a results folder, one line a pair and metric, with Holm's p-value and a verdict.
+
+    metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`
+    pairs    (before, after) names of cells; without them, every pruned cell after its dense one
+    verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
+             a loss is no number
+    """
+    rows, samples = store.load(results), store.table(results, "samples")
+    rows = rows[rows.status == "ok"].set_index("cell")
+    chosen = list(pairs) if pairs is not None else against_dense(rows)
+    lines = []
+    for before, after in chosen:
+        for name in metrics:
+            task, _, metric = name.partition("/")
+            a, b = (outcomes(samples, cell, task) for cell in (before, after))
+            if a.empty or b.empty:
+                continue
+            row = rows.loc[after]
+            lines.append({"before": before, "after": after, "method": row.method, "criterion": row.criterion,
+                          "sparsity": row.sparsity, "seed": row.seed, "metric": name}
+                         | {f"{k}_value" if k in ("before", "after") else k: v
+                            for k, v in difference(a, b, metric).items()})  # fmt: skip
+    found = pd.DataFrame(lines)
+    if found.empty:
+        return found
+    found["p_holm"] = holm(found.p)
+    worse = (found.difference > 0) == found.metric.map(frontier.is_loss)
+    verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
+    return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
+
+
+def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(dense cell, pruned cell) for every pruned row whose dense model was measured with the same settings."""
+
+    def setting(config: str) -> str:
+        measured = json.loads(config)
+        return json.dumps({key: measured.get(key) for key in ("model", "dtype", "device", "threads", "benchmarks")},
+                          sort_keys=True)  # fmt: skip
+
+    settings = rows.config.map(setting)
+    dense = {settings[cell]: cell for cell in rows.index[rows.method == "dense"]}
+    return [(dense[settings[cell]], cell) for cell in rows.index[rows.method != "dense"] if settings[cell] in dense]
