@@ -145,6 +145,7 @@ def cut(
         part.remove(keep)
 
 
+@torch.no_grad()
 def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.Generator) -> Tensor:
     """The importance of every unit of a part: (units,) float32, higher = keep."""
     weight = models.weight(part.output)
