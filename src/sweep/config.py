@@ -171,7 +171,9 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Execution:
-    name: Literal["dense", "shrunk"] = "dense"
+    name: Literal["dense", "shrunk", "bitmap", "csr"] = "dense"
+    kernel: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"] = "auto"  # of bitmap
+    fallback: bool = False  # whether a slow substitute may run where the kernel cannot
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,22 @@ def _normalised(cell: Cell) -> Cell:
     elif cell.execution.name == "shrunk":
         raise RequestError(f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
                            f"method={method.family} leaves the matrices their size: use execution=dense")  # fmt: skip
+    if cell.execution.name == "bitmap":
+        _check_bitmap(cell)
+    else:
+        cell = replace(cell, execution=Execution(cell.execution.name))
+    if cell.execution.name == "csr" and cell.dtype != "float32":
+        raise RequestError(f"execution=csr multiplies float32 only, got dtype={cell.dtype}: set dtype=float32, or "
+                           "execution=bitmap")  # fmt: skip
     return cell
+
+
+def _check_bitmap(cell: Cell) -> None:
+    if cell.dtype not in ("bfloat16", "float32"):
+        raise RequestError(f"execution=bitmap holds bfloat16 or float32, got dtype={cell.dtype}: set dtype=bfloat16")
+    if cell.execution.kernel == "avx512_bf16" and cell.dtype != "bfloat16":
+        raise RequestError(f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use "
+                           "execution.kernel=avx512")  # fmt: skip
 
 
 def _reads_text(method: Weight | Neuron | Head | Layer | Vocab) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import models
+from sweep import execution, models
 from sweep.config import Efficiency
 
 
@@ -29,19 +29,24 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
     """Parameters, bytes and multiply-accumulates of one token.
 
     Tied weights count once as parameters and bytes, and where they multiply: an embedding is a lookup, the head a
-    product. Attention scores, whose cost depends on the context and not on the weights, are left out.
+    product. A compressed matrix counts as the parameters and products that it stands for, and with the bytes that it
+    takes. Attention scores, whose cost depends on the context and not on the weights, are left out.
     """
     parameters = list(model.parameters())  # each tensor once
     layers = [*models.linears(model).values(), model.get_output_embeddings()]
     weights = [models.weight(layer) for layer in layers if layer is not None]
-    state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.layout == torch.strided}
+    sparse = execution.compressed(model)
+    places = sum(layer.out_features * layer.in_features for layer in sparse)  # zeros included: the model's size
+    nonzeros, held = sum(layer.nonzeros for layer in sparse), sum(layer.held_bytes for layer in sparse)
+    stored_apart = sum(layer.held_bytes for layer in sparse if isinstance(layer, execution.CsrLinear))
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters),
-        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "stored_bytes": sum(t.numel() * t.element_size() for t in state.values()),
-        "macs_per_token": sum(w.numel() for w in weights),
-        "nonzero_macs_per_token": sum(int(torch.count_nonzero(w)) for w in weights),
+        "parameters": sum(p.numel() for p in parameters) + places,
+        "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters) + nonzeros,
+        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters) + held,
+        "stored_bytes": sum(t.numel() * t.element_size() for t in state.values()) + stored_apart,
+        "macs_per_token": sum(w.numel() for w in weights) + places,
+        "nonzero_macs_per_token": sum(int(torch.count_nonzero(w)) for w in weights) + nonzeros,
     }
 
 

@@ -1,15 +1,103 @@
 """How a pruned model is run. Zeros in a dense matrix save nothing: only another execution can.
 
 `dense` runs the weights as they are, `shrunk` is what removal of units leaves; both need no change of the model.
+`bitmap` and `csr` hold the pruned matrices in a sparse form alone. Layers without a zero stay as they are, and so do
+embeddings and head. A kernel for another device has its place in `_bitmap_layer`, behind the same three tensors.
 """
 
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sweep.config import Execution
+from sweep import bitmap, models
+from sweep.config import Execution, RequestError
 
 
-def prepare(model: PreTrainedModel, execution: Execution) -> PreTrainedModel:
-    """The model in the form in which it will be measured."""
+class CsrLinear(nn.Module):
+    """A linear layer whose matrix is torch's compressed sparse rows: int32 columns, which MKL multiplies."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            rows = weight.detach().to_sparse_csr()
+        index = (rows.crow_indices().int(), rows.col_indices().int())
+        matrix = torch.sparse_csr_tensor(*index, rows.values(), rows.shape, check_invariants=True)
+        self.register_buffer("weight", matrix)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def nonzeros(self) -> int:
+        return self.weight.values().numel()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the matrix as it is held; the bias is apart."""
+        parts = (self.weight.values(), self.weight.crow_indices(), self.weight.col_indices())
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = (self.weight @ x.reshape(-1, self.in_features).t()).t()
+        product = product if self.bias is None else product + self.bias
+        return product.reshape(*x.shape[:-1], self.out_features)
+
+
+def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
+    """(the model in the form in which it will be measured, the kernel that will run it).
+
+    Changes the model in place. Raises RequestError when the execution cannot run here and `fallback` is off.
+    """
     match execution.name:
         case "dense" | "shrunk":
-            return model
+            return model, "torch"
+        case "bitmap":
+            kernel = _bitmap_kernel(model.dtype, execution)
+            _replace(model, lambda weight, bias: _bitmap_layer(weight, bias, kernel))
+            return model, f"bitmap {kernel}"
+        case "csr":
+            _replace(model, CsrLinear)
+            return model, "torch csr"
+
+
+def compressed(model: PreTrainedModel) -> list[bitmap.BitmapLinear | CsrLinear]:
+    """The layers that hold their matrix in a sparse form."""
+    return [module for module in model.modules() if isinstance(module, bitmap.BitmapLinear | CsrLinear)]
+
+
+def _bitmap_kernel(dtype: torch.dtype, execution: Execution) -> str:
+    if execution.kernel == "torch":
+        return "torch"
+    try:
+        if execution.kernel == "auto":
+            return bitmap.fastest(dtype)
+        if execution.kernel in bitmap.kernels():
+            return execution.kernel
+        reason = f"this processor runs {', '.join(bitmap.kernels())}"
+    except bitmap.KernelError as error:
+        reason = str(error)
+    if execution.fallback:
+        return "torch"
+    raise RequestError(f"execution=bitmap, kernel {execution.kernel}: {reason}. Install a C++ compiler, choose another "
+                       "execution.kernel, or set execution.fallback=true to run a slow substitute")  # fmt: skip
+
+
+def _bitmap_layer(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module:
+    return bitmap.BitmapLinear(*bitmap.compress(weight), columns=weight.shape[1], bias=bias, kernel=kernel)
+
+
+@torch.no_grad()
+def _replace(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    """Put `make(weight, bias)` in place of each linear layer of the blocks that has zeros, freeing its matrix."""
+    for name in models.linears(model):
+        layer = model.get_submodule(name)
+        weight = models.weight(layer)
+        if torch.count_nonzero(weight) < weight.numel():
+            model.set_submodule(name, make(weight, layer.bias))

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -94,6 +95,18 @@ def _device(asked: str) -> str:
     if index and int(index) >= torch.cuda.device_count():
         raise RequestError(f"device={asked}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return asked
+
+
+def check_execution(cell: Cell) -> None:
+    """Refuse an execution that this machine cannot run. Raises RequestError."""
+    execution, device = cell.execution, cell.device
+    if execution.name in ("bitmap", "csr") and device != "cpu":
+        raise RequestError(f"execution={execution.name} runs on the CPU, got device={device}: set device=cpu")
+    compiler = os.environ.get("CXX", "c++")
+    needed = execution.name == "bitmap" and execution.kernel != "torch" and not execution.fallback
+    if needed and shutil.which(compiler) is None:
+        raise RequestError(f"execution=bitmap builds its kernel with a C++ compiler, and there is no {compiler} here: "
+                           "install one (g++), or set execution.fallback=true to run a slow substitute")  # fmt: skip
 
 
 def provenance() -> dict[str, str | None]:

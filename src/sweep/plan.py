@@ -64,6 +64,7 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     """
     cell, options = config.parse(composed)
     cell = machine.resolve(cell, part)
+    machine.check_execution(cell)
     sources.fingerprint(cell.model)  # raises when the model is not there
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)

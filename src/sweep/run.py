@@ -62,6 +62,7 @@ def run_cell(
     row["sparsity_units"] = outcome.sparsity_units
     row["sparsity_block_parameters"] = 0.0 if outcome.outside_blocks else outcome.sparsity_of(block_parameters)
     row["sparsity_all_parameters"] = outcome.sparsity_of(dense_parameters)
+    model, row["kernel"] = execution.prepare(model, cell.execution)
     saved = {}
     if save_model is not None:
         asked = as_dict(cell)
@@ -69,7 +70,6 @@ def run_cell(
         facts |= {"model": cell.model.name, "command": command}
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
         saved["stored_bytes"] = checkpoint.save(model, tokenizer, save_model, facts)
-    model = execution.prepare(model, cell.execution)
 
     row |= efficiency.counted(model) | saved
     with efficiency.PeakMemory(cell.device) as memory:

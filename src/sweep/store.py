@@ -42,7 +42,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "cell": _TEXT, "status": _TEXT, "error": _TEXT, "model": _TEXT, "method": _TEXT, "criterion": _TEXT,
     "sparsity": _FLOAT, "sparsity_achieved": _FLOAT, "sparsity_units": _FLOAT,
     "sparsity_block_parameters": _FLOAT, "sparsity_all_parameters": _FLOAT, "seed": _INT,
-    "execution": _TEXT, "dtype": _TEXT, "device": _TEXT, "threads": _INT,
+    "execution": _TEXT, "kernel": _TEXT, "dtype": _TEXT, "device": _TEXT, "threads": _INT,
     "parameters": _INT, "nonzero_parameters": _INT, "weights_bytes": _INT, "stored_bytes": _INT,
     "macs_per_token": _INT, "nonzero_macs_per_token": _INT,
     "prefill_ms_p50": _FLOAT, "decode_ms_per_token_p50": _FLOAT,
