@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 from sweep import store, turns
 from sweep.config import Cell
 
-_PRELOAD = ["sweep.run", "lm_eval.models.huggingface", "lm_eval.tasks"]  # none of them starts CUDA
+# None of them starts CUDA. The last is what a child imports first, being the program that its parent runs.
+_PRELOAD = ["sweep.run", "lm_eval.models.huggingface", "lm_eval.tasks", "pandas", "pyarrow.parquet", "sweep.__main__"]
 _PR_SET_PDEATHSIG = 1
 _POLL = 0.05  # seconds between looks at a child's memory: what it may take beyond the limit before it is ended
 _GRACE = 20.0  # seconds from the report of a row to the end of the process
