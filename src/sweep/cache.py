@@ -2,21 +2,49 @@
 
 `SWEEP_CACHE` names the folder; without it, the platform's user cache. An entry is a folder named by what it was made
 from. It appears by one rename when it is complete, so that a reader never sees half of one, and a lock lets one
-process make it while the others wait.
+process make it while the others wait. Together entries take at most `SWEEP_CACHE_LIMIT` (100GB): what was used
+longest ago goes first, and nothing that was used in the last hour.
+
+    python -m sweep.cache list | verify | prune [--limit 20GB]
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from tabulate import tabulate
+
+from sweep.config import RequestError, byte_size
+
+_MANIFEST = ".sweep-entry.json"  # of each file its size and SHA-256, written when the entry was complete
+_IN_USE = 3600.0  # seconds after its last use in which an entry may still be being read
+_DEFAULT_LIMIT = "100GB"
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: Path
+    size: int  # bytes
+    used: float  # seconds since the epoch
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
 
 
 def folder() -> Path:
@@ -33,28 +61,84 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     make       fills an empty folder; an exception leaves no entry behind
     """
     path = folder() / kind / key
-    if path.is_dir():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.with_name(f".{key}.lock")):
-        if path.is_dir():  # made by another process while this one waited
-            return path
-        half = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=path.parent))
-        try:
-            make(half)
-            half.rename(path)
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_name(f".{key}.lock")):
+            if not path.is_dir():  # else made by another process while this one waited
+                half = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=path.parent))
+                try:
+                    make(half)
+                    (half / _MANIFEST).write_text(json.dumps(_contents(half)))
+                    half.rename(path)
+                finally:
+                    shutil.rmtree(half, ignore_errors=True)
+        prune(byte_size("SWEEP_CACHE_LIMIT", os.environ.get("SWEEP_CACHE_LIMIT") or _DEFAULT_LIMIT))
+    with contextlib.suppress(OSError):  # a cache that others own can be read all the same
+        os.utime(path)  # used just now
     return path
 
 
+def entries() -> list[Entry]:
+    """All entries, the longest unused first."""
+    found = []
+    for path in folder().glob("*/[!.]*"):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process in this moment
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            found.append(Entry(path, size, path.stat().st_mtime))
+    return sorted(found, key=lambda e: e.used)
+
+
+def prune(limit: int) -> list[Entry]:
+    """Remove the longest unused entries until the rest takes at most `limit` bytes; returns what was removed.
+
+    Entries that were used in the last hour stay: a cell may be reading them.
+    """
+    kept, removed = entries(), []
+    excess = sum(e.size for e in kept) - limit
+    for found in kept:
+        if excess <= 0 or time.time() - found.used < _IN_USE:
+            break
+        discard(found.path)
+        removed.append(found)
+        excess -= found.size
+    return removed
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an entry, told by reading all of it; None when nothing is, or when it has no manifest."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return f"{_MANIFEST} is no JSON"
+    found = _contents(path)
+    for name, (size, digest) in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != [size, digest]:
+            return f"{name} has changed"
+    return None
+
+
 def discard(path: Path) -> None:
-    """Remove an entry that turned out to be damaged, in one step, so that it is made again."""
-    doomed = path.with_name(f".{path.name}.damaged")
+    """Remove an entry in one step, so that it is made again when it is next asked for."""
+    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed / "entry")
     shutil.rmtree(doomed, ignore_errors=True)
-    if path.exists():
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _contents(path: Path) -> dict[str, list[int | str]]:
+    """Of every file its size and SHA-256, under its relative name."""
+    found: dict[str, list[int | str]] = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != _MANIFEST):
+        with file.open("rb") as handle:
+            found[str(file.relative_to(path))] = [
+                file.stat().st_size,
+                hashlib.file_digest(handle, "sha256").hexdigest(),
+            ]
+    return found
 
 
 @contextmanager
@@ -71,3 +155,43 @@ def lock(path: Path, *, shared: bool = False) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         yield
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exits 1 when an entry was damaged, 2 for a wrong request."""
+    from sweep import messages
+
+    parser = argparse.ArgumentParser(prog="python -m sweep.cache", description=f"Care for the cache in {folder()}.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is there, how large, and when it was last used")
+    commands.add_parser("verify", help="read every entry, and remove those that are damaged")
+    pruning = commands.add_parser("prune", help="remove what was used longest ago")
+    pruning.add_argument("--limit", default="0", help="what may stay, such as 20GB (default: only what is in use)")
+    options = parser.parse_args(arguments)
+    damaged = 0
+    match options.command:
+        case "list":
+            lines = [
+                (e.name, f"{e.size / 1e6:.1f}", time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used)))
+                for e in entries()
+            ]
+            print(tabulate(lines, headers=["entry", "MB", "last used"], disable_numparse=True))
+            print(f"{sum(e.size for e in entries()) / 1e6:.1f} MB in {folder()}")
+        case "verify":
+            for found in entries():
+                if problem := damage(found.path):
+                    damaged += 1
+                    discard(found.path)
+                    print(f"{found.name}: {problem}; removed, and made again when it is next asked for")
+            print(f"{damaged} of {len(entries()) + damaged} entries were damaged")
+        case "prune":
+            try:
+                removed = prune(byte_size("--limit", options.limit))
+            except RequestError as error:
+                sys.exit(messages.complain(error))
+            print(f"removed {len(removed)} entries, {sum(e.size for e in removed) / 1e6:.1f} MB")
+    sys.exit(1 if damaged else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -254,6 +254,16 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     return _normalised(cell), options
 
 
+def byte_size(name: str, text: str) -> int:
+    """`12GiB`, `800MB` or a number of bytes as bytes. Raises RequestError, which names `name`, for what is no size."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in units:
+        raise RequestError(f"{name} must be a size such as 12GiB, 800MB or a number of bytes; got {text!r}")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
 def memory_bytes(limit: str | None) -> int | None:
     """`12GiB`, `800MB` or a number of bytes as bytes.
 
@@ -261,12 +271,7 @@ def memory_bytes(limit: str | None) -> int | None:
     """
     if limit is None:
         return None
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit)
-    if not found or found[2].upper() not in units:
-        raise RequestError(f"memory_limit must be a size such as 12GiB, 800MB or a number of bytes; got {limit!r}")
-    size = int(float(found[1]) * units[found[2].upper()])
+    size = byte_size("memory_limit", limit)
     if size < _LEAST_MEMORY:
         raise RequestError(f"memory_limit must be at least 1GiB, which a process takes that has only loaded its libraries; "
                            f"got {limit!r}")  # fmt: skip
