@@ -86,6 +86,22 @@ def test_a_band_is_divided_by_its_own_tokens() -> None:
     assert found["before"] == pytest.approx(8 / 3) and found["after"] == pytest.approx(7 / 2)
 
 
+def test_the_gap_between_bands_is_a_difference_of_differences() -> None:
+    draw = np.random.default_rng(0)
+
+    def outcomes(rare: float, common: float) -> pd.DataFrame:
+        return pd.DataFrame({"loss_band_zipf0to3": draw.normal(rare, 0.1, 50) * 10, "tokens_band_zipf0to3": 10.0,
+                             "loss_band_zipf5up": draw.normal(common, 0.1, 50) * 40, "tokens_band_zipf5up": 40.0})  # fmt: skip
+
+    dense, pruned = outcomes(5.0, 2.0), outcomes(6.0, 2.5)
+    found = paired.band_gap(dense, pruned, "zipf0to3", "zipf5up")
+    means = {f"{n}{b}": (f[f"loss_band_{b}"].sum() / f[f"tokens_band_{b}"].sum())
+             for n, f in (("dense", dense), ("pruned", pruned)) for b in ("zipf0to3", "zipf5up")}  # fmt: skip
+    expected = means["prunedzipf0to3"] - means["densezipf0to3"] - (means["prunedzipf5up"] - means["densezipf5up"])
+    assert found["gap"] == pytest.approx(expected)
+    assert 0 < found["low"] < 0.5 < found["high"] + 0.1 and found["p"] < 0.01
+
+
 def test_a_loss_that_is_no_number_gives_no_verdict() -> None:
     before, after = losses(0, 0.2)
     after.loc[0, "log_likelihood"] = np.nan

@@ -88,6 +88,8 @@ def test_a_word_that_the_vocabulary_has_lost_cannot_be_told(loaded: Loaded) -> N
     expected = sum(document["page"].count("e") for document in text.pydoc_documents()[:5])
     assert removed == expected > 0
     assert 0 < metrics["pydoc/removed_share_band_zipf5up"] < 1
+    charge = np.nansum([pages[f"loss_band_{b}"].sum() for b in words.BANDS]) + pages.log_likelihood.sum()
+    assert charge == pytest.approx(removed * np.log(2), rel=1e-3)  # the unknown token stands for itself and for "e"
     lost = np.array(["e" in document["word"] for document in text.cloze_documents()[:5]])
     assert lost.any() and not wide(samples, "pydoc_cloze").sort_index().told[lost].any()
 

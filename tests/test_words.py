@@ -45,11 +45,13 @@ def test_sums_and_means_by_band() -> None:
     assert "loss_band_zipf3to4" not in found
 
 
-def test_tokens_that_the_vocabulary_has_lost_are_counted_apart() -> None:
+def test_tokens_that_the_vocabulary_has_lost_are_counted_and_cost_what_it_takes_to_tell_them() -> None:
     bands, word = np.array([COMMON, RARE, RARE]), np.array([0, 1, 2])
-    text = words.by_band(bands, word, np.array([1.0, 2.0, 0.1]), removed=np.array([False, False, True]))
-    found = words.pooled([text])
-    assert found["loss_band_zipf0to3"] == 2.0 and found["tokens_band_zipf0to3"] == 1
+    removed = np.array([False, False, True])
+    losses = words.charged(np.array([1.0, 2.0, 0.1]), removed, candidates=100)
+    assert losses.tolist() == pytest.approx([1.0, 2.0, 0.1 + np.log(100)])
+    found = words.pooled([words.by_band(bands, word, losses, removed)])
+    assert found["loss_band_zipf0to3"] == pytest.approx((2.1 + np.log(100)) / 2) and found["tokens_band_zipf0to3"] == 2
     assert found["removed_share_band_zipf0to3"] == 0.5 and found["removed_share_band_zipf5up"] == 0
 
 

@@ -117,11 +117,7 @@ def _f1(a: Outcomes, b: Outcomes) -> tuple[tuple[float, float], Callable[[NDArra
 
 
 def _loss(a: Outcomes, b: Outcomes, metric: str) -> tuple[tuple[float, float], Callable[[NDArray], NDArray]]:
-    """Losses are sums over tokens: documents are drawn, and the sums divided by the drawn documents' tokens.
-
-    Of a band, tokens that a vocabulary has lost are in neither sum of its cell, so that the two cells may be divided by
-    different counts.
-    """
+    """Losses are sums over tokens: documents are drawn, and the sums divided by the drawn documents' tokens."""
     if metric.startswith("loss_band_"):
         count = metric.replace("loss_", "tokens_", 1)
         sums = [o[metric].fillna(0.0).to_numpy(float) for o in (a, b)]
@@ -139,6 +135,23 @@ def _loss(a: Outcomes, b: Outcomes, metric: str) -> tuple[tuple[float, float], C
         return found[~empty] if not np.isnan(np.concatenate(sums)).any() else found
 
     return (values[0], values[1]), of_draws
+
+
+def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[str, float]:
+    """By how much more the loss of band `one` grows than that of band `other`, nats a token, on the same documents.
+
+    returns  gap, low, high (95 %), p. Positive: `one` suffers more.
+    """
+    both = before.index.intersection(after.index)
+    pairs = [_loss(before.loc[both], after.loc[both], f"loss_band_{band}") for band in (one, other)]
+    (a, b), (c, d) = (values for values, _ in pairs)
+
+    def of_draws(draws: NDArray) -> NDArray[np.float64]:
+        grown = [difference_of(draws) for _, difference_of in pairs]
+        return grown[0] - grown[1] if len(grown[0]) == len(grown[1]) else np.array([])  # a band that a draw may lack
+
+    low, high, p = bootstrap(of_draws, len(both))
+    return {"gap": (b - a) - (d - c), "low": low, "high": high, "p": p}
 
 
 def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:

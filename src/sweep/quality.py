@@ -141,7 +141,8 @@ def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
     offsets = lm.offsets(page, tokens)
     if offsets is None:
         return {}
-    return words.by_band(*words.of_tokens(page, offsets), -scores.log_probs, _removed(lm.tokenizer, tokens))
+    losses, removed = _charged(lm.tokenizer, tokens, -scores.log_probs)
+    return words.by_band(*words.of_tokens(page, offsets), losses, removed)
 
 
 def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
@@ -150,19 +151,23 @@ def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
     A word that has lost a token with the vocabulary cannot be told.
     """
     tokens, scores = lm.scores[(context, ending)]
-    band, removed = words.band(ending), _removed(lm.tokenizer, tokens)
+    band, (losses, removed) = words.band(ending), _charged(lm.tokenizer, tokens, -scores.log_probs)
     told = bool(scores.greedy.all()) and not (removed is not None and removed.any())
-    sums = words.by_band(np.full(len(tokens), band), np.zeros(len(tokens), dtype=np.int64), -scores.log_probs, removed)
+    sums = words.by_band(np.full(len(tokens), band), np.zeros(len(tokens), dtype=np.int64), losses, removed)
     return {"band": band, "zipf": words.zipf(ending.strip()), "told": float(told)} | sums
 
 
-def _removed(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> np.ndarray | None:
-    """Which tokens stand for one that was pruned from the vocabulary; None where nothing was."""
+def _charged(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(losses, which tokens were pruned from the vocabulary): such a token is charged for; None where none was pruned."""
     if not hasattr(tokenizer, "kept_ids"):
-        return None
+        return losses, None
     from sweep import vocabulary
 
-    return np.asarray(tokens) == vocabulary.unknown_id(tokenizer)
+    removed = np.asarray(tokens) == vocabulary.unknown_id(tokenizer)
+    candidates = tokenizer.backend_tokenizer.get_vocab_size() - len(tokenizer.kept_ids) + 1
+    return words.charged(losses, removed, candidates), removed
 
 
 def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:

@@ -75,21 +75,32 @@ def by_band(
 ) -> dict[str, float]:
     """One text's sums by band, of the bands that occur: `loss_band_B` in nats, `tokens_band_B`, `words_band_B`.
 
-    removed  tokens that the model's vocabulary has lost: counted as `removed_band_B`, and no part of the other sums,
-             for what the model gives in their place is the probability of its unknown token
+    removed  tokens that the model's vocabulary has lost, counted as `removed_band_B`
     """
     found = {}
     for i, name in enumerate(BANDS):
         here = bands == i
-        if removed is not None:
-            found[f"removed_band_{name}"] = float((here & removed).sum())
-            here = here & ~removed
         if here.any():
             found[f"loss_band_{name}"] = float(losses[here].sum(dtype=np.float64))
             found[f"tokens_band_{name}"] = float(here.sum())
             if i != NO_WORD:
                 found[f"words_band_{name}"] = float(len(np.unique(words[here])))
+            if removed is not None:
+                found[f"removed_band_{name}"] = float((here & removed).sum())
     return found
+
+
+def charged(losses: NDArray[np.floating], removed: NDArray[np.bool_], candidates: int) -> NDArray[np.float64]:
+    """Losses in which a token that the vocabulary has lost costs what it takes to tell it.
+
+    losses      (T,) nats; at a removed token, the loss of the unknown token that stands for it
+    candidates  how many tokens the unknown token stands for, itself included
+
+    The unknown token's probability is shared equally by those it stands for, so that probabilities still sum to 1 over
+    the dense model's vocabulary and the loss can be compared with its. Taken as it is, the model would be praised for
+    the sheer frequency of what it no longer tells apart.
+    """
+    return np.where(removed, losses + math.log(candidates), losses)
 
 
 def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -106,11 +117,10 @@ def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in BANDS:
         losses, tokens = (np.array([t.get(f"{key}_band_{name}", 0.0) for t in texts]) for key in ("loss", "tokens"))
         total = tokens.sum()
-        removed = sum(t.get(f"removed_band_{name}", 0.0) for t in texts)
-        if any(f"removed_band_{name}" in t for t in texts) and total + removed:
-            found[f"removed_share_band_{name}"] = float(removed / (total + removed))
         if not total:
             continue
+        if any(f"removed_band_{name}" in t for t in texts):
+            found[f"removed_share_band_{name}"] = float(sum(t.get(f"removed_band_{name}", 0.0) for t in texts) / total)
         mean = float(losses.sum() / total)
         found[f"loss_band_{name}"] = mean
         if len(texts) > 1:
