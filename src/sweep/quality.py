@@ -9,6 +9,7 @@ lm-eval and torch are imported when something is evaluated.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -26,6 +27,7 @@ from sweep.config import Benchmarks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sweep.divergence import Distributions
     from sweep.scorer import Scorer
 
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
@@ -34,7 +36,11 @@ Samples: TypeAlias = pd.DataFrame  # task, document, metric, value
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks, data_root: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Benchmarks,
+    data_root: str | None,
+    dense: Distributions | None = None,
 ) -> tuple[dict[str, float | None], Samples]:
     """(metrics as `task/metric` and `task/metric_stderr`, the outcome of every example).
 
@@ -43,11 +49,15 @@ def evaluate(
     if not settings.tasks:
         return {}, _frame([])
     with catalogue.data_folder(data_root):
-        return _evaluate(model, tokenizer, settings, data_root)
+        return _evaluate(model, tokenizer, settings, data_root, dense)
 
 
 def _evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Benchmarks, data_root: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Benchmarks,
+    data_root: str | None,
+    dense: Distributions | None,
 ) -> tuple[dict[str, float | None], Samples]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
     import lm_eval
@@ -59,6 +69,8 @@ def _evaluate(
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
         task.set_fewshot_seed(0)
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
+    if dense is not None:
+        lm.ids = {page: _own_ids(tokenizer, ids) for page, ids in dense.ids.items()}
     with _lm_eval_silent():
         results = lm_eval.evaluate(
             lm,
@@ -83,11 +95,16 @@ def _evaluate(
                 (page,) = example["arguments"][0]
                 outcome["tokens"] = len(lm.scores[(page,)][0])
                 outcome |= _page_by_band(lm, page)
+                if dense is not None and page in dense.ids:
+                    outcome["kl_from_dense"] = _divergence(lm, page, dense)
             log_likelihood, tokens = (
                 sum(outcome[name] for outcome in outcomes) for name in ("log_likelihood", "tokens")
             )
             metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / tokens)
             metrics |= {f"{task}/{name}": value for name, value in words.pooled(outcomes).items()}
+            if "kl_from_dense" in outcomes[0]:
+                mean, error = words.per_token([o["kl_from_dense"] for o in outcomes], [o["tokens"] for o in outcomes])
+                metrics |= {f"{task}/kl_from_dense": mean, f"{task}/kl_from_dense_stderr": error}
         elif kind == "loglikelihood":
             for example, outcome in zip(examples, outcomes, strict=True):
                 outcome |= _ending_by_band(lm, *example["arguments"][0])
@@ -157,8 +174,30 @@ def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
     return {"band": band, "zipf": words.zipf(ending.strip()), "told": float(told)} | sums
 
 
+def _own_ids(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray:
+    """The dense model's token ids as a model with a smaller vocabulary knows them: removed ones are its unknown token."""
+    if not hasattr(tokenizer, "kept_ids"):
+        return ids
+    from sweep import vocabulary
+
+    table = np.full(tokenizer.backend_tokenizer.get_vocab_size(), vocabulary.unknown_id(tokenizer))
+    table[np.asarray(tokenizer.kept_ids)] = np.arange(len(tokenizer.kept_ids))
+    return table[ids]
+
+
+def _divergence(lm: Scorer, page: str, dense: Distributions) -> float:
+    """KL from the dense model, summed over the page's positions, nats."""
+    from sweep import divergence
+
+    probe = lm.probes[page]
+    shape = probe.log_probs.shape
+    losses, _ = _charged(lm.tokenizer, probe.ids.ravel(), -probe.log_probs.ravel())
+    charged = dataclasses.replace(probe, log_probs=-losses.reshape(shape))
+    return float(divergence.kl(dense.log_probs[page], charged).sum())
+
+
 def _charged(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], losses: np.ndarray
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, losses: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(losses, which tokens were pruned from the vocabulary): such a token is charged for; None where none was pruned."""
     if not hasattr(tokenizer, "kept_ids"):

@@ -10,7 +10,19 @@ import pandas as pd
 import torch
 import transformers
 
-from sweep import checkpoint, efficiency, execution, machine, methods, models, perplexity, quality, text, turns
+from sweep import (
+    checkpoint,
+    divergence,
+    efficiency,
+    execution,
+    machine,
+    methods,
+    models,
+    perplexity,
+    quality,
+    text,
+    turns,
+)
 from sweep.config import Cell, Dense, Vocab, as_dict
 
 
@@ -77,7 +89,8 @@ def run_cell(
     row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
     row["peak_device_memory_bytes"] = memory.device_peak
 
-    metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root)
+    distributions = divergence.of_dense(cell)
+    metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions)
     columns, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
     metrics |= columns
     if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are

@@ -46,6 +46,14 @@ class Scores:
     greedy: np.ndarray  # bool: whether no other token was likelier
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Of several tokens at each scored position of one request: T positions, k tokens."""
+
+    ids: np.ndarray  # (T, k)
+    log_probs: np.ndarray  # (T, k) float32
+
+
 @dataclass
 class Tree:
     """Requests that begin alike. Node i holds a token; its row of `parents` comes earlier, or is -1 at the root."""
@@ -108,11 +116,22 @@ def batches(trees: Sequence[Tree], budget: int) -> Iterator[list[Tree]]:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, requests: Sequence[Request], budget: int, widest: int | None = None) -> list[Scores]:
+def score(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    budget: int,
+    widest: int | None = None,
+    *,
+    top: int = 0,
+    ids: Sequence[np.ndarray] | None = None,
+    probes: list[Probe] | None = None,
+) -> list[Scores]:
     """The scores of each request, in order.
 
     budget  tokens in a batch, padding included
     widest  tokens of a tree; by default as many as the model can read, and 0 shares nothing
+    top     also the likeliest so many tokens at each scored position, appended to `probes` request by request
+    ids     also these tokens, (T, k) for each request, appended to `probes`
     """
     widest = widest_tree(model) if widest is None else widest
     inputs = [tuple(tokens[:-1]) for tokens, _ in requests]
@@ -120,6 +139,7 @@ def score(model: PreTrainedModel, requests: Sequence[Request], budget: int, wide
     for i, tokens in enumerate(inputs):
         ends.setdefault(tokens, []).append(i)
     found: dict[int, Scores] = {}
+    probed: dict[int, Probe] = {}
     planned = list(batches(forest(inputs, widest), budget))
     for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False, disable=None):
         wanted = [(row, node, requests[i][0][len(path) - count + 1 + j], i)
@@ -136,6 +156,11 @@ def score(model: PreTrainedModel, requests: Sequence[Request], budget: int, wide
         cuts = np.flatnonzero(np.diff(owner)) + 1
         for i, a, b in zip(owner[[0, *cuts]], np.split(log_probs, cuts), np.split(greedy, cuts), strict=True):
             found[int(i)] = Scores(a, b)
+        if top or ids is not None:
+            for i, rows in zip(owner[[0, *cuts]], np.split(at.numpy(), cuts), strict=True):
+                probed[int(i)] = _probe(logits, rows, top, None if ids is None else ids[int(i)])
+    if probes is not None:
+        probes += [probed[i] for i in range(len(requests))]
     return [found[i] for i in range(len(requests))]
 
 
@@ -149,6 +174,21 @@ def _gather(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[np.ndarray, np
         log_probs[here] = (rows[row, target] - rows.logsumexp(-1)[row]).cpu()
         greedy[here] = (rows.argmax(-1)[row] == target).cpu()
     return log_probs.numpy(), greedy.numpy()
+
+
+def _probe(logits: Tensor, rows: np.ndarray, top: int, ids: np.ndarray | None) -> Probe:
+    """The likeliest `top` tokens, or the tokens `ids` (T, k), at these rows of the logits (K, V); softmax in float32."""
+    parts: list[Probe] = []
+    for start in range(0, len(rows), _ROWS_OF_LOGITS):
+        some = slice(start, start + _ROWS_OF_LOGITS)
+        log_probs = logits[torch.from_numpy(rows[some]).to(logits.device)].float().log_softmax(-1)
+        if ids is None:
+            values, tokens = log_probs.topk(top)
+        else:
+            tokens = torch.from_numpy(ids[some]).to(logits.device)
+            values = log_probs.gather(1, tokens)
+        parts.append(Probe(tokens.cpu().numpy(), values.cpu().numpy()))
+    return Probe(np.concatenate([p.ids for p in parts]), np.concatenate([p.log_probs for p in parts]))
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
@@ -231,6 +271,9 @@ class Scorer(HFLM):
                          max_length=max_length)  # fmt: skip
         self.budget = batch_size * TOKENS_PER_ROW
         self.scores: dict[tuple[str, ...], tuple[list[int], Scores]] = {}
+        self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `probes`
+        self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
+        self.probes: dict[str, Probe] = {}
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """`tok_encode` of each text, all at once: the tokenizer then works in parallel."""
@@ -306,8 +349,11 @@ class Scorer(HFLM):
                                                      max_seq_len=self.max_length, context_len=1)  # fmt: skip
             windows += [(i, (a + b, len(b))) for a, b in map(utils.make_disjoint_window, rolled)]
         parts: list[list[Scores]] = [[] for _ in texts]
-        for (i, _), scores in zip(windows, score(self.model, [w for _, w in windows], self.budget), strict=True):
-            parts[i].append(scores)
+        probed = {i for i, text in enumerate(texts) if self.top or text in self.ids}
+        for looked_at in (False, True):
+            mine = [(i, window) for i, window in windows if (i in probed) == looked_at]
+            for (i, _), scores in zip(mine, self._rolled(texts, mine, looked_at), strict=True):
+                parts[i].append(scores)
         sums = []
         for text, tokens, scored in zip(texts, encoded, parts, strict=True):
             joined = Scores(*(np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
@@ -315,6 +361,24 @@ class Scorer(HFLM):
             self.scores[(text,)] = (tokens, joined)
             sums.append(float(joined.log_probs.sum(dtype=np.float64)))
         return sums
+
+    def _rolled(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
+        """The scores of windows of texts; where `probed`, what is asked of their positions goes into `probes`."""
+        requests = [window for _, window in windows]
+        if not probed:
+            return score(self.model, requests, self.budget)
+        ids, done = [], dict.fromkeys([i for i, _ in windows], 0)
+        for i, (_, scored) in windows:
+            ids.append(self.ids[texts[i]][done[i] : done[i] + scored] if self.ids else np.zeros(0))
+            done[i] += scored
+        found: list[Probe] = []
+        scores = score(self.model, requests, self.budget, top=self.top, ids=ids if self.ids else None, probes=found)
+        for i in done:
+            mine = [probe for (j, _), probe in zip(windows, found, strict=True) if j == i]
+            self.probes[texts[i]] = Probe(
+                *(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs"))
+            )
+        return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return super().generate_until(requests, disable_tqdm=True)

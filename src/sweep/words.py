@@ -121,17 +121,26 @@ def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
             continue
         if any(f"removed_band_{name}" in t for t in texts):
             found[f"removed_share_band_{name}"] = float(sum(t.get(f"removed_band_{name}", 0.0) for t in texts) / total)
-        mean = float(losses.sum() / total)
+        mean, error = per_token(losses, tokens)
         found[f"loss_band_{name}"] = mean
-        if len(texts) > 1:
-            variance = ((losses - mean * tokens) ** 2).sum() * len(texts) / (len(texts) - 1)
-            found[f"loss_band_{name}_stderr"] = float(math.sqrt(variance) / total)
+        if error is not None:
+            found[f"loss_band_{name}_stderr"] = error
         found[f"perplexity_band_{name}"] = math.inf if mean > 700 else math.exp(mean)
         words = sum(t.get(f"words_band_{name}", 0.0) for t in texts)
         if words:
             found[f"word_loss_band_{name}"] = float(losses.sum() / words)
         found[f"tokens_band_{name}"] = float(total)
     return found
+
+
+def per_token(sums: Sequence[float] | NDArray, tokens: Sequence[float] | NDArray) -> tuple[float, float | None]:
+    """(mean a token, its standard error) from the sums and token counts of texts; None for a single text."""
+    values, counts = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
+    mean, n = float(values.sum() / counts.sum()), len(values)
+    if n < 2:
+        return mean, None
+    variance = ((values - mean * counts) ** 2).sum() * n / (n - 1)
+    return mean, float(math.sqrt(variance) / counts.sum())
 
 
 def accuracy_by_band(bands: Sequence[int], right: Sequence[float]) -> dict[str, float]:
