@@ -12,6 +12,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from sweep import paired, store
+from sweep.config import RequestError
 
 
 def test_mcnemar_is_the_binomial_sum() -> None:
@@ -124,3 +125,7 @@ def test_a_table_says_what_is_within_noise(tmp_path: Path) -> None:
     assert (found.p_holm >= found.p).all()
     back = paired.table(tmp_path, ["t/acc"], pairs=[("c", "b")])
     assert back.verdict.item() == "better" and back.gained.item() > 50
+    with pytest.raises(RequestError, match="t/acc_nrm: the examples of t have no acc_nrm. Did you mean 'acc'"):
+        paired.table(tmp_path, ["t/acc_nrm"])
+    with pytest.raises(RequestError, match="t/f1_macro: the examples of t have no f1_macro"):
+        paired.table(tmp_path, ["t/f1_macro"])

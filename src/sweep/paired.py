@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 from sweep import classification, frontier, store
+from sweep.config import RequestError, did_you_mean
 
 Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
 
@@ -159,6 +160,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
 
     metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`
     pairs    (before, after) names of cells; without them, every pruned cell after its dense one
+    Raises RequestError for a metric that a task's examples do not have. A task that no cell ran gives no line.
     verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
              a loss is no number
     """
@@ -173,6 +175,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
             if a.empty or b.empty:
                 continue
             row = rows.loc[after]
+            _check(name, a)
             lines.append({"before": before, "after": after, "method": row.method, "criterion": row.criterion,
                           "sparsity": row.sparsity, "seed": row.seed, "metric": name}
                          | {f"{k}_value" if k in ("before", "after") else k: v
@@ -184,6 +187,17 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     worse = (found.difference > 0) == found.metric.map(frontier.is_loss)
     verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
     return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
+
+
+def _check(name: str, found: Outcomes) -> None:
+    """Raises RequestError when a task's outcomes lack what a metric is made of."""
+    task, _, metric = name.partition("/")
+    made_of = {"f1_macro": "chosen", "loss": "tokens", "token_perplexity": "tokens"}.get(metric, metric)
+    if made_of not in found and not metric.startswith("loss_band_"):
+        known = sorted(c for c in found.columns if "_band_" not in c)
+        known += [m for m, needs in (("f1_macro", "chosen"), ("loss", "tokens")) if needs in found]
+        raise RequestError(f"{name}: the examples of {task} have no {metric}.{did_you_mean(metric, known)} "
+                           f"They have: {', '.join(known)}")  # fmt: skip
 
 
 def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:
