@@ -262,7 +262,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_further_and_reported(
     with pytest.raises(ValueError, match="the calibration activations are not finite"):
         rebuild.damped(torch.full((4, 4), torch.nan), 0.01)
     with pytest.raises(ValueError, match="not positive definite even with"):
-        rebuild.damped(torch.diag(torch.tensor([1.0, -1.0])), 0.01)
+        rebuild.damped(torch.tensor([[1.0, 5000.0], [5000.0, 1.0]]), 0.01)
 
 
 @pytest.mark.parametrize("criterion", ["sparsegpt", "alps", "wanda"])

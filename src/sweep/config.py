@@ -48,10 +48,14 @@ class Dense:
     family: Literal["dense"] = "dense"
 
 
+WeightCriterion = Literal["magnitude", "random", "wanda", "ria", "gradient", "sparsegpt", "alps"]
+WEIGHT_CRITERIA: tuple[str, ...] = typing.get_args(WeightCriterion)
+
+
 @dataclass(frozen=True)
 class Weight:
     family: Literal["weight"]
-    criterion: Literal["magnitude", "random", "wanda", "ria", "gradient", "sparsegpt", "alps"] = "magnitude"
+    criterion: WeightCriterion = "magnitude"
     scope: Literal["matrix", "row", "global"] | None = None  # what weights compete within; None = as in the paper
     pattern: str | None = None  # "2:4": at most 2 of each 4 along the input stay; instead of a scope
     allocation: Literal["uniform", "global", "owl"] | tuple[float, ...] = "uniform"  # sparsity over blocks
@@ -293,7 +297,7 @@ def _normalised(cell: Cell) -> Cell:
     if isinstance(method, Weight):
         method = checked_weight(method, cell.sparsity)
         cell = replace(cell, method=method)
-    if not _reads_text(method):
+    if not reads_text(method):
         cell = replace(cell, calibration=None, seed=cell.seed if method.criterion in SEEDED else 0)
     elif isinstance(method, Vocab) and cell.calibration is not None:  # counts the whole text
         cell = replace(cell, calibration=Calibration(cell.calibration.source), seed=0)
@@ -322,8 +326,10 @@ def _check_bitmap(cell: Cell) -> None:
                            "execution.kernel=avx512")  # fmt: skip
 
 
-def _reads_text(method: Weight | Neuron | Head | Layer | Vocab) -> bool:
+def reads_text(method: Dense | Weight | Neuron | Head | Layer | Vocab) -> bool:
     """Whether the numbers of a method depend on the calibration text."""
+    if isinstance(method, Dense):
+        return False
     on_text = method.criterion == "drop" and getattr(method, "task", None) is None
     return (
         method.criterion in CALIBRATED

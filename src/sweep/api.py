@@ -1,0 +1,62 @@
+"""Pruning from Python, without a configuration or a results folder:
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+sweep.prune(model, tokenizer, method="sparsegpt", sparsity=0.5)
+model.save_pretrained(folder)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sweep import config, methods, text, weights
+from sweep.config import Calibration, RequestError, Weight
+from sweep.outcome import Outcome
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: str,
+    sparsity: float,
+    calibration: str = "pydoc",
+    sequences: int = 16,
+    length: int = 256,
+    seed: int = 0,
+    sequential: bool = True,
+    device: torch.device | str | None = None,
+    **knobs: Any,
+) -> Outcome:
+    """Prune a model in place and say what was removed.
+
+    method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its knobs
+                 (method="neuron", scope="layer")
+    calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
+    device       where a weight method works, one block at a time, while the rest of the model stays where it is
+    knobs        the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
+    Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
+    """
+    criteria = config.WEIGHT_CRITERIA
+    if method in criteria:
+        knobs = {"family": "weight", "criterion": method, **knobs}
+    elif method in config.FAMILIES:
+        knobs = {"family": method, **knobs}
+    else:
+        known = [*criteria, *config.FAMILIES]
+        raise RequestError(f"method must be one of {', '.join(known)}; got {method!r}."
+                           f"{config.did_you_mean(method, known)}")  # fmt: skip
+    asked = config.build(config.FAMILIES[knobs["family"]], knobs, "method")
+    if not 0 <= sparsity < 1:
+        raise RequestError(f"sparsity must be in [0, 1), got {sparsity}")
+    tokens = None
+    if config.reads_text(asked):
+        tokens = text.calibration_tokens(Calibration(calibration, sequences, length), tokenizer, seed)
+    if isinstance(asked, Weight):
+        return weights.prune(model, asked, sparsity, tokens, seed=seed, sequential=sequential, device=device)
+    if device is not None:
+        raise RequestError(f"device is read by weight methods only, not by method={method}")
+    return methods.prune(model, asked, sparsity, tokens, seed=seed, tokenizer=tokenizer)
