@@ -81,11 +81,11 @@ def rows_on_disk(results: Path) -> dict[str, int]:
     }
 
 
-def kills(folder: Path, model: list[str], number: int, seed: int) -> list[Line]:
-    """Kill at random moments, resume, and look at what is there after every kill."""
-    draw = random.Random(seed)
+def kills(folder: Path, model: list[str], number: int, seed: int, seconds: float) -> list[Line]:
+    """Kill at random moments, resume, and look at what is there after every kill; no more kills after `seconds`."""
+    draw, deadline = random.Random(seed), time.monotonic() + seconds
     done_kills = sweeps = lost = repeated = unreadable = wrong = 0
-    while done_kills < number:
+    while done_kills < number and time.monotonic() < deadline:
         results = folder / f"kills-{sweeps}"
         words, known, finished = command(model, 20, f"results={results}"), {}, False
         sweeps += 1
@@ -94,8 +94,9 @@ def kills(folder: Path, model: list[str], number: int, seed: int) -> list[Line]:
                 words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
             )
             try:
-                # of a start of some seconds, and cells of half a second: most moments are in the midst of a cell
-                running.wait(timeout=draw.uniform(1.0, 14.0) if done_kills < number else None)
+                # of a start of some seconds, and cells of about one: most moments are in the midst of a cell
+                more = done_kills < number and time.monotonic() < deadline
+                running.wait(timeout=draw.uniform(1.0, 12.0) if more else None)
                 finished = True
             except subprocess.TimeoutExpired:
                 for pid in tree(running.pid):
@@ -270,6 +271,7 @@ def main() -> None:
         "parts", nargs="*", choices=[[], *parts], metavar="PART", help=f"of {', '.join(parts)}; default all"
     )
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more kills are begun")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -279,7 +281,7 @@ def main() -> None:
         for part in options.parts or parts:
             match part:
                 case "kills":
-                    lines += kills(folder, model, options.kills, options.seed)
+                    lines += kills(folder, model, options.kills, options.seed, options.seconds)
                 case "writers":
                     lines += writers(folder)
                 case "disk_full":

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -147,6 +147,14 @@ def _context() -> ForkServerContext:
     context.set_forkserver_preload(_PRELOAD)
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # a progress bar in a log file is noise; tqdm reads this when it is imported
+    # Ctrl-C is the parent's matter. What the server blocks, its children block from their first moment on; before it,
+    # the resource tracker is started, since that would unblock the signal here.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -159,7 +167,6 @@ def _child(
     reports: Connection,
     errors: Connection,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     os.dup2(errors.fileno(), 2)
     errors.close()  # so that its end is seen when this process ends
     faulthandler.enable(all_threads=False)

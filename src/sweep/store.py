@@ -23,6 +23,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -182,7 +183,9 @@ def check_writable(results: Where) -> None:
 
 
 def check_version(results: Where) -> None:
-    """Refuse a folder that a newer version of sweep has written. Raises RequestError."""
+    """Refuse a folder that a newer version of sweep has written, or that is a file. Raises RequestError."""
+    if "://" not in str(results) and Path(results).is_file():
+        raise RequestError(f"results={results} cannot be written to: it is a file; give a folder")
     try:
         metadata = pq.read_schema(pa.BufferReader(Folder(results).get(f"cells/{_SCHEMA_FILE}"))).metadata or {}
     except (OSError, pa.ArrowInvalid):  # no folder yet, or a damaged file: written anew by the next row

@@ -1,0 +1,69 @@
+"""One cell as a plain script does it, for sweep_cost.py: python benchmarks/plain_cell.py GGUF CRITERION SPARSITY SEED
+
+Loads the model, prunes it by magnitude or by Wanda (block by block, as the paper's code does), and evaluates it with
+lm-eval's own model and defaults (a batch of one). Only the texts come from sweep.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sweep
+from sweep import text
+from sweep.config import Calibration
+
+
+@torch.no_grad()
+def wanda(model, tokens, sparsity: float) -> None:
+    """|W| * ||x|| per row, each block's statistics taken after the blocks before it were pruned."""
+    for block in model.model.layers:
+        linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        squares = {m: torch.zeros(m.in_features) for m in linears}
+
+        def add(m, args, squares=squares) -> None:
+            squares[m] += args[0].float().flatten(0, -2).square().sum(0)
+
+        hooks = [m.register_forward_pre_hook(add) for m in linears]
+        for batch in tokens.split(1):
+            model(batch, use_cache=False, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        for m in linears:
+            score = m.weight.float().abs() * squares[m].sqrt()
+            m.weight.scatter_(1, score.argsort(dim=1)[:, : round(sparsity * m.in_features)], 0)
+
+
+@torch.no_grad()
+def magnitude(model, sparsity: float) -> None:
+    for block in model.model.layers:
+        for m in block.modules():
+            if isinstance(m, torch.nn.Linear):
+                order = m.weight.abs().flatten().argsort()
+                m.weight.view(-1)[order[: round(sparsity * m.weight.numel())]] = 0
+
+
+def main() -> None:
+    gguf, criterion, sparsity, seed = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if criterion == "wanda":
+        wanda(model, text.calibration_tokens(Calibration("pydoc"), tokenizer, seed), sparsity)
+    else:
+        magnitude(model, sparsity)
+    manager = TaskManager(include_path=str(Path(sweep.__file__).parent / "tasks"))
+    found = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, max_length=2048), limit=100,
+                                    tasks=["pydoc", "capitals"], task_manager=manager, bootstrap_iters=0)  # fmt: skip
+    print(
+        {task: {k: v for k, v in values.items() if isinstance(v, float)} for task, values in found["results"].items()}
+    )
+
+
+if __name__ == "__main__":
+    main()
