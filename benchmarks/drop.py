@@ -75,7 +75,7 @@ def agreement(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> None:
 def speed(model: PreTrainedModel, tokens: torch.Tensor, repeats: int) -> None:
     parts = units.parts(model, Neuron())
     depth = len(parts)
-    sampled = [0, depth // 4, depth // 2, 3 * depth // 4, depth - 1]
+    sampled = [0, depth // 2, depth - 1]
     probe = drop.probe_of_text(tokens)
     last = [[row[:-1].tolist() for row in tokens], [[[int(row[-1])]] for row in tokens]]
     few = drop.probe_of_questions(*last, [0] * len(tokens))
@@ -85,16 +85,15 @@ def speed(model: PreTrainedModel, tokens: torch.Tensor, repeats: int) -> None:
     runs["resumed"][0].at_once = 1
     times: dict[str, list[list[float]]] = {name: [[] for _ in sampled] for name in runs}
     full: list[float] = []
-    for repeat in range(-1, repeats):
-        once = cpu(lambda: plain_loss(model, tokens))
-        full += [once] if repeat >= 0 else []
+    plain_loss(model, tokens)  # warms up
+    for _ in range(repeats):
+        full.append(cpu(lambda: plain_loss(model, tokens)))
         for name, (run, at_once) in runs.items():
             for i, block in enumerate(sampled):
                 # Two batches against one: their difference is free of what a block costs once.
                 ablation = drop.Ablation(block, parts[block].output, list(torch.arange(2 * at_once).view(-1, 1)))
                 one, two = (cpu(functools.partial(ablate, run, ablation, n)) for n in (at_once, 2 * at_once))
-                if repeat >= 0:
-                    times[name][i].append((two - one) / at_once)
+                times[name][i].append((two - one) / at_once)
     whole = statistics.median(full)
     lines: list[list[Any]] = [["full forward pass", whole, 1.0, *[None] * len(sampled)]]
     for name, per_block in times.items():

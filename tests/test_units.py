@@ -13,7 +13,7 @@ from sweep import config, heads, layers, methods, models, repair, select, surger
 from sweep.config import Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
 
-CRITERIA = ["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher"]
+CRITERIA = ["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "taylor_norms", "fisher"]
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
@@ -210,6 +210,7 @@ def test_scores_are_their_formulas() -> None:
     product = (x * g).unflatten(-1, (3, 2)).sum(-1)
     flat = x.flatten(0, 1)
     seen = Statistics(10, flat.sum(0), flat.square().sum(0), product.sum((0, 1)), product.abs().sum((0, 1)),
+                      product.square().sum((0, 1)),
                       product.sum(1).square().sum(0))  # fmt: skip
     pair = torch.arange(6).view(3, 2)
     for unit, columns in enumerate(pair):
@@ -217,6 +218,8 @@ def test_scores_are_their_formulas() -> None:
         assert unit_scores.activation(seen, 2)[unit] == pytest.approx(float(flat[:, columns].norm()), rel=1e-5)
         wanda = (weight[:, columns].abs() * flat[:, columns].norm(dim=0)).sum()
         assert unit_scores.wanda_sp(weight, seen, 2)[unit] == pytest.approx(float(wanda), rel=1e-5)
+        norms = product[..., unit].abs().sum() * product[..., unit].norm()
+        assert unit_scores.taylor_norms(seen)[unit] == pytest.approx(float(norms), rel=1e-5)
         assert unit_scores.taylor(seen)[unit] == pytest.approx(-float(product[..., unit].sum()), rel=1e-5)
     raw = (flat.var(0) * weight.square().sum(0))[pair].sum(1)
     torch.testing.assert_close(unit_scores.flap(weight, seen, 2), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)

@@ -69,7 +69,9 @@ class Weight:
     outlier_range: float = _at_least(0, default=0.08)  # of allocation=owl: blocks' sparsities differ by twice this
 
 
-UnitCriterion = Literal["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "fisher", "drop"]
+UnitCriterion = Literal[
+    "random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "taylor_norms", "fisher", "drop"
+]
 Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
 
 
@@ -128,7 +130,12 @@ Method = Dense | Weight | Neuron | Head | Layer | Vocab
 FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | type[Layer] | type[Vocab]] = {
     "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
-GRADIENT_CRITERIA = {"taylor", "taylor_abs", "fisher"}  # criteria that need a backward pass over the text
+GRADIENT_CRITERIA = {
+    "taylor",
+    "taylor_abs",
+    "taylor_norms",
+    "fisher",
+}  # criteria that need a backward pass over the text
 REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
 BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
 CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {

@@ -31,7 +31,7 @@ from sweep.unit_statistics import BATCH, activations_differentiable, first_tenso
 
 log = logging.getLogger(__name__)
 
-TOKENS_AT_ONCE = 4096  # C * R * T in one pass through the later blocks
+TOKENS_AT_ONCE = 1024  # C * R * T in one pass through the later blocks
 _ROWS_OF_LOGITS, _COLUMNS_OF_LOGITS = 512, 8192  # a piece of the logits that stays in the processor's cache
 
 

@@ -23,6 +23,7 @@ class Statistics:
     input_square: Tensor  # (columns,)  sum of x squared
     product: Tensor  # (units,)  sum of (x g)_u
     product_abs: Tensor  # (units,)  sum of |(x g)_u|
+    product_energy: Tensor  # (units,)  sum of (x g)_u squared
     product_square: Tensor  # (units,)  sum over sequences of the squared sum of (x g)_u over the sequence
 
 
@@ -82,6 +83,14 @@ def taylor_abs(seen: Statistics) -> Tensor:
     Without cancellation between tokens: a unit that helps some tokens and harms others is in use.
     """
     return seen.product_abs
+
+
+def taylor_norms(seen: Statistics) -> Tensor:
+    """Product of the L1 and the L2 norm of (x g)_u over tokens; ranks as their geometric mean.
+
+    The L1 norm (`taylor_abs`) asks how much a unit matters on the whole, the L2 norm how much where it matters most.
+    """
+    return seen.product_abs * seen.product_energy.sqrt()
 
 
 def fisher(seen: Statistics) -> Tensor:

@@ -34,7 +34,7 @@ def gather(
     for output, size in zip(outputs, sizes, strict=True):
         columns = _columns(output)
         zero, unit = (torch.zeros(n, device=model.device) for n in (columns, columns // size))
-        found.append(Statistics(tokens.numel(), zero, zero.clone(), unit, unit.clone(), unit.clone()))
+        found.append(Statistics(tokens.numel(), zero, zero.clone(), unit, *(unit.clone() for _ in range(3))))
 
     def observe(part: int, x: Tensor) -> None:
         value, seen, size = x.detach().float(), found[part], sizes[part]  # a hook that held x would keep it alive
@@ -45,6 +45,7 @@ def gather(
             product = (value * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
             seen.product += product.flatten(0, -2).sum(0)
             seen.product_abs += product.abs().flatten(0, -2).sum(0)
+            seen.product_energy += product.square().flatten(0, -2).sum(0)
             per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
             seen.product_square += per_sequence.square().sum(0)
 

@@ -167,6 +167,8 @@ def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.
             return unit_scores.taylor(seen)
         case "taylor_abs":
             return unit_scores.taylor_abs(seen)
+        case "taylor_norms":
+            return unit_scores.taylor_norms(seen)
         case "fisher":
             return unit_scores.fisher(seen)
     raise AssertionError(criterion)
