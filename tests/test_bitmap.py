@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sweep
 from conftest import random_tokens, tiny_model
-from sweep import bitmap, efficiency, execution, machine, methods, models
+from sweep import bitmap, checkpoint, efficiency, execution, machine, methods, models
 from sweep.config import Execution, RequestError, Weight, build, parse
 
 SHAPES = [(1, 1), (1, 63), (3, 64), (5, 65), (7, 15), (2, 129), (33, 31), (64, 576), (17, 200), (130, 97)]
@@ -233,12 +236,43 @@ def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.Mo
         bitmap.extension.cache_clear()
 
 
+def test_csr_cannot_be_saved() -> None:
+    with pytest.raises(RequestError, match="save_model: safetensors holds no compressed sparse rows"):
+        parse(request(execution={"name": "csr"}, dtype="float32", save_model="a"))
+
+
 def test_an_execution_that_reads_no_kernel_ignores_it() -> None:
     plain, _ = parse(request(execution={"name": "dense"}))
     other, _ = parse(request(execution={"name": "dense", "kernel": "avx2", "fallback": True}))
     assert plain == other
     assert parse(request())[0].dense().execution == Execution("dense")
     assert build(Execution, {"name": "bitmap"}, "execution").kernel == "auto"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
+    family: str, dtype: torch.dtype, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_model(family).config, dtype=dtype).eval()
+    methods.prune(model, Weight("weight"), 0.9, None)
+    model, kernel = execution.prepare(model, Execution("bitmap"))
+    facts = {"method": {"family": "weight"}, "execution": "bitmap"}
+    checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    assert sum(t.nbytes for t in weights.values()) == efficiency.counted(model)["stored_bytes"]
+    again, _ = sweep.load_model(tmp_path / "saved")
+    assert again.dtype == dtype
+    layers = execution.compressed(again)
+    assert layers and {f"bitmap {layer.kernel}" for layer in layers} == {kernel}
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=random_tokens()).logits, again(input_ids=random_tokens()).logits)
+    assert "sweep.load_model(FOLDER)" in (tmp_path / "saved" / "README.md").read_text()
+
+    name = next(name for name in weights if name.endswith(".mask"))
+    weights[name] ^= 1
+    save_file(weights, tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(RequestError, match=f"layer {name.removesuffix('.mask')} of the checkpoint is damaged"):
+        sweep.load_model(tmp_path / "saved")
 
 
 @pytest.mark.slow

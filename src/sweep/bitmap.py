@@ -107,7 +107,12 @@ class BitmapLinear(nn.Module):
         for name, tensor in (("mask", mask), ("values", values), ("offsets", offsets)):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.in_features, self.out_features, self.kernel = columns, len(offsets) - 1, kernel
+        self.in_features, self.out_features = columns, len(offsets) - 1
+        self.use(kernel)
+
+    def use(self, kernel: str) -> None:
+        """Multiply with another version of the kernel from now on."""
+        self.kernel = kernel
         self._version = VERSIONS.index(kernel) if kernel != "torch" else -1
 
     @property

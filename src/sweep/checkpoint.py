@@ -91,7 +91,11 @@ def card(facts: Mapping[str, Any]) -> str:
         "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
-    lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]
+    if facts.get("execution") == "bitmap":
+        lines += ["", "Pruned matrices are stored as one bit a weight and their non-zeros: load the folder with "
+                  "`sweep.load_model(FOLDER)`, since transformers does not know the format."]  # fmt: skip
+    else:
+        lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]
     if facts.get("command"):
         lines += ["", "Made by", "", "```sh", str(facts["command"]), "```"]
     return "\n".join(lines) + "\n"

@@ -262,7 +262,10 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     cell = build(Cell, composed, "", also=option_names)
     if options.baseline:
         cell = replace(cell, method=Dense())
-    return _normalised(cell), options
+    cell = _normalised(cell)
+    if options.save_model is not None and cell.execution.name == "csr":
+        raise RequestError("save_model: safetensors holds no compressed sparse rows: use execution=dense or bitmap")
+    return cell, options
 
 
 def byte_size(name: str, text: str) -> int:

@@ -79,7 +79,7 @@ def run_cell(
     if save_model is not None:
         asked = as_dict(cell)
         facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
-        facts |= {"model": cell.model.name, "command": command}
+        facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
         saved["stored_bytes"] = checkpoint.save(model, tokenizer, save_model, facts)
 

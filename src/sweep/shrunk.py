@@ -1,13 +1,15 @@
-"""Models whose blocks differ in width, or whose vocabulary was cut, as folders: what transformers' format lacks.
+"""Models whose blocks differ in width, whose vocabulary was cut, or whose matrices are compressed, as folders: what
+transformers' format lacks.
 
 The weights lie in safetensors as always. `sweep.json` beside them says that their shapes, not the configuration's, are
-the model's, and which token ids are left. No code is stored. The tokenizer of a cut vocabulary lies in a folder of its
+the model's, which token ids are left, and which layers lie in the bitmap format. No code is stored. The tokenizer of a cut vocabulary lies in a folder of its
 own, so that nobody reads the old ids from it by accident.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sweep import heads, models, surgery, vocabulary
+from sweep import bitmap, heads, models, surgery, vocabulary
 from sweep.config import RequestError
 
 FILE = "sweep.json"
-FORMAT = 1
+FORMAT, COMPRESSED_FORMAT = 1, 2  # of a folder without and with compressed layers
 _TOKENIZER = "tokenizer"  # folder
 
 
@@ -41,7 +43,9 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     vocabulary.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
     if plain:
         return
-    facts = {"format": FORMAT, "kept_token_ids": kept}
+    facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
+    compressed = {name: m.in_features for name, m in model.named_modules() if isinstance(m, bitmap.BitmapLinear)}
+    facts |= {"format": COMPRESSED_FORMAT, "bitmap_columns": compressed} if compressed else {}
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -62,16 +66,18 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
         return model.to(device).eval(), AutoTokenizer.from_pretrained(path, **options)
     facts = json.loads((path / FILE).read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise RequestError(f"{path / FILE} has format {facts['format']}, and this version of sweep reads {FORMAT}: "
-                           "install the version that wrote it")  # fmt: skip
+    if facts["format"] not in (FORMAT, COMPRESSED_FORMAT):
+        raise RequestError(f"{path / FILE} has format {facts['format']}, and this version of sweep reads {FORMAT} and "
+                           f"{COMPRESSED_FORMAT}: install the version that wrote it")  # fmt: skip
     weights: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= load_file(file)
     config = AutoConfig.from_pretrained(path, **options)
     model = AutoModelForCausalLM.from_config(config, dtype=kind if dtype else config.dtype)
     _take_shapes(model, weights)
+    _take_compressed(model, weights, facts.get("bitmap_columns", {}))
     missing = set(model.load_state_dict(weights, strict=False).missing_keys)
+    missing = {name for name in missing if name.rpartition(".")[0] not in facts.get("bitmap_columns", {})}
     model.tie_weights()
     if absent := missing - set(getattr(model, "all_tied_weights_keys", {})):
         raise RequestError(f"{path}: the weights lack {', '.join(sorted(absent))}; the checkpoint is damaged")
@@ -97,6 +103,32 @@ def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             module.out_features, module.in_features = module.weight.shape
     for attention in heads.attentions(model):
         surgery.set_head_counts(attention)
+
+
+def _take_compressed(model: PreTrainedModel, weights: dict[str, Tensor], columns: dict[str, int]) -> None:
+    """Put the compressed layers in place of the dense ones. Takes their tensors out of `weights`."""
+    for name, count in columns.items():
+        try:
+            mask, values, offsets = (weights.pop(f"{name}.{part}") for part in ("mask", "values", "offsets"))
+            bias = weights.pop(f"{name}.bias", None)
+            layer = bitmap.BitmapLinear(mask, values.to(model.dtype), offsets, columns=count,
+                                        bias=None if bias is None else bias.to(model.dtype), kernel="torch")  # fmt: skip
+        except (KeyError, ValueError) as error:
+            raise RequestError(f"layer {name} of the checkpoint is damaged: {error}") from error
+        model.set_submodule(name, layer)
+    if columns:
+        _choose_kernel(model)
+
+
+def _choose_kernel(model: PreTrainedModel) -> None:
+    try:
+        kernel = bitmap.fastest(model.dtype)
+    except bitmap.KernelError as error:
+        warnings.warn(f"compressed layers run slowly, expanded for every call: {error}", stacklevel=3)
+        return
+    for module in model.modules():
+        if isinstance(module, bitmap.BitmapLinear):
+            module.use(kernel)
 
 
 def _head_counts(model: PreTrainedModel) -> list[tuple[int, int, int]] | None:

