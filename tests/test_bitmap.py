@@ -16,6 +16,7 @@ import sweep
 from conftest import random_tokens, tiny_model
 from sweep import bitmap, checkpoint, efficiency, execution, machine, methods, models
 from sweep.config import Execution, RequestError, Weight, build, parse
+from test_cli import QUICK, run
 
 SHAPES = [(1, 1), (1, 63), (3, 64), (5, 65), (7, 15), (2, 129), (33, 31), (64, 576), (17, 200), (130, 97)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -288,3 +289,29 @@ def test_the_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for name in bitmap.kernels():
         assert f"{name}: " in ran.stdout
+
+
+def test_the_executions_of_a_sweep_differ_in_bytes_and_not_in_quality(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    command = [
+        "+method=weight",
+        "execution=dense,bitmap",
+        "sparsity=0.5,0.9",
+        "model=local",
+        f"model.path={tiny_checkpoint}",
+    ]
+    run(*command, *QUICK, "benchmarks=pydoc", "save_model=saved", "-m", cwd=tmp_path)
+    rows = sweep.load(tmp_path / "results")
+    assert (rows.status == "ok").all() and len(rows) == 5
+    for _, pair in rows[rows.method == "weight"].groupby("sparsity"):
+        dense, compressed = (pair[pair.execution == name].iloc[0] for name in ("dense", "bitmap"))
+        assert dense.kernel == "torch" and compressed.kernel.startswith("bitmap ")
+        assert compressed["pydoc/token_perplexity"] == pytest.approx(dense["pydoc/token_perplexity"], rel=1e-4)
+        assert compressed.weights_bytes < dense.weights_bytes
+        assert compressed.macs_per_token == dense.macs_per_token
+        assert compressed.nonzero_parameters == dense.nonzero_parameters
+        for row in (dense, compressed):
+            assert row.decode_bound in ("memory", "compute") and row.kv_cache_bytes > 0
+            assert row.decode_control_low <= row.decode_control <= row.decode_control_high
+            assert row.timed_repeats == 6 and row.timing_ended_by == "repeats"
+    cell = rows[rows.execution == "bitmap"].cell.iloc[0]
+    assert execution.compressed(sweep.load_model(tmp_path / "saved" / cell)[0])

@@ -50,7 +50,7 @@ def test_a_sweep_leaves_rows_skips_them_when_done_and_reports(tmp_path: Path, ti
     assert rows["capitals/acc"].between(0, 1).all() and (rows["pydoc/token_perplexity"] > 1).all()
     samples = pd.read_parquet(tmp_path / "results" / "samples")
     assert set(samples.task) == {"pydoc", "pydoc_cloze", "capitals", "continents"}
-    assert len(pd.read_parquet(tmp_path / "results" / "latency")) == 7 * 6 * 4
+    assert len(pd.read_parquet(tmp_path / "results" / "latency")) == 7 * 6 * 6
 
     again = run(*command, cwd=tmp_path)
     assert "7 already done, 0 to run" in again and "[1/" not in again
@@ -150,6 +150,7 @@ def test_every_configuration_composes_through_the_real_door(path: Path, tmp_path
         "local": ["model.path=a"],
         "gguf": ["model.path=a"],
         "file": ["calibration.source=a"],
+        "csr": ["dtype=float32"],
     }
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", [*overrides, *needed.get(option, [])])

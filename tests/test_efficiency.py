@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from conftest import tiny_model
 from sweep import efficiency, methods, models
-from sweep.config import Efficiency, Weight
+from sweep.config import Efficiency, RequestError, Weight
 
 SETTINGS = Efficiency(prompt_tokens=8, output_tokens=3, warmup=1, repeats=6)
 
@@ -49,9 +50,9 @@ def test_tied_weights_count_once_and_multiply_in_the_head() -> None:
 def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None:
     model = tiny_model(family)
     columns, repeats = efficiency.latency(model, model, SETTINGS, vocabulary=64)
-    assert len(repeats) == SETTINGS.repeats * 2 * 2
+    assert len(repeats) == SETTINGS.repeats * 3 * 2
     assert (repeats.milliseconds > 0).all()
-    assert columns == efficiency.summary(repeats, SETTINGS)
+    assert columns == efficiency.summary(repeats, SETTINGS) | {"timing_ended_by": "repeats"}
     decode = repeats[(repeats.model == "pruned") & (repeats.phase == "decode")].milliseconds
     assert columns["decode_ms_per_token_p50"] == decode.median()
     assert columns["tokens_per_second"] == pytest.approx(1000 / decode.median())
@@ -61,7 +62,7 @@ def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None
 def test_a_drifting_machine_leaves_the_paired_speedup_alone() -> None:
     drift = np.linspace(1, 3, 20)
     lines = [(name, phase, i, base * drift[i]) for i in range(20) for phase in ("prefill", "decode")
-             for name, base in (("dense", 20.0), ("pruned", 10.0))]  # fmt: skip
+             for name, base in (("dense", 20.0), ("pruned", 10.0), ("control", 20.0))]  # fmt: skip
     frame = pd.DataFrame(lines, columns=["model", "phase", "repeat", "milliseconds"])
     columns = efficiency.summary(frame, SETTINGS)
     assert columns["decode_speedup"] == columns["decode_speedup_low"] == columns["decode_speedup_high"] == 2
@@ -85,3 +86,69 @@ def test_peak_memory_sees_what_was_held_during_the_work_and_forgets_what_came_be
     assert memory.base is not None and memory.peak is not None
     assert 0.95 * size < memory.peak - memory.base < 1.3 * size
     assert memory.device_peak is None
+
+
+def timed(dense: float, pruned: float, control: float, spread: float = 0.0) -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    lines = [(name, phase, i, base * (1 + spread * draw.normal())) for i in range(20) for phase in ("prefill", "decode")
+             for name, base in (("dense", dense), ("pruned", pruned), ("control", control))]  # fmt: skip
+    return pd.DataFrame(lines, columns=["model", "phase", "repeat", "milliseconds"])
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    assert not efficiency.summary(timed(20, 10, 20, 0.02), SETTINGS)["no_measurable_gain"]
+    assert efficiency.summary(timed(20, 20, 20, 0.02), SETTINGS)["no_measurable_gain"]
+    assert efficiency.summary(timed(20, 19.8, 18), SETTINGS)["no_measurable_gain"]  # the control gains more
+    assert efficiency.summary(timed(20, 25, 20), SETTINGS)["no_measurable_gain"]  # slower
+
+
+def test_percentiles_and_mean_are_those_of_the_repeats() -> None:
+    frame = timed(20, 10, 20, 0.1)
+    columns, times = efficiency.summary(frame, SETTINGS), frame[(frame.model == "pruned") & (frame.phase == "prefill")]
+    values = np.sort(times.milliseconds)
+    assert columns["prefill_ms_mean"] == pytest.approx(values.mean())
+    assert columns["prefill_ms_p90"] == pytest.approx(np.percentile(values, 90))
+    assert columns["prefill_ms_p50"] <= columns["prefill_ms_p90"] <= columns["prefill_ms_p99"] <= values[-1]
+    assert columns["timed_repeats"] == 20
+
+
+def test_timing_ends_when_it_is_precise_or_the_seconds_are_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: float(next(clock)))
+    rough = iter(np.random.default_rng(0).uniform(1, 100, 10**5))
+    monkeypatch.setattr(efficiency, "_time_once", lambda *_: (1.0, float(next(rough))))
+    model, settings = tiny_model("llama"), replace(SETTINGS, precision=0.01, seconds=30.0)
+    columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
+    assert columns["timing_ended_by"] == "seconds" and columns["timed_repeats"] == 30  # one reading of the clock each
+    monkeypatch.setattr(efficiency, "_time_once", lambda *_: (1.0, 2.0))
+    columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
+    assert columns["timing_ended_by"] == "precision" and columns["timed_repeats"] == settings.repeats
+
+
+def test_the_cache_of_a_generation_by_hand() -> None:
+    blocks, heads, width = 2, 2, 4
+    length = SETTINGS.prompt_tokens + SETTINGS.output_tokens
+    assert efficiency.generate_once(tiny_model("llama"), SETTINGS) == blocks * 2 * heads * width * length * 4
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"efficiency.prompt_tokens=63 .* are 66 tokens together, .* 64 positions"):
+        efficiency.check_fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=63))
+    efficiency.check_fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=61))
+
+
+def test_the_bound_is_the_slower_of_reading_and_multiplying() -> None:
+    row = {"nonzero_macs_per_token": 1000, "decode_ms_per_token_p50": 10.0}
+    reading = efficiency.bounds(row, 2000, 1, (1e6, 1e6))
+    assert reading["decode_bound"] == "memory" and reading["decode_bound_ms"] == 2.0
+    assert reading["decode_bound_reached"] == 0.2 and reading["decode_macs_per_byte"] == 0.5
+    multiplying = efficiency.bounds(row, 2000, 4, (1e6, 1e6))
+    assert multiplying["decode_bound"] == "compute" and multiplying["decode_bound_ms"] == 4.0
+
+
+def test_the_probe_measures_rates_and_the_head_is_read_with_or_without_the_embedding() -> None:
+    bandwidth, matrix = efficiency.roofline("cpu", "float32", torch.get_num_threads())
+    assert 1e8 < bandwidth < 1e14 and 1e7 < matrix < 1e16
+    tied, untied = tiny_model("gpt2"), tiny_model("llama")
+    assert efficiency.read_bytes(tied) == efficiency.counted(tied)["weights_bytes"]
+    assert efficiency.counted(untied)["weights_bytes"] - efficiency.read_bytes(untied) == 64 * 16 * 4

@@ -178,6 +178,9 @@ class Efficiency:
     batch_size: int = _at_least(1, default=1)
     warmup: int = _at_least(0, default=2)  # repeats
     repeats: int = _at_least(6, default=10)  # fewer give no 95 % interval of a median
+    # more repeats until the decode speed-up is known to this fraction, at most so many seconds; None = no more
+    precision: float | None = field(default=None, metadata={"minimum": 1e-4, "below": 1.0})
+    seconds: float = _at_least(1, default=60.0)
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,8 @@ def memory_bytes(limit: str | None) -> int | None:
 def _normalised(cell: Cell) -> Cell:
     """Settings that cannot change this cell's numbers are set to one value, so that equal cells are equal."""
     method = cell.method
+    if cell.efficiency.precision is None:
+        cell = replace(cell, efficiency=replace(cell.efficiency, seconds=Efficiency.seconds))
     if cell.perplexity.source is None:
         cell = replace(cell, perplexity=Perplexity())
     if isinstance(method, Dense):

@@ -7,9 +7,10 @@ machine drifts by more than pruning gains; the ratio within a pair survives the 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ import pandas as pd
 import torch
 from scipy.stats import binom
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep import execution, models
-from sweep.config import Efficiency
+from sweep.config import Efficiency, RequestError
 
 
 def counted(model: PreTrainedModel) -> dict[str, int]:
@@ -48,6 +48,13 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
         "macs_per_token": sum(w.numel() for w in weights) + places,
         "nonzero_macs_per_token": sum(int(torch.count_nonzero(w)) for w in weights) + nonzeros,
     }
+
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one decoded token reads: all but an embedding that is not the head's too."""
+    lookup, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = 0 if head is None or head.weight is lookup.weight else lookup.weight.numel() * lookup.weight.element_size()
+    return counted(model)["weights_bytes"] - apart
 
 
 class PeakMemory:
@@ -94,34 +101,64 @@ def _return_freed_memory() -> None:
 
 def latency(
     pruned: PreTrainedModel, dense: PreTrainedModel, settings: Efficiency, vocabulary: int
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Prefill and decode latency of both models, measured in turn.
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Prefill and decode latency of both models, measured in turn, and the dense model's once more as a control.
 
-    pruned, dense  may be one object: then the speed-up is the noise floor of the machine
+    pruned, dense  may be one object: then the speed-up is the noise floor of the machine, and so is the control's always
     returns        columns of the row, and every timed repeat: model, phase, repeat, milliseconds (decode: per token)
+
+    `settings.repeats` triples are timed; with `settings.precision`, more, until the decode speed-up is known to that
+    fraction or `settings.seconds` are spent. Which of them ended it is the column `timing_ended_by`.
     """
     prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens),
                            generator=torch.Generator().manual_seed(0)).to(pruned.device)  # fmt: skip
-    repeats = []
-    for repeat in tqdm(range(-settings.warmup, settings.repeats), desc="timing", unit="pair", leave=False):
-        order = [("dense", dense), ("pruned", pruned)]
-        for name, model in order if repeat % 2 == 0 else order[::-1]:
+    turns = [("dense", dense), ("pruned", pruned), ("control", dense)]
+    repeats: list[tuple[str, str, int, float]] = []
+    for _ in range(settings.warmup):
+        for _, model in turns[:2]:
+            _time_once(model, prompt, settings.output_tokens)
+    started, repeat, ended_by = time.perf_counter(), 0, None
+    while ended_by is None:
+        for name, model in turns[repeat % 3 :] + turns[: repeat % 3]:
             prefill, decode = _time_once(model, prompt, settings.output_tokens)
-            if repeat >= 0:
-                repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode)]
+            repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode)]
+        repeat += 1
+        ended_by = _ended_by(repeats, repeat, time.perf_counter() - started, settings)
     frame = pd.DataFrame(repeats, columns=["model", "phase", "repeat", "milliseconds"])
-    return summary(frame, settings), frame
+    return summary(frame, settings) | {"timing_ended_by": ended_by}, frame
 
 
-def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, float]:
+def _ended_by(
+    repeats: list[tuple[str, str, int, float]], done: int, seconds: float, settings: Efficiency
+) -> str | None:
+    """Why timing ends here, or None when it goes on."""
+    if done < settings.repeats:
+        return None
+    if settings.precision is None:
+        return "repeats"
+    times = {name: [t for model, phase, _, t in repeats if (model, phase) == (name, "decode")]
+             for name in ("dense", "pruned")}  # fmt: skip
+    low, median, high = median_interval(pd.Series(times["dense"]) / pd.Series(times["pruned"]))
+    if (high - low) / 2 <= settings.precision * median:
+        return "precision"
+    return "seconds" if seconds >= settings.seconds else None
+
+
+def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, Any]:
     """The row's latency columns from the timed repeats."""
-    columns = {}
-    for phase, name in (("prefill", "prefill_ms_p50"), ("decode", "decode_ms_per_token_p50")):
+    columns: dict[str, Any] = {"timed_repeats": int(frame.repeat.nunique())}
+    gains = []
+    for phase, name in (("prefill", "prefill_ms"), ("decode", "decode_ms_per_token")):
         times = frame[frame.phase == phase].pivot(index="repeat", columns="model", values="milliseconds")
-        columns[name] = float(times.pruned.median())
-        columns[f"dense_{name}"] = float(times.dense.median())
+        columns |= {f"{name}_mean": float(times.pruned.mean()), f"{name}_p50": float(times.pruned.median()),
+                    f"{name}_p90": float(times.pruned.quantile(0.9)), f"{name}_p99": float(times.pruned.quantile(0.99)),
+                    f"dense_{name}_p50": float(times.dense.median())}  # fmt: skip
         low, median, high = median_interval(times.dense / times.pruned)
         columns |= {f"{phase}_speedup": median, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
+        noise_low, noise, noise_high = median_interval(times.dense / times.control)
+        columns |= {f"{phase}_control": noise, f"{phase}_control_low": noise_low, f"{phase}_control_high": noise_high}
+        gains.append(low > max(1.0, noise_high))
+    columns["no_measurable_gain"] = not any(gains)
     columns["tokens_per_second"] = 1000 * settings.batch_size / columns["decode_ms_per_token_p50"]
     return columns
 
@@ -138,16 +175,17 @@ def median_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float,
 
 @torch.inference_mode()
 def _time_once(model: PreTrainedModel, prompt: Tensor, output_tokens: int) -> tuple[float, float]:
-    """(milliseconds of the prefill, milliseconds of one decoded token), greedy, with a key-value cache."""
+    """(milliseconds to the first token, milliseconds of one decoded token after it), greedy, with a key-value cache."""
     synchronise = _synchroniser(prompt.device)
     synchronise()
     start = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
     synchronise()
     prefilled = time.perf_counter()
     for _ in range(output_tokens):
-        token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
     synchronise()
     decoded = time.perf_counter()
     return 1000 * (prefilled - start), 1000 * (decoded - prefilled) / output_tokens
@@ -159,7 +197,78 @@ def _synchroniser(device: torch.device) -> Callable[[], Any]:
     return backend.synchronize if backend else lambda: None
 
 
-def generate_once(model: PreTrainedModel, settings: Efficiency) -> None:
-    """One prefill and decode: the work during which memory is measured."""
-    prompt = torch.zeros((settings.batch_size, settings.prompt_tokens), dtype=torch.long, device=model.device)
-    _time_once(model, prompt, settings.output_tokens)
+@torch.inference_mode()
+def generate_once(model: PreTrainedModel, settings: Efficiency) -> int | None:
+    """One prefill and decode, the work during which memory is measured; returns the bytes of its key-value cache.
+
+    None where the model keeps another kind of state.
+    """
+    tokens = torch.zeros((settings.batch_size, settings.prompt_tokens), dtype=torch.long, device=model.device)
+    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    for _ in range(settings.output_tokens):
+        cache = model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True).past_key_values
+    parts = [getattr(layer, part, None) for layer in getattr(cache, "layers", []) for part in ("keys", "values")]
+    held = [tensor for tensor in parts if isinstance(tensor, Tensor)]
+    if not held or len(held) < len(parts):
+        return None
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def check_fits(model: PreTrainedModel, settings: Efficiency) -> None:
+    """Refuse a prompt and output that are longer than the model's positions. Raises RequestError."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    asked = settings.prompt_tokens + settings.output_tokens
+    if positions is not None and asked > positions:
+        raise RequestError(f"efficiency.prompt_tokens={settings.prompt_tokens} and .output_tokens="
+                           f"{settings.output_tokens} are {asked} tokens together, and the model has {positions} "
+                           "positions: lower one of them")  # fmt: skip
+
+
+@functools.lru_cache
+def roofline(device: str, dtype: str, threads: int) -> tuple[float, float]:
+    """(bytes a second read from memory, multiply-accumulates a second of a large product), the best of a second's tries.
+
+    Once a process and setting. `threads` is the count that torch is set to; it is part of what was measured.
+    """
+    assert device != "cpu" or threads == torch.get_num_threads()
+    memory = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB: beyond any cache
+    side = 1024 if device == "cpu" else 4096
+    matrix = torch.ones((side, side), dtype=getattr(torch, dtype), device=device)
+    synchronise = _synchroniser(torch.device(device))
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds: list[float] = []
+        end = time.perf_counter() + 0.5
+        while len(seconds) < 3 or time.perf_counter() < end:
+            synchronise()
+            start = time.perf_counter()
+            work()
+            synchronise()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    with torch.inference_mode():
+        return memory.numel() * 4 / best(memory.sum), side**3 / best(lambda: matrix @ matrix)
+
+
+def bounds(row: Mapping[str, Any], cell_bytes: int, batch_size: int, rates: tuple[float, float]) -> dict[str, Any]:
+    """How near a decoded token is to what memory and arithmetic allow, as columns.
+
+    row         with `nonzero_macs_per_token` and `decode_ms_per_token_p50`
+    cell_bytes  read for one step: weights that multiply, as held, and the key-value cache
+    rates       of `roofline`
+
+    The bound is the larger of the time to read these bytes and the time of the multiplications by weights that are not
+    zero. A model that fits in the processor's caches can be faster than it.
+    """
+    bandwidth, matrix = rates
+    macs = row["nonzero_macs_per_token"] * batch_size
+    reading, multiplying = 1000 * cell_bytes / bandwidth, 1000 * macs / matrix
+    return {
+        "memory_bytes_per_second": bandwidth,
+        "matrix_macs_per_second": matrix,
+        "decode_macs_per_byte": macs / cell_bytes,
+        "decode_bound": "memory" if reading >= multiplying else "compute",
+        "decode_bound_ms": max(reading, multiplying),
+        "decode_bound_reached": max(reading, multiplying) / row["decode_ms_per_token_p50"],
+    }

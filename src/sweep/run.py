@@ -45,6 +45,7 @@ def run_cell(
 
     model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = time.perf_counter() - started
+    efficiency.check_fits(model, cell.efficiency)
     dense_parameters = sum(p.numel() for p in model.parameters())
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
     tokens = None
@@ -54,18 +55,20 @@ def run_cell(
         tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed)
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
-    before = time.perf_counter()
-    outcome = methods.prune(
-        model,
-        cell.method,
-        cell.sparsity,
-        tokens,
-        seed=cell.seed,
-        tokenizer=tokenizer,
-        sequential=cell.calibration is None or cell.calibration.sequential,
-    )
-    tokenizer = outcome.tokenizer or tokenizer
-    row["prune_seconds"] = time.perf_counter() - before
+    with efficiency.PeakMemory(cell.device) as memory:
+        before = time.perf_counter()
+        outcome = methods.prune(
+            model,
+            cell.method,
+            cell.sparsity,
+            tokens,
+            seed=cell.seed,
+            tokenizer=tokenizer,
+            sequential=cell.calibration is None or cell.calibration.sequential,
+        )
+        tokenizer = outcome.tokenizer or tokenizer
+        row["prune_seconds"] = time.perf_counter() - before
+    row["prune_peak_memory_bytes"] = memory.peak
     row["calibration_tokens"] = outcome.calibration_tokens
     row["damping"] = outcome.damping
     row["sparsity_achieved"] = outcome.sparsity
@@ -85,7 +88,7 @@ def run_cell(
 
     row |= efficiency.counted(model) | saved
     with efficiency.PeakMemory(cell.device) as memory:
-        efficiency.generate_once(model, cell.efficiency)
+        row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
     row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
     row["peak_device_memory_bytes"] = memory.device_peak
 
@@ -100,7 +103,10 @@ def run_cell(
     dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
     with turns.alone() as others:
         columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+        rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
     row["other_cores_busy"] = others.cores
+    read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
+    columns |= efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
     row |= columns | {"cell_seconds": time.perf_counter() - started} | metrics
     tables = {"samples": samples, "latency": repeats}
     return row, tables if outcome.measured is None else tables | {"units": outcome.measured}
