@@ -128,6 +128,7 @@ def test_papers_tasks_run_offline_with_examples_shown(loaded: Loaded, data_root:
     names = ["wikitext/word_perplexity", "wikitext/token_perplexity", "lambada_openai/acc", "arc_easy/acc_norm",
              "piqa/acc", "boolq/acc", "boolq/f1", "boolq/matthews"]  # fmt: skip
     assert all(metrics[name] is not None for name in names)
+    assert "piqa/f1" not in metrics and "piqa/f1_macro" in metrics  # its second choice is no positive class
     assert samples.groupby("task").document.nunique().to_dict() == dict.fromkeys(settings.tasks, 2)
     shown = Benchmarks(("arc_easy",), limit=2, num_fewshot=3)
     assert quality.evaluate(*loaded, shown, str(data_root))[0].keys() >= {"arc_easy/acc"}

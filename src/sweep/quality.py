@@ -215,8 +215,10 @@ def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[di
     The choice is the likeliest one, without normalisation by length, as in lm-eval's `acc`. Empty for a task whose
     right answer is not one of its choices.
     """
+    labels = set()
     for example, outcome in zip(examples, outcomes, strict=True):
         choices, target = task.doc_to_choice(example["doc"]), example["target"]
+        labels.add(tuple(choices))
         if isinstance(target, str):
             target = choices.index(target) if target in choices else None
         if not isinstance(target, int) or not 0 <= target < len(choices):
@@ -228,6 +230,9 @@ def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[di
     truth, choices = (np.array([o[name] for o in outcomes], dtype=int) for name in ("target", "chosen"))
     found = classification.metrics(truth, choices, [o["confidence"] for o in outcomes])
     del found["accuracy"]  # which lm-eval calls acc, and has
+    if len(labels) > 1:  # each question has choices of its own: the second place is no positive class
+        for name in ("precision", "recall", "f1"):
+            found.pop(name, None)
     return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
 
 
