@@ -30,11 +30,12 @@ def render(
     ok       those that are ok, with paired latencies: the ones that are drawn
     advised, failed  sentences that stand above and below the figure
     """
+    ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
     numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].notna().any()
                and not c.endswith(("_stderr", "_low", "_high")) and c not in ("seed", "schema_version")]  # fmt: skip
     first = [c for c in [*costs, "sparsity"] if c in numeric]
     data = {
-        "columns": _columns(ok.assign(series=plot.series(ok))),
+        "columns": _columns(ok),
         "count": len(ok),
         "filters": [c for c in _FILTERS if c in ok and ok[c].nunique() > 1],
         "x": first + [c for c in numeric if c not in first],

@@ -1,0 +1,121 @@
+"""What each column of a row means: the source of docs/metrics.md, made by `python -m sweep.columns > docs/metrics.md`.
+
+Units are in the names: `_bytes`, `_seconds`, `_ms`, `_joules`; a name without a unit is a count, a fraction or a word.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sweep import store
+
+ASKED, COUNTED, MEASURED, ORIGIN = "what was asked", "counted", "measured", "where it comes from"
+
+MEANINGS: dict[str, tuple[str, str]] = {
+    "cell": (ORIGIN, "hash of everything that can change the numbers; also the name of the row's file"),
+    "status": (ORIGIN, "`ok`, `failed`, `out_of_memory`, `crashed` or `timeout`; only `ok` rows have numbers"),
+    "error": (ORIGIN, "why the cell is not ok: the exception and the end of its traceback"),
+    "model": (ASKED, "name of the model"),
+    "method": (ASKED, "what is removed: `dense` (nothing), `weight`, `neuron`, `head`, `layer` or `vocab`"),
+    "criterion": (ASKED, "the importance score by which it is chosen"),
+    "sparsity": (ASKED, "fraction to remove, in [0, 1)"),
+    "sparsity_achieved": (COUNTED, "fraction removed of the weights that the method targets"),
+    "sparsity_units": (COUNTED, "fraction removed of the units (neurons, heads, layers, vocabulary rows)"),
+    "sparsity_block_parameters": (COUNTED, "fraction removed of the parameters of the blocks"),
+    "sparsity_all_parameters": (COUNTED, "fraction removed of all parameters, embeddings included"),
+    "seed": (ASKED, "seed of the calibration samples and of random scores; 0 where the method reads neither"),
+    "execution": (ASKED, "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones"),
+    "dtype": (ASKED, "type of the weights and activations"),
+    "device": (ASKED, "where the model ran"),
+    "threads": (ASKED, "CPU threads of the cell"),
+    "parameters": (COUNTED, "parameters that are held, a tied matrix once"),
+    "nonzero_parameters": (COUNTED, "those that are not zero"),
+    "weights_bytes": (COUNTED, "bytes of the parameters as held in memory"),
+    "stored_bytes": (COUNTED, "bytes of the state that a checkpoint would hold"),
+    "macs_per_token": (COUNTED, "multiply-accumulates of the linear layers and the head for one token, attention scores left out"),
+    "nonzero_macs_per_token": (COUNTED, "those whose weight is not zero"),
+    "prefill_ms_p50": (MEASURED, "median time of the prompt; compare between cells through `prefill_speedup` only"),
+    "decode_ms_per_token_p50": (MEASURED, "median time of one generated token; compare between cells through `decode_speedup` only"),
+    "dense_prefill_ms_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
+    "dense_decode_ms_per_token_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
+    **{f"{phase}_speedup{end}": (MEASURED, text) for phase in ("prefill", "decode") for end, text in (
+        ("", f"dense time over this model's in {phase}, median over interleaved pairs"),
+        ("_low", "lower end of its 95 % interval (order statistics, no assumption on the distribution)"),
+        ("_high", "upper end of its 95 % interval"))},
+    "tokens_per_second": (MEASURED, "generated tokens a second, over the batch"),
+    "peak_memory_bytes": (MEASURED, "highest resident memory of the process during one prefill and decode (VmHWM)"),
+    "base_memory_bytes": (MEASURED, "resident memory before it"),
+    "peak_device_memory_bytes": (MEASURED, "highest memory allocated on the CUDA device during it"),
+    "load_seconds": (MEASURED, "loading the model"),
+    "prune_seconds": (MEASURED, "calibration, scoring and removal"),
+    "calibration_tokens": (COUNTED, "tokens of calibration text that were read"),
+    "units_measured": (COUNTED, "units whose drop was measured, where `criterion` is `drop`; with screening not all are"),
+    "perplexity_tokens": (COUNTED, "tokens over which the papers' perplexity was taken"),
+    "perplexity_windows": (COUNTED, "windows of that text"),
+    "perplexity_join": (ORIGIN, "how its documents were joined before they were cut into windows"),
+    "cell_seconds": (MEASURED, "the whole cell"),
+    "config": (ORIGIN, "the resolved configuration, as JSON"),
+    "schema_version": (ORIGIN, "version of these columns"),
+    "command": (ORIGIN, "command line that runs the cell again"),
+    "started_at": (ORIGIN, "time at the start, UTC"),
+    "git_commit": (ORIGIN, "commit of sweep's checkout, marked when it has changes"),
+    "packages": (ORIGIN, "versions of the packages that matter"),
+    "python": (ORIGIN, "version of Python"),
+    "host": (ORIGIN, "name of the machine"),
+    "cpu": (ORIGIN, "model of the processor"),
+    "gpu": (ORIGIN, "model of the GPU"),
+    "cuda_visible_devices": (ORIGIN, "which GPU the cell was given"),
+    "other_cores_busy": (MEASURED, "cores that other processes kept busy meanwhile, on average: high means that timings are contended"),
+    "model_fingerprint": (ORIGIN, "hash of the model's file, or its revision"),
+    "data_fingerprints": (ORIGIN, "hashes of the texts that were read, as JSON"),
+}  # fmt: skip
+
+_HEADER = """# Columns of a row
+
+Made from the schema by `python -m sweep.columns > docs/metrics.md`; a test fails when it is stale.
+
+A column is null where nothing was measured, never zero. **Counted** follows from the shapes and values of the tensors and
+is the same on every machine. **Measured** was timed or read from the system, and belongs to the machine in the row.
+"""
+
+_TASKS = """
+## Task metrics
+
+After these come two columns for each metric of each task, `task/metric` and `task/metric_stderr`, as lm-eval reports
+them, and for tasks that score whole texts `task/token_perplexity`: exp of the mean negative log-likelihood a token.
+
+By how rare a word is (Zipf frequency from wordfreq: `zipf5up`, `zipf4to5`, `zipf3to4`, `zipf0to3`, and `no_word` for
+tokens without letters), for each band B: `task/loss_band_B` (nats a token) with `_stderr`, `task/perplexity_band_B`,
+`task/word_loss_band_B`, `task/acc_band_B`, `task/tokens_band_B`; and of the embedding `embedding/row_norm_band_B` and
+`embedding/share_pruned_band_B`.
+
+## Made when rows are read
+
+| column | unit | what it is |
+|---|---|---|
+| `decode_ms_paired`, `prefill_ms_paired` | milliseconds | the dense model's median over all cells of the setting, divided by the cell's paired speed-up: the latency that can be compared between cells |
+| `counted_speedup` | ratio | the dense model's MACs over this one's non-zero MACs: what counting promises |
+| `variant`, `setting` | words | knobs of the method, and of the measurement, that vary between the rows |
+"""
+
+
+def unit(column: str) -> str:
+    """The unit of a column, read from its name."""
+    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("tokens", "tokens"),
+                         ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs")):  # fmt: skip
+        if column.startswith("sparsity"):
+            return "fraction"
+        if column.removesuffix("_low").removesuffix("_high").endswith(ending):
+            return name
+    return "milliseconds" if "_ms_" in column or column.endswith("_ms") else ""
+
+
+def markdown() -> str:
+    """docs/metrics.md. Raises KeyError for a column of the schema that has no meaning here."""
+    lines = ["| column | kind | unit | what it is |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {MEANINGS[name][0]} | {unit(name)} | {MEANINGS[name][1]} |" for name in store.COLUMNS]
+    return _HEADER + "\n" + "\n".join(lines) + "\n" + _TASKS
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
