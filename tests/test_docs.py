@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import frames
-from sweep import columns, config, report, store
+from sweep import columns, config, quality, report, store
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -75,14 +77,37 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def cells(words: list[str]) -> list[config.Cell]:
+    """What the command line would run, through the door that it goes through, without a process for each."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        first = [word for word in words if word.startswith("+experiment=")]
+        study = compose("config", first, return_hydra_config=True).hydra.sweeper.params if first else None
+        parser = OverridesParser.create()
+        asked = parser.parse_overrides([*(f"{key}={value}" for key, value in (study or {}).items()), *words])
+        choices = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override()
+                   else [o.input_line] for o in asked]  # fmt: skip
+        found = []
+        for overrides in itertools.product(*choices):
+            composed = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+            found.append(config.parse(typing.cast(dict, composed))[0])
+        return found
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m sweep ")])
-def test_every_sweep_in_the_documentation_can_be_planned(command: str, place: Path) -> None:
-    words = shlex.split(command)[3:]
+def test_every_sweep_in_the_documentation_makes_cells(command: str) -> None:
+    words = [word for word in shlex.split(command)[3:] if word != "-m"]
     if "--help" not in words:
-        where = words.index("-m") if "-m" in words else len(words)
-        words = [*words[:where], "plan=true", *words[where:]]
-    done = subprocess.run([sys.executable, "-m", "sweep", *words], cwd=place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+        made = cells(words)
+        quality.check_tasks({task for cell in made for task in cell.benchmarks.tasks}, None)
+        assert len(made) == 1 or " -m" in command
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/experiment/*.yaml")), ids=lambda p: p.stem)
+def test_every_study_has_a_folder_that_says_its_command(path: Path) -> None:
+    command = f"python -m sweep +experiment={path.stem} -m"
+    assert command in path.read_text()
+    assert command in (ROOT / "experiments" / path.stem / "README.md").read_text()
+    assert cells([f"+experiment={path.stem}"])
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m sweep.report")])
