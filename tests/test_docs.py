@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 import typing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import frames
-from sweep import columns, config, quality, report, store
+from sweep import catalogue, columns, config, published, report, store
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -98,7 +100,8 @@ def test_every_sweep_in_the_documentation_makes_cells(command: str) -> None:
     words = [word for word in shlex.split(command)[3:] if word != "-m"]
     if "--help" not in words:
         made = cells(words)
-        quality.check_tasks({task for cell in made for task in cell.benchmarks.tasks}, None)
+        for cell in made:
+            catalogue.check(cell.benchmarks, None)
         assert len(made) == 1 or " -m" in command
 
 
@@ -107,7 +110,21 @@ def test_every_study_has_a_folder_that_says_its_command(path: Path) -> None:
     command = f"python -m sweep +experiment={path.stem} -m"
     assert command in path.read_text()
     assert command in (ROOT / "experiments" / path.stem / "README.md").read_text()
-    assert cells([f"+experiment={path.stem}"])
+    assert len(set(cells([f"+experiment={path.stem}"]))) > 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/published.csv")), ids=lambda p: p.parent.name)
+def test_published_numbers_have_a_source_and_meet_the_cells_of_their_study(path: Path) -> None:
+    """A row made for each cell of the study is found by each published line: the columns fit."""
+    table = published.read(path)
+    assert table.source.str.len().min() > 5 and (table.method == "dense").any()
+    made = cells([f"+experiment={path.parent.name}"])
+    made += list({cell.dense() for cell in made})
+    rows = pd.DataFrame([{"status": "ok", "model": cell.model.name, "method": cell.method.family, "sparsity": cell.sparsity,
+                          "criterion": getattr(cell.method, "criterion", None), "config": json.dumps(config.as_dict(cell)),
+                          **dict.fromkeys(table.metric, 1.0)} for cell in made])  # fmt: skip
+    text, agrees = published.compare(rows, path)
+    assert "not run" not in text and "PROTOCOL DIFFERS" in text and not agrees
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m sweep.report")])

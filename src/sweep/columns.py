@@ -50,6 +50,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "prune_seconds": (MEASURED, "calibration, scoring and removal"),
     "calibration_tokens": (COUNTED, "tokens of calibration text that were read"),
     "units_measured": (COUNTED, "units whose drop was measured, where `criterion` is `drop`; with screening not all are"),
+    "damping": (MEASURED, "largest amount that was added to a Hessian, as a share of the mean of its diagonal"),
     "perplexity_tokens": (COUNTED, "tokens over which the papers' perplexity was taken"),
     "perplexity_windows": (COUNTED, "windows of that text"),
     "perplexity_join": (ORIGIN, "how its documents were joined before they were cut into windows"),

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1  # raise when a column changes its name, type or meaning; one more column needs no raise
 
 _TEXT, _FLOAT, _INT = pa.string(), pa.float64(), pa.int64()
-COLUMNS: dict[str, pa.DataType] = {
+COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of which docs/metrics.md is made
     "cell": _TEXT, "status": _TEXT, "error": _TEXT, "model": _TEXT, "method": _TEXT, "criterion": _TEXT,
     "sparsity": _FLOAT, "sparsity_achieved": _FLOAT, "sparsity_units": _FLOAT,
     "sparsity_block_parameters": _FLOAT, "sparsity_all_parameters": _FLOAT, "seed": _INT,
