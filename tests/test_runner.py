@@ -106,6 +106,8 @@ def test_a_sweep_on_object_storage_runs_resumes_and_loads(tmp_path: Path, tiny: 
     assert set(store.table(server, "latency").cell) == set(rows.cell)
     assert "3 already done, 0 to run" in run(*words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())  # nothing of it lies here
+    run(server, "--no-html", "--out", "figures", cwd=tmp_path, module="sweep.report")
+    assert list((tmp_path / "figures").glob("*.png"))
 
 
 @pytest.mark.parametrize(

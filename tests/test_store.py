@@ -17,6 +17,7 @@ import pytest
 import sweep
 from sweep import store
 from sweep.config import RequestError
+from sweep.folder import Folder
 
 
 def row(cell: str, **more: object) -> dict:
@@ -296,3 +297,17 @@ def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(RequestError, match=r"pip install 'sweep-pruning\[s3\]'"):
         store.check_writable("s3://bucket/prefix")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), RuntimeError("Unable to locate credentials")]
+)
+def test_a_folder_that_cannot_be_read_is_refused(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Folder, name: str) -> bytes:
+        raise error
+
+    monkeypatch.setattr(Folder, "get", refuses)
+    with pytest.raises(RequestError, match=r"results=.* cannot be read: (Permission denied|RuntimeError: Unable to)"):
+        store.check_version(tmp_path)

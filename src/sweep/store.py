@@ -195,8 +195,13 @@ def check_version(results: Where) -> None:
         raise RequestError(f"results={results} cannot be written to: it is a file; give a folder")
     try:
         metadata = pq.read_schema(pa.BufferReader(Folder(results).get(f"cells/{_SCHEMA_FILE}"))).metadata or {}
-    except (OSError, pa.ArrowInvalid):  # no folder yet, or a damaged file: written anew by the next row
+    except (FileNotFoundError, pa.ArrowInvalid):  # no folder yet, or a damaged file: written anew by the next row
         return
+    except RequestError:
+        raise
+    except Exception as error:  # what the drivers of object storage raise has no class in common
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise RequestError(f"results={results} cannot be read: {reason}") from error
     _refuse_newer(results, int(metadata.get(_VERSION, b"1")))
 
 
