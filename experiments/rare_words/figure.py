@@ -44,7 +44,9 @@ def gaps(results: Path) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> plt.Figure:
     methods = list(dict.fromkeys(zip(table.method, table.criterion, strict=True)))
-    figure, axes = plt.subplots(1, len(methods), figsize=(3.1 * len(methods), 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(3.1 * len(methods), 3.6), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, (method, criterion) in zip(np.atleast_1d(axes), methods, strict=True):
         mine = table[(table.method == method) & (table.criterion == criterion)]
         for i, band in enumerate(words.BANDS):
