@@ -43,6 +43,23 @@ MEANINGS: dict[str, tuple[str, str]] = {
         ("", f"dense time over this model's in {phase}, median over interleaved pairs"),
         ("_low", "lower end of its 95 % interval (order statistics, no assumption on the distribution)"),
         ("_high", "upper end of its 95 % interval"))},
+    **{f"{stem}_{end}": (MEASURED, f"{words} of the {what} times")
+       for stem, what in (("prefill_ms", "prompt's"), ("decode_ms_per_token", "generated tokens'"))
+       for end, words in (("mean", "mean"), ("p90", "90th percentile"), ("p99", "99th percentile"))},
+    **{f"{phase}_control{end}": (MEASURED, text) for phase in ("prefill", "decode") for end, text in (
+        ("", f"dense over dense in {phase}, timed as the speed-up is: what the machine's noise alone gives"),
+        ("_low", "lower end of its 95 % interval"), ("_high", "upper end of its 95 % interval"))},
+    "no_measurable_gain": (MEASURED, "true when neither phase is faster than dense beyond the noise"),
+    "timed_repeats": (COUNTED, "interleaved pairs that were timed"),
+    "timing_ended_by": (ORIGIN, "what ended the timing: an interval that is narrow enough, the time, or the repeats"),
+    "memory_bytes_per_second": (MEASURED, "memory bandwidth of the machine, by a short probe"),
+    "matrix_macs_per_second": (MEASURED, "matrix rate of the machine, by a short probe"),
+    "decode_macs_per_byte": (COUNTED, "multiply-accumulates a byte that a generated token reads: arithmetic intensity"),
+    "decode_bound": (MEASURED, "what limits a generated token on this machine, `memory` or `compute`"),
+    "decode_bound_ms": (MEASURED, "the time below which that limit lets no token be, from the probes"),
+    "decode_bound_reached": (MEASURED, "that limit over the measured time: 1 would be at the limit"),
+    "kv_cache_bytes": (COUNTED, "bytes of the key-value cache after one prefill and decode"),
+    "prune_peak_memory_bytes": (MEASURED, "highest resident memory of the process while it was pruned"),
     "tokens_per_second": (MEASURED, "generated tokens a second, over the batch"),
     "peak_memory_bytes": (MEASURED, "highest resident memory of the process during one prefill and decode (VmHWM)"),
     "base_memory_bytes": (MEASURED, "resident memory before it"),
@@ -104,7 +121,9 @@ tokens without letters), for each band B: `task/loss_band_B` (nats a token) with
 def unit(column: str) -> str:
     """The unit of a column, read from its name."""
     for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("tokens", "tokens"),
-                         ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs")):  # fmt: skip
+                         ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs"), ("control", "ratio"),
+                         ("bytes_per_second", "bytes/second"), ("macs_per_second", "MACs/second"),
+                         ("macs_per_byte", "MACs/byte"), ("bound_reached", "ratio")):  # fmt: skip
         if column.startswith("sparsity"):
             return "fraction"
         if column.removesuffix("_low").removesuffix("_high").endswith(ending):

@@ -31,7 +31,7 @@ def render(
     advised, failed  sentences that stand above and below the figure
     """
     ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
-    numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].notna().any()
+    numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].dtype != bool and ok[c].notna().any()
                and not c.endswith(("_stderr", "_low", "_high")) and c not in ("seed", "schema_version")]  # fmt: skip
     first = [c for c in [*costs, "sparsity"] if c in numeric]
     data = {
