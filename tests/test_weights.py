@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -435,3 +436,24 @@ def test_what_cannot_be_met_is_refused_before_anything_is_changed(changes: dict,
     with pytest.raises(RequestError, match=message):
         weights.prune(model, Weight("weight", **changes), sparsity, random_tokens())
     assert all((w != 0).all() for w in matrices(model).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"pattern": "2:5"}, "sparsity": 0.6}, "method.pattern=2:5 needs .* the model's hidden_size is 16"),
+        ({"method": {"allocation": [0.5, 0.5, 0.5]}}, "method.allocation lists 3 sparsities; the model has 2 blocks"),
+        ({"method": {"criterion": "wanda"}, "calibration": {"source": "pydoc", "sequences": 10**6}},
+         "calibration.source=pydoc has .* bytes, which cannot give 1000000 sequences of 256 tokens"),
+    ],
+)  # fmt: skip
+def test_what_the_configuration_tells_is_refused_before_a_model_loads(
+    changes: dict, message: str, tiny_checkpoint: Path
+) -> None:
+    from sweep import plan
+
+    asked = {"model": {"name": "tiny", "source": "local", "path": str(tiny_checkpoint)}, "sparsity": 0.5,
+             "benchmarks": {"tasks": ["pydoc"]}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
+             "perplexity": {}, "device": "cpu"}  # fmt: skip
+    with pytest.raises(RequestError, match=message):
+        plan.prepare({**asked, **changes, "method": {"family": "weight", **changes["method"]}})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sweep import catalogue, checkpoint, config, identity, machine, perplexity, sources, store, text, unit_requests
-from sweep.config import Cell, Options, RequestError
+from sweep.config import Calibration, Cell, Options, RequestError, Weight
 
 _ENOUGH = 2000  # rows that expectations are drawn from
 
@@ -69,9 +69,36 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
     if cell.calibration is not None:
-        text.calibration_text(cell.calibration.source)  # raises when it is not there
+        _check_calibration(cell.calibration)
+    if isinstance(cell.method, Weight):
+        _check_shapes(cell.method, sources.shape(cell.model))
     unit_requests.check(cell)
     return cell, options
+
+
+def _check_calibration(asked: Calibration) -> None:
+    """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
+    size = len(text.calibration_text(asked.source).encode())
+    if size < asked.sequences * asked.length:
+        raise RequestError(f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
+                           f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length")  # fmt: skip
+
+
+def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
+    """Refuse what the model's configuration tells that it cannot meet; the rest is told once the model is loaded."""
+    if method.pattern is not None:
+        _, m = config.groups(method.pattern)
+        for name in ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"):
+            size = shape.get(name)
+            if size and size % m and not method.exclude:
+                raise RequestError(f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
+                                   f"model's {name} is {size}: choose another pattern, or method.exclude=[...] the "
+                                   "matrices that read it")  # fmt: skip
+    blocks = shape.get("num_hidden_layers") or shape.get("n_layer")
+    if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
+        raise RequestError(
+            f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks"
+        )
 
 
 def same_options(all_options: Iterable[Options]) -> Options:
