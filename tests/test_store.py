@@ -262,7 +262,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_results_folder_on_object_storage(bucket: str) -> None:
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_results_folder_on_object_storage(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bucket = f"memory://{tmp_path.name}" if kind == "memory" else request.getfixturevalue("bucket")
     store.check_writable(bucket)
     assert store.statuses(bucket, ["aa"]) == {}
     samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
