@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sweep import bitmap, config, efficiency, execution, models
 
 CONTEXT, STEPS, PROMPT = 32, 2, 256  # tokens: before the timed ones, timed together, in a prefill
+POOL = 2**22 + 1  # random numbers
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -47,19 +48,25 @@ def _filled(configuration: object, dtype: torch.dtype) -> PreTrainedModel:
     rotary = type(model.model.rotary_emb)(configuration)  # its frequencies are computed, not stored
     model = model.to_empty(device="cpu")
     model.model.rotary_emb = rotary
+    pool = 0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(1))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
+        parameter.copy_(_drawn(pool, parameter.shape)) if parameter.dim() > 1 else parameter.fill_(1)
     return model.eval()
+
+
+def _drawn(pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Numbers for a tensor, drawn once and used again and again: what they are does not change what they cost."""
+    return pool.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
 
 
 def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> tuple[PreTrainedModel, float, float]:
     """(the model in bitmap form, bytes of its compressed layers and of the whole relative to dense bfloat16)."""
     model = make(torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    draw = torch.Generator().manual_seed(0)
+    pool = torch.rand(POOL, generator=torch.Generator().manual_seed(0))
     for layer in models.linears(model).values():
-        drop = torch.rand(layer.weight.shape, generator=draw) < sparsity
+        drop = _drawn(pool, layer.weight.shape) < sparsity
         drop[0, 0] = True  # at 0 % too, a layer must hold one zero to be compressed
         layer.weight.data.masked_fill_(drop, 0)
     model, kernel = execution.prepare(model, config.Execution("bitmap"))
