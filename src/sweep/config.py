@@ -83,7 +83,7 @@ class Drop:
     task: str | None = None  # None = the calibration text
     documents: int | None = _at_least(2, default=None)  # of the task; None = all
     screen: Literal["none", "taylor"] = "none"
-    screen_margin: float = field(default=0.05, metadata={"minimum": 0.0, "below": 1.0})  # of the units, each side
+    screen_margin: float = field(default=0.1, metadata={"minimum": 0.0, "below": 1.0})  # of the units, each side
 
 
 @dataclass(frozen=True)
