@@ -9,7 +9,20 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import config, heads, layers, methods, models, repair, select, surgery, unit_requests, unit_scores, units
+from sweep import (
+    config,
+    heads,
+    identity,
+    layers,
+    methods,
+    models,
+    repair,
+    select,
+    surgery,
+    unit_requests,
+    unit_scores,
+    units,
+)
 from sweep.config import Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
 
@@ -260,3 +273,20 @@ def test_a_request_that_no_such_model_can_meet_is_refused(
     })  # fmt: skip
     with pytest.raises(RequestError, match=message):
         unit_requests.check(cell)
+
+
+def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+
+    def name(method: dict) -> str:
+        (cell, _) = config.parse({
+            "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method, "sparsity": 0.1,
+            "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
+        })  # fmt: skip
+        return identity.cell_name(cell)
+
+    asked = {"family": "neuron", "criterion": "drop", "metric": "f1", "task": "continents"}
+    before = name(asked)
+    assert name(asked | {"criterion": "l2"}) == name({"family": "neuron", "criterion": "l2"})  # reads none of it
+    monkeypatch.setitem(unit_requests.QUESTIONS, "continents", lambda d: (f"{d['country']} lies in", ["A", "B"], 0))
+    assert name(asked) != before

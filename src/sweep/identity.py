@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sweep import catalogue, perplexity, sources, text
+from sweep import catalogue, perplexity, sources, text, unit_requests
 from sweep.config import Cell, as_dict
 
 MEASURING_VERSION = 4  # raise when the code measures something else under the same configuration
@@ -20,6 +20,11 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
     found = catalogue.check(cell.benchmarks, cell.data_root)
     found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
+    probe = getattr(cell.method, "task", None)  # on which a drop is measured
+    if probe is not None:
+        found[f"{probe} of the drop"] = text.fingerprint(
+            [unit_requests.QUESTIONS[probe](d) for d in text.EMBEDDED[probe]()]
+        )
     if cell.calibration is not None:
         found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration.source)])
     return found
