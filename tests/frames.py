@@ -35,7 +35,8 @@ def _line(model: str, method: str, criterion: str | None, execution: str, sparsi
     gain = {"dense": 1.0, "bitmap": 0.8 + sparsity, "shrunk": 1 + 0.6 * sparsity}[execution] + noise
     kept = 1 - sparsity if execution == "shrunk" else 1.0
     config = {"model": {"name": model}, "method": {"family": method, "criterion": criterion, "scope": "matrix"},
-              "sparsity": sparsity, "seed": seed, "benchmarks": {"tasks": ["pydoc"]}, "dtype": "bfloat16"}  # fmt: skip
+              "sparsity": sparsity, "seed": seed, "benchmarks": {"tasks": ["pydoc"]}, "dtype": "bfloat16",
+              "calibration": {"source": "pydoc"} if criterion in ("wanda", "taylor_abs") else None}  # fmt: skip
     return {
         "cell": f"{draw.integers(2**60):016x}", "status": "ok", "error": None, "model": model, "method": method,
         "criterion": criterion, "sparsity": sparsity, "sparsity_achieved": sparsity,

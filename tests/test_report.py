@@ -97,7 +97,8 @@ def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
     other = rows.assign(config=[text.replace('"matrix"', '"global"') for text in rows.config])
     both = knobs.with_variant(pd.concat([rows, other[other.method != "dense"]], ignore_index=True))
     points = frontier.points(both, "sparsity", "capitals/acc")
-    assert (points.seeds == 1).all()
+    assert (points.seeds == 1).all() and (points.setting == "").all()
+    assert (knobs.with_variant(frames.rows()).setting == "").all()  # a dense row reads no calibration text: no matter
     assert set(plot.series(points[points.method == "weight"])) == {
         "weight magnitude (scope=matrix)", "weight magnitude (scope=global)"}  # fmt: skip
 

@@ -14,7 +14,7 @@ import pandas as pd
 # Told by columns of their own, or no choice between methods.
 _NAMED = {"model.name", "method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
 _ASIDE = {"model.path", "model.revision", "model.file", "model.package", "model.source", "model.trust_remote_code",
-          "data_root"}  # fmt: skip
+          "data_root", "calibration"}  # fmt: skip
 _OF_THE_METHOD = ("method.", "calibration.", "execution.")
 _MEASUREMENT = ("benchmarks.", "efficiency.", "perplexity.")  # how, and on what, the cell is measured
 
