@@ -18,6 +18,9 @@ QUICK = ["benchmarks.limit=4", "benchmarks.max_length=256", "efficiency.prompt_t
          "dtype=float32", "threads=1"]  # fmt: skip
 
 
+TOO_FEW_TOKENS = "<s>" * 60  # bytes enough for the check before the cell, and a token for three of them
+
+
 def run(*arguments: str, cwd: Path, code: int = 0, module: str = "sweep") -> str:
     """Run the command line in a folder; returns all it printed, after checking its exit code."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True,
@@ -76,19 +79,19 @@ def test_one_cell_runs_without_m_and_with_its_baseline(tmp_path: Path, tiny: lis
 
 def test_a_cell_that_fails_leaves_a_row_and_the_sweep_goes_on(tmp_path: Path, tiny: list[str]) -> None:
     text = tmp_path / "short.txt"
-    text.write_text("too short")
+    text.write_text(TOO_FEW_TOKENS)
     output = run("+method=neuron,weight", "calibration.source=short.txt", *tiny, "-m", cwd=tmp_path, code=1)
     assert "1 of 3 cells are not ok" in output
     rows = sweep.load(tmp_path / "results").set_index("method")
     assert rows.status.to_dict() == {"dense": "ok", "neuron": "failed", "weight": "ok"}
-    assert "RequestError" in rows.error["neuron"] and "calibration.source=short.txt gives 0" in rows.error["neuron"]
+    assert "RequestError" in rows.error["neuron"] and "calibration.source=short.txt gives 1" in rows.error["neuron"]
     assert pd.isna(rows["pydoc/token_perplexity"]["neuron"])
     text.write_text("enough text to calibrate a model of bytes. " * 100)
     assert "3 cells" in run("+method=neuron,weight", "calibration.source=short.txt", *tiny, "-m", cwd=tmp_path)
 
 
 def test_on_failure_stop_stops(tmp_path: Path, tiny: list[str]) -> None:
-    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "short.txt").write_text(TOO_FEW_TOKENS)
     output = run("+method=neuron,weight", "calibration.source=short.txt", "on_failure=stop", *tiny, "-m",
                  cwd=tmp_path, code=1)  # fmt: skip
     assert "stopped: a cell failed (on_failure=stop)" in output

@@ -53,6 +53,19 @@ def test_failed_cells_are_listed_and_never_plotted(made: Path) -> None:
     assert (table["capitals/acc"] > 0).all()
 
 
+@pytest.mark.parametrize("worst", [25.0, 466.0, 2.76e5, 3.3e9])
+def test_the_whole_label_stands_in_the_figure_however_far_a_perplexity_explodes(worst: float) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rows = frames.rows()
+    rows.loc[rows.index[-1], "pydoc/token_perplexity"] = worst
+    figure = plot.cost_figure(ready(rows), "decode_ms_paired", "pydoc/token_perplexity")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.axes[0].yaxis.label.get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0
+
+
 def test_figures_of_equal_rows_are_equal_files(tmp_path: Path) -> None:
     rows = ready(frames.rows())
     for name in ("a", "b"):

@@ -6,6 +6,7 @@ shows only what the rows hold: a point without an interval has no bar, and a fai
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -54,6 +55,7 @@ _MARKS = "os^Dv<>PXp"
 _LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 _EXPLODES = 10.0  # a loss that spans more than this factor is drawn on a log scale
 _BELOW, _ABOVE = 0.42, 0.1  # inches for the horizontal axis' words, and over the axes
+_LABEL = 0.28  # inches from the left edge to the foot of a two-line label of the vertical axis
 _LABELLED = 24  # more points than this, and their sparsities are left to the table
 _HEAT_LINES = 40
 _STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
@@ -348,9 +350,26 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
         axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
     if frontier.is_loss(y) and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter(_plain)  # 200, and not 2 times a power of ten, which takes more room
+        axes.yaxis.set_minor_formatter(_plain if points.y.max() < 1000 * points.y.min() else "")
     better = "lower" if frontier.is_loss(y) else "higher"
     axes.set_xlabel(label(x))
     axes.set_ylabel(f"{label(y)}\n({better} is better)")
+    _pin_label(axes)
+
+
+def _pin_label(axes: Axes) -> None:
+    """Place the label of the y axis from the figure's edge: placed from the ticks, long numbers push it out."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    box, inches = axes.get_position(), figure.get_figwidth()
+    axes.yaxis.set_label_coords((_LABEL / inches - box.x0) / box.width, 0.5)
+
+
+def _plain(value: float, _: object = None) -> str:
+    """A tick as a short number; every other one of a decade stays bare, or they would run into each other."""
+    leading = value / 10 ** math.floor(math.log10(value) + 1e-9)
+    return f"{value:g}" if round(leading) in (1, 2, 5) else ""
 
 
 def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
