@@ -82,6 +82,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, tiny_checkpoint: Path) -
     model = tiny_model("llama")
     methods.prune(model, Neuron(blocks=(0,)), 0.5, random_tokens())
     checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", FACTS)
-    (tmp_path / "saved" / shrunk.FILE).write_text(json.dumps({"format": 2}))
-    with pytest.raises(RequestError, match="has format 2, and this version of sweep reads 1"):
+    (tmp_path / "saved" / shrunk.FILE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(RequestError, match="has format 99, and this version of sweep reads 1 and 2"):
         sweep.load_model(tmp_path / "saved")
