@@ -38,23 +38,29 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
     state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.layout == torch.strided}
     sparse = execution.compressed(model)
     places = sum(layer.out_features * layer.in_features for layer in sparse)  # zeros included: the model's size
-    nonzeros, held = sum(layer.nonzeros for layer in sparse), sum(layer.held_bytes for layer in sparse)
+    nonzeros = sum(layer.nonzeros for layer in sparse)
     stored_apart = sum(layer.held_bytes for layer in sparse if isinstance(layer, execution.CsrLinear))
     return {
         "parameters": sum(p.numel() for p in parameters) + places,
         "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters) + nonzeros,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters) + held,
+        "weights_bytes": held_bytes(model),
         "stored_bytes": sum(t.numel() * t.element_size() for t in state.values()) + stored_apart,
         "macs_per_token": sum(w.numel() for w in weights) + places,
         "nonzero_macs_per_token": sum(int(torch.count_nonzero(w)) for w in weights) + nonzeros,
     }
 
 
+def held_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights as they lie in memory: each tensor once, a compressed matrix as it is compressed."""
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    return dense + sum(layer.held_bytes for layer in execution.compressed(model))
+
+
 def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one decoded token reads: all but an embedding that is not the head's too."""
     lookup, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = 0 if head is None or head.weight is lookup.weight else lookup.weight.numel() * lookup.weight.element_size()
-    return counted(model)["weights_bytes"] - apart
+    return held_bytes(model) - apart
 
 
 class PeakMemory:

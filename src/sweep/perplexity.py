@@ -62,13 +62,7 @@ def joined(source: str, data_root: str | None) -> str:
                 return _JOINS[source].join(rows["text"])
         except (OSError, ValueError) as error:  # ConnectionError is an OSError
             raise RequestError(catalogue.missing(f"perplexity.source={source}", data_root, error)) from error
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise RequestError(f"perplexity.source must be wikitext2, c4 or a text file; there is no file {source!r}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"perplexity.source: {source} is not UTF-8 text: {error}") from error
+    return text.read_file(source, "perplexity.source", "wikitext2, c4 or a text file")
 
 
 def measure(

@@ -150,13 +150,18 @@ def calibration_text(source: str) -> str:
     """All text of a calibration source: "pydoc" or a UTF-8 text file. Raises RequestError when there is none."""
     if source == "pydoc":
         return "\n\n".join(pydoc_split()[1])
+    return read_file(source, "calibration.source", "pydoc or a text file")
+
+
+def read_file(source: str, key: str, allowed: str) -> str:
+    """The text of a UTF-8 file. Raises RequestError, in the words of the key that names it, when there is none."""
     path = Path(source).expanduser()
     if not path.is_file():
-        raise RequestError(f"calibration.source must be pydoc or a text file; there is no file {source!r}")
+        raise RequestError(f"{key} must be {allowed}; there is no file {source!r}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"calibration.source: {source} is not UTF-8 text: {error}") from error
+        raise RequestError(f"{key}: {source} is not UTF-8 text: {error}") from error
 
 
 def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
