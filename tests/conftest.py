@@ -1,4 +1,4 @@
-"""Tiny random models, made on the fly; the embedded model, for the tests marked slow."""
+"""Tiny random models, made on the fly; a local S3 server; the embedded model, for the tests marked slow."""
 
 from __future__ import annotations
 
@@ -73,6 +73,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A place in a new bucket of a local S3 server."""
+    s3fs = pytest.importorskip("s3fs", reason="results on object storage need the extra s3")
+    moto = pytest.importorskip("moto.server", reason="the local S3 server is moto's: pip install 'moto[server]'")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()  # which remember another server
+    s3fs.S3FileSystem().mkdir(f"studies-{port}")
+    yield f"s3://studies-{port}/first"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 @pytest.fixture

@@ -47,6 +47,13 @@ def test_tied_weights_count_once_and_multiply_in_the_head() -> None:
     assert counted["macs_per_token"] == head + sum(models.weight(m).numel() for m in models.linears(model).values())
 
 
+def test_timing_shows_how_far_it_is(capsys: pytest.CaptureFixture) -> None:
+    model = tiny_model("llama")
+    efficiency.latency(model, model, SETTINGS, vocabulary=64)
+    drawn = capsys.readouterr().err
+    assert "timing:" in drawn and f"/{SETTINGS.repeats} [" in drawn
+
+
 def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None:
     model = tiny_model(family)
     columns, repeats = efficiency.latency(model, model, SETTINGS, vocabulary=64)

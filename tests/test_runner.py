@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,34 +78,15 @@ def test_a_damaged_row_is_set_aside_and_its_cell_run_again(tmp_path: Path, tiny:
     assert len(sweep.load(tmp_path / "results")) == 2
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A local S3 server with a bucket."""
-    s3fs = pytest.importorskip("s3fs", reason="results on object storage need the extra s3")
-    moto = pytest.importorskip("moto.server", reason="the local S3 server is moto's: pip install 'moto[server]'")
-    running = moto.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(f"sweeps-{port}")
-    yield f"s3://sweeps-{port}/study"
-    s3fs.S3FileSystem.clear_instance_cache()
-    running.stop()
-
-
-def test_a_sweep_on_object_storage_runs_resumes_and_loads(tmp_path: Path, tiny: list[str], server: str) -> None:
-    words = ["-m", "+method=weight", "sparsity=0.1,0.2", *tiny, f"results={server}"]
-    assert f"rows: {server}/cells" in run(*words, cwd=tmp_path)
-    rows = sweep.load(server)
+def test_a_sweep_on_object_storage_runs_resumes_and_loads(tmp_path: Path, tiny: list[str], bucket: str) -> None:
+    words = ["-m", "+method=weight", "sparsity=0.1,0.2", *tiny, f"results={bucket}"]
+    assert f"rows: {bucket}/cells" in run(*words, cwd=tmp_path)
+    rows = sweep.load(bucket)
     assert len(rows) == 3 and set(rows.status) == {"ok"}
-    assert set(store.table(server, "latency").cell) == set(rows.cell)
+    assert set(store.table(bucket, "latency").cell) == set(rows.cell)
     assert "3 already done, 0 to run" in run(*words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())  # nothing of it lies here
-    run(server, "--no-html", "--out", "figures", cwd=tmp_path, module="sweep.report")
+    run(bucket, "--no-html", "--out", "figures", cwd=tmp_path, module="sweep.report")
     assert list((tmp_path / "figures").glob("*.png"))
 
 

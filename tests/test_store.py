@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -239,27 +238,6 @@ def test_the_command_line_compacts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "1 finished cells in one file, which replaced 1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         store.main(["compact", str(tmp_path / "nowhere")])
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A local S3 server."""
-    pytest.importorskip("s3fs", reason="results on object storage need the extra s3")
-    moto = pytest.importorskip("moto.server", reason="the local S3 server is moto's: pip install 'moto[server]'")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(f"studies-{port}")
-    yield f"s3://studies-{port}/first"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.mark.parametrize("kind", ["memory", "s3"])

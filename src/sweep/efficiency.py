@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from scipy.stats import binom
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep import execution, models
@@ -124,12 +125,14 @@ def latency(
         for _, model in turns[:2]:
             _time_once(model, prompt, settings.output_tokens)
     started, repeat, ended_by = time.perf_counter(), 0, None
-    while ended_by is None:
-        for name, model in turns[repeat % 3 :] + turns[: repeat % 3]:
-            prefill, decode = _time_once(model, prompt, settings.output_tokens)
-            repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode)]
-        repeat += 1
-        ended_by = _ended_by(repeats, repeat, time.perf_counter() - started, settings)
+    with tqdm(total=settings.repeats, desc="timing", unit="turn", leave=False) as progress:
+        while ended_by is None:
+            for name, model in turns[repeat % 3 :] + turns[: repeat % 3]:
+                prefill, decode = _time_once(model, prompt, settings.output_tokens)
+                repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode)]
+            repeat += 1
+            ended_by = _ended_by(repeats, repeat, time.perf_counter() - started, settings)
+            progress.update()  # between turns: nothing is drawn while something is timed
     frame = pd.DataFrame(repeats, columns=["model", "phase", "repeat", "milliseconds"])
     return summary(frame, settings) | {"timing_ended_by": ended_by}, frame
 

@@ -141,7 +141,7 @@ def score(
     found: dict[int, Scores] = {}
     probed: dict[int, Probe] = {}
     planned = list(batches(forest(inputs, widest), budget))
-    for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False, disable=None):
+    for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False):
         wanted = [(row, node, requests[i][0][len(path) - count + 1 + j], i)
                   for row, tree in enumerate(batch) for tokens, path in tree.paths.items()
                   for i in ends[tokens] for count in [requests[i][1]]
