@@ -7,7 +7,7 @@ Without a launcher cells run in children of this process. A launcher of Hydra's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -21,14 +21,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="sweep",
-    node={"_target_": "hydra_plugins.sweep_sweeper.SweepSweeper", "max_batch_size": None, "params": None},
+    node={"_target_": "hydra_plugins.sweep_sweeper.SweepSweeper", "max_batch_size": None, "params": None, "grids": None},
     provider="sweep",
 )
+
+Words = Mapping[str, Any]  # a key of the configuration and its values, as they are typed
 
 LAUNCHER_LOGS = ".sweep"  # here, when the results are on object storage, launchers keep their files
 
 
 class SweepSweeper(BasicSweeper):
+    """A sweeper over the product of the values given, or over several such products one after the other.
+
+    params  key to values, as in Hydra's own sweeper; a value on the command line replaces that of the same key
+    grids   a list of such mappings: each with `params` and the command line makes a grid, and the sweep is all of them
+    """
+
+    def __init__(self, max_batch_size: int | None = None, params: Words | None = None,
+                 grids: Sequence[Words] | None = None) -> None:  # fmt: skip
+        super().__init__(max_batch_size, params)
+        self.grids = grids or [{}]
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         if "://" in str(config.get("results")):  # launchers make their folder on a disk
             with open_dict(config):
@@ -44,7 +57,7 @@ class SweepSweeper(BasicSweeper):
         launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
         assert isinstance(launcher, dict)
         part = machine.share({str(key): value for key, value in launcher.items()})
-        grid = self._grid([*self._parse_config(), *arguments])
+        grid = self._grid(arguments)
         prepared = [(plan.prepare(self._compose(overrides), part), overrides) for overrides in grid]
         options = plan.same_options(options for (_, options), _ in prepared).of_sweep()
         made = plan.make([(cell, overrides) for (cell, _), overrides in prepared], options)
@@ -62,20 +75,23 @@ class SweepSweeper(BasicSweeper):
             sys.exit(code)
 
     def _grid(self, arguments: list[str]) -> list[list[str]]:
-        """The command line words of every cell. Refuses a grid larger than max_cells before any of it is composed."""
+        """The command line words of every cell. Refuses grids larger than max_cells before any of them is composed."""
         from sweep.config import RequestError
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides(arguments)
+        parts = []
+        for own in self.grids:
+            asked = [f"{key}={'null' if value is None else value}" for key, value in {**self.params, **own}.items()]
+            overrides = parser.parse_overrides([*asked, *arguments])
+            parts.append(list({o.get_key_element(): o for o in overrides}.values()))  # of equal keys the last counts
         limit = OmegaConf.select(self.config, "max_cells")
         if isinstance(limit, int):
-            size = math.prod(_count(override) for override in overrides if override.is_sweep_override())
+            size = sum(math.prod(_count(o) for o in part if o.is_sweep_override()) for part in parts)
             if size > limit:
                 raise RequestError(
                     f"the grid has {size} cells, more than max_cells={limit}: add max_cells={size} to run it"
                 )
-        (grid,) = self.split_arguments(overrides, max_batch_size=None)
-        return grid
+        return [words for part in parts for words in self.split_arguments(part, max_batch_size=None)[0]]
 
     def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))

@@ -67,6 +67,8 @@ class Weight:
     damping: float = _at_least(0, default=0.01)  # of a Hessian, share of the mean of its diagonal
     outlier_ratio: float = _at_least(0, default=5.0)  # of allocation=owl: an outlier is so many times the mean score
     outlier_range: float = _at_least(0, default=0.08)  # of allocation=owl: blocks' sparsities differ by twice this
+    among_smallest: float = _at_least(0, default=1.0)  # of a matrix: only so many, smallest in magnitude, may go
+    skip_lowest: float = _at_least(0, default=0.0)  # of a matrix: so many, lowest in score among these, stay
 
 
 UnitCriterion = Literal[
@@ -141,6 +143,7 @@ BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a
 CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {
     "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
 SEEDED = {"random"}  # criteria that draw numbers, text or not
+LATER = {"among_smallest": 1.0, "skip_lowest": 0.0}  # settings of methods: see as_dict
 SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
 
@@ -177,7 +180,7 @@ class Efficiency:
     output_tokens: int = _at_least(1, default=16)
     batch_size: int = _at_least(1, default=1)
     warmup: int = _at_least(0, default=2)  # repeats
-    repeats: int = _at_least(6, default=10)  # fewer give no 95 % interval of a median
+    repeats: int = _at_least(0, default=10)  # 0 = nothing is timed; fewer than 6 give no 95 % interval of a median
     # more repeats until the decode speed-up is known to this fraction, at most so many seconds; None = no more
     precision: float | None = field(default=None, metadata={"minimum": 1e-4, "below": 1.0})
     seconds: float = _at_least(1, default=60.0)
@@ -298,8 +301,7 @@ def memory_bytes(limit: str | None) -> int | None:
 def _normalised(cell: Cell) -> Cell:
     """Settings that cannot change this cell's numbers are set to one value, so that equal cells are equal."""
     method = cell.method
-    if cell.efficiency.precision is None:
-        cell = replace(cell, efficiency=replace(cell.efficiency, seconds=Efficiency.seconds))
+    cell = replace(cell, efficiency=_checked_timing(cell.efficiency))
     if cell.perplexity.source is None:
         cell = replace(cell, perplexity=Perplexity())
     if isinstance(method, Dense):
@@ -331,6 +333,14 @@ def _normalised(cell: Cell) -> Cell:
         raise RequestError(f"execution=csr multiplies float32 only, got dtype={cell.dtype}: set dtype=float32, or "
                            "execution=bitmap")  # fmt: skip
     return cell
+
+
+def _checked_timing(asked: Efficiency) -> Efficiency:
+    if 0 < asked.repeats < 6:
+        raise RequestError(f"efficiency.repeats must be at least 6, or 0 to time nothing; got {asked.repeats}")
+    if asked.repeats == 0:
+        asked = replace(asked, warmup=0, precision=None)
+    return asked if asked.precision is not None else replace(asked, seconds=Efficiency.seconds)
 
 
 def _check_bitmap(cell: Cell) -> None:
@@ -392,6 +402,7 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
         if abs(mean - sparsity) > 0.005:
             raise RequestError(f"the sparsities of method.allocation have the mean {mean:.4g}: set sparsity={mean:.4g}, "
                                "or other sparsities; small differences are spread over the blocks")  # fmt: skip
+    _check_band(method, sparsity)
     scope = method.scope or ("row" if method.criterion in BY_ROW else "matrix")
     if method.pattern is not None or scope == "global":
         scope = "matrix"
@@ -407,9 +418,36 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
     )
 
 
+def _check_band(method: Weight, sparsity: float) -> None:
+    """Refuse a band of the weights (`among_smallest`, `skip_lowest`) that is none, or that nothing reads."""
+    among, skip = method.among_smallest, method.skip_lowest
+    if (among, skip) == (1.0, 0.0):
+        return
+    if not 0 < among <= 1:
+        raise RequestError(f"method.among_smallest must be in (0, 1], the share of a matrix that may lose weights; got {among:g}")
+    if skip + sparsity > among + 1e-9:
+        raise RequestError(f"method.skip_lowest={skip:g} and sparsity={sparsity:g} are together more than the share "
+                           f"method.among_smallest={among:g} of a matrix that may go: lower one of the two")  # fmt: skip
+    for name, allowed in (("pattern", None), ("allocation", "uniform"), ("steps", 1)):
+        if getattr(method, name) != allowed:
+            raise RequestError(f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
+                               f"which method.{name}={getattr(method, name)} contradicts: leave one of them out")  # fmt: skip
+    if method.scope == "global" or method.criterion in REBUILDING:
+        word = "scope=global" if method.scope == "global" else f"criterion={method.criterion}"
+        raise RequestError(f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
+                           f"which method.{word} does not rank as a whole: leave one of them out")  # fmt: skip
+
+
 def as_dict(cell: Cell) -> dict[str, Any]:
-    """The cell as plain containers, for hashing and for the row."""
-    return asdict(cell)
+    """The cell as plain containers, for hashing and for the row.
+
+    A setting that is younger than recorded rows is left out where it does what was always done: they keep their names.
+    """
+    found = asdict(cell)
+    for name, always in LATER.items():
+        if found["method"].get(name) == always:
+            del found["method"][name]
+    return found
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> T:

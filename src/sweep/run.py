@@ -100,16 +100,16 @@ def run_cell(
         metrics |= quality.rows_by_band(token_rows, dense_tokenizer, tokenizer)
     samples = pd.concat([samples, windows], ignore_index=True)
 
-    dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
-    with turns.alone() as others:
-        columns, repeats = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
-        rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
-    row["other_cores_busy"] = others.cores
-    read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
-    columns |= efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
-    row |= columns | {"cell_seconds": time.perf_counter() - started} | metrics
-    tables = {"samples": samples, "latency": repeats}
-    return row, tables if outcome.measured is None else tables | {"units": outcome.measured}
+    tables = {"samples": samples} | ({} if outcome.measured is None else {"units": outcome.measured})
+    if cell.efficiency.repeats:
+        dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
+        with turns.alone() as others:
+            columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+            rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
+        read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
+        row |= columns | efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
+        row["other_cores_busy"] = others.cores
+    return row | {"cell_seconds": time.perf_counter() - started} | metrics, tables
 
 
 def _quiet() -> None:

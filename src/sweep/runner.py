@@ -152,8 +152,9 @@ def headline(outcome: dict[str, Any]) -> str:
     if outcome["status"] != "ok":
         return f"{outcome['status']}: {(outcome['error'] or 'no reason known').strip().splitlines()[-1]}"
     metrics = [f"{name} {value:.4g}" for name, value in _metrics(outcome).items()][:3]
-    speed = f"decode {outcome['decode_ms_per_token_p50']:.1f} ms a token ({outcome['decode_speedup']:.2f}x dense)"
-    return ", ".join([*metrics, speed, f"{outcome['cell_seconds']:.0f} s"])
+    if outcome["decode_speedup"] is not None:  # else nothing was timed
+        metrics.append(f"decode {outcome['decode_ms_per_token_p50']:.1f} ms a token ({outcome['decode_speedup']:.2f}x dense)")
+    return ", ".join([*metrics, f"{outcome['cell_seconds']:.0f} s"])
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -241,11 +241,21 @@ def dense_scores(job: Job) -> Callable[[], Iterator[Tensor]]:
 # ---- selection within a matrix ----
 
 
-def keep_mask(method: Weight, importance: Tensor, drop: int) -> Tensor:
-    """Which weights of one matrix stay: exactly `drop` go."""
+def keep_mask(method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
+    """Which weights of one matrix stay: exactly `drop` go.
+
+    The lowest in score, or, with `skip_lowest`, the next ones above so many that stay; with `among_smallest` those of
+    larger magnitude stay whatever they score. So a band of a criterion's order can be removed alone.
+    """
     if method.pattern:
         return select.n_of_m(importance, *groups(method.pattern))
-    return (select.lowest_by_row if method.scope == "row" else select.lowest)(importance, drop)
+    lowest = select.lowest_by_row if method.scope == "row" else select.lowest
+    skip = select.count(weight.numel(), method.skip_lowest)
+    if method.among_smallest < 1:
+        may_go = max(select.count(weight.numel(), method.among_smallest), skip + drop)  # both are rounded
+        importance = importance.masked_fill(lowest(scores.magnitude(weight), may_go), torch.inf)
+    keep = lowest(importance, skip + drop)
+    return keep | ~lowest(importance, skip) if skip else keep
 
 
 def _choose(method: Weight, drop: int) -> rebuild.Choose:
@@ -279,7 +289,7 @@ def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
             dampings.append(damping)
     else:
         for name, weight, importance in _scored(job):
-            removed += _zero(name, weight, _mask(name, job.method, importance, counts[name]), counts[name])
+            removed += _zero(name, weight, _mask(name, job.method, weight, importance, counts[name]), counts[name])
     return removed, max(dampings, default=None)
 
 
@@ -354,7 +364,7 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
         if name in inputs:
             together.setdefault(id(inputs[name]), []).append(name)
         else:  # an embedding
-            mask = _mask(name, job.method, job.score(name, weights[name], None), counts[name])
+            mask = _mask(name, job.method, weights[name], job.score(name, weights[name], None), counts[name])
             removed += _zero(name, weights[name], mask, counts[name])
     for names in together.values():
         hessian = inputs[names[0]].hessian
@@ -383,9 +393,9 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
     return removed, most
 
 
-def _mask(name: str, method: Weight, importance: Tensor, drop: int) -> Tensor:
+def _mask(name: str, method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
     try:
-        return keep_mask(method, importance, drop)
+        return keep_mask(method, weight, importance, drop)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
