@@ -104,6 +104,25 @@ def test_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, tiny: list[st
     assert not (tmp_path / "results" / "cells").exists()
 
 
+def test_a_study_is_several_grids_and_the_command_line_has_the_last_word(tmp_path: Path, tiny: list[str]) -> None:
+    """break_even: zeros as they are, zeros packed, and neurons, each at sparsities of its own."""
+    study = ["-m", "+experiment=break_even", "plan=true", *tiny]
+    assert run(*study, cwd=tmp_path).count("  run  ") == 1 + 2 + 7 + 5
+    assert run(*study, "sparsity=0.5", cwd=tmp_path).count("  run  ") == 1 + 3
+    assert "the grid has 14 cells, more than max_cells=5" in run(*study, "max_cells=5", cwd=tmp_path, code=2)
+
+
+def test_a_cell_of_quality_alone_has_no_times_and_no_zeros_for_them(tmp_path: Path, tiny: list[str]) -> None:
+    words = [word for word in tiny if not word.startswith("efficiency.repeats")]
+    output = run("+method=weight", "sparsity=0.5", "benchmarks=pydoc", "efficiency=none", *words, cwd=tmp_path)
+    rows = sweep.load(tmp_path / "results")
+    timed = [c for c in rows if "speedup" in c or "_ms" in c or c in ("tokens_per_second", "timed_repeats")]
+    assert (rows.status == "ok").all() and rows[timed].isna().all(axis=None) and "decode" in output
+    assert rows["pydoc/token_perplexity"].notna().all() and (rows.peak_memory_bytes > 0).all()
+    assert not (tmp_path / "results" / "latency").exists()
+    run("results", "--no-html", cwd=tmp_path, module="sweep.report")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

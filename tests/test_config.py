@@ -24,6 +24,10 @@ def asked(**changes: object) -> dict:
     return {**ASKED, **changes}
 
 
+def band(**settings: object) -> dict:
+    return {"method": {"family": "weight", **settings}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -50,9 +54,16 @@ def asked(**changes: object) -> dict:
         ({"benchmarks": {"tasks": 3}}, r"benchmarks.tasks must be a list, such as \[a,b\]; got 3"),
         ({"benchmarks": {}}, "benchmarks.tasks is missing"),
         ({"benchmarks": "pydoc"}, "benchmarks must be a group of settings, got 'pydoc'"),
-        ({"efficiency": {"repeats": 5}}, "efficiency.repeats must be at least 6, got 5"),
+        ({"efficiency": {"repeats": 5}}, "efficiency.repeats must be at least 6, or 0 to time nothing; got 5"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ({"model": {**MODEL, "name": "???"}}, "model.name is missing: set model.name=VALUE"),
+        (band(among_smallest=1.2), r"among_smallest must be in \(0, 1\], the share .* got 1.2"),
+        (band(among_smallest=0), r"among_smallest must be in \(0, 1\], the share .* got 0"),
+        (band(skip_lowest=0.3, among_smallest=0.5), "skip_lowest=0.3 and sparsity=0.3 are together more .*=0.5 of"),
+        (band(skip_lowest=0.3, allocation="owl"), "method.allocation=owl contradicts: leave one of them out"),
+        (band(skip_lowest=0.3, steps=2, criterion="wanda"), "method.steps=2 contradicts: leave one of them out"),
+        (band(skip_lowest=0.3, scope="global"), "method.scope=global does not rank as a whole"),
+        (band(among_smallest=0.5, criterion="sparsegpt"), "method.criterion=sparsegpt does not rank as a whole"),
         ({"execution": {"name": "shrunk"}}, "execution=shrunk needs a method that removes units"),
     ],
 )
@@ -70,6 +81,17 @@ def test_what_a_method_does_not_read_is_no_part_of_the_cell() -> None:
     assert magnitude[0] == magnitude[1] == config.parse(ASKED)[0]
     neuron = [config.parse(asked(method=NEURON, seed=seed))[0] for seed in (0, 1)]
     assert neuron[0] != neuron[1]
+
+
+def test_settings_that_came_later_are_no_part_of_an_older_cell() -> None:
+    plain, banded = (config.parse(asked(**band(skip_lowest=skip)))[0] for skip in (0, 0.2))
+    assert not {"among_smallest", "skip_lowest"} & set(config.as_dict(plain)["method"])
+    assert config.as_dict(banded)["method"]["skip_lowest"] == 0.2
+
+
+def test_where_nothing_is_timed_the_rules_of_timing_are_not_read() -> None:
+    untimed = [config.parse(asked(efficiency={"repeats": 0, "warmup": w, "seconds": 9 + w}))[0] for w in (0, 3)]
+    assert untimed[0] == untimed[1] != config.parse(ASKED)[0]
 
 
 def test_the_dense_baseline_is_the_same_for_every_method_and_sparsity() -> None:

@@ -74,8 +74,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "results" / "cells").mkdir(parents=True)
     frames.rows(seeds=1).to_parquet(folder / "results" / "cells" / "0-table-made.parquet")
     for study in ROOT.glob("experiments/*"):
-        (folder / "experiments").mkdir(exist_ok=True)
-        (folder / "experiments" / study.name).symlink_to(study)
+        mine = folder / "experiments" / study.name
+        mine.mkdir(parents=True)
+        for part in study.iterdir():
+            (mine / part.name).symlink_to(part)
+        if not (mine / "results").exists():  # a study that has not run
+            (mine / "results").symlink_to(folder / "results")
     return folder
 
 
@@ -83,16 +87,19 @@ def cells(words: list[str]) -> list[config.Cell]:
     """What the command line would run, through the door that it goes through, without a process for each."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         named = [word for word in words if word.startswith("+experiment=")]
-        study = compose("config", named, return_hydra_config=True).hydra.sweeper.params if named else None
-        parser = OverridesParser.create()
-        asked = parser.parse_overrides([*(f"{key}={value}" for key, value in (study or {}).items()), *words])
-        choices = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override()
-                   else [o.input_line] for o in asked]  # fmt: skip
+        study = compose("config", named, return_hydra_config=True).hydra.sweeper if named else {}
+        grid: list[tuple[str, ...]] = []
+        for own in study.get("grids") or [{}]:
+            given = {**(study.get("params") or {}), **own}
+            asked = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in given.items()), *words])
+            choices = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override()
+                       else [o.input_line] for o in asked]  # fmt: skip
+            product = list(itertools.product(*choices))
+            if len(product) > 12:  # each choice once is enough to know that it composes
+                first = [options[0] for options in choices]
+                product = [(*first[:i], o, *first[i + 1 :]) for i, options in enumerate(choices) for o in options]
+            grid += product
         found = []
-        grid = list(itertools.product(*choices))
-        if len(grid) > 12:  # each choice once is enough to know that it composes
-            first = [options[0] for options in choices]
-            grid = [(*first[:i], o, *first[i + 1 :]) for i, options in enumerate(choices) for o in options]
         for overrides in dict.fromkeys(grid):
             composed = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
             found.append(config.parse(typing.cast(dict, composed))[0])

@@ -457,3 +457,28 @@ def test_what_the_configuration_tells_is_refused_before_a_model_loads(
              "perplexity": {}, "device": "cpu"}  # fmt: skip
     with pytest.raises(RequestError, match=message):
         plan.prepare({**asked, **changes, "method": {"family": "weight", **changes["method"]}})
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gradient"])
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+def test_bands_of_the_smaller_half_are_disjoint_and_together_the_half(criterion: str, scope: str) -> None:
+    def zeros(sparsity: float, skip: float, what: str = criterion) -> dict[str, Tensor]:
+        model = make("llama")
+        method = Weight("weight", criterion=what, scope=scope, among_smallest=0.5, skip_lowest=skip)
+        outcome = weights.prune(model, method, sparsity, random_tokens(), sequential=False)
+        assert outcome.removed == select.count(outcome.targets, sparsity)
+        return {name: weight == 0 for name, weight in matrices(model).items()}
+
+    bands = [zeros(0.125, skip) for skip in (0.0, 0.125, 0.25, 0.375)]  # every matrix has a multiple of 8 weights a row
+    half = zeros(0.5, 0.0, "magnitude")
+    for name, whole in half.items():
+        assert torch.equal(sum(band[name].int() for band in bands), whole.int()), name
+
+
+def test_a_band_is_the_middle_of_the_order_of_the_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, importance = (torch.randn(6, 10, generator=generator) for _ in range(2))
+    method = Weight("weight", criterion="wanda", scope="matrix", among_smallest=0.5, skip_lowest=0.1)
+    gone = (~weights.keep_mask(method, weight, importance, 12)).flatten().nonzero().squeeze(1).tolist()
+    smaller = weight.abs().flatten().argsort()[:30].tolist()
+    assert sorted(sorted(smaller, key=lambda i: float(importance.flatten()[i]))[6:18]) == gone

@@ -21,7 +21,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="sweep",
-    node={"_target_": "hydra_plugins.sweep_sweeper.SweepSweeper", "max_batch_size": None, "params": None, "grids": None},
+    node={
+        "_target_": "hydra_plugins.sweep_sweeper.SweepSweeper",
+        "max_batch_size": None,
+        "params": None,
+        "grids": None,
+    },
     provider="sweep",
 )
 

@@ -424,7 +424,9 @@ def _check_band(method: Weight, sparsity: float) -> None:
     if (among, skip) == (1.0, 0.0):
         return
     if not 0 < among <= 1:
-        raise RequestError(f"method.among_smallest must be in (0, 1], the share of a matrix that may lose weights; got {among:g}")
+        raise RequestError(
+            f"method.among_smallest must be in (0, 1], the share of a matrix that may lose weights; got {among:g}"
+        )
     if skip + sparsity > among + 1e-9:
         raise RequestError(f"method.skip_lowest={skip:g} and sparsity={sparsity:g} are together more than the share "
                            f"method.among_smallest={among:g} of a matrix that may go: lower one of the two")  # fmt: skip

@@ -96,7 +96,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     if ok.empty:
         raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
     metrics = [_column(ok, name, "--y") for name in wanted.y] or quality_metrics(ok)
-    costs = _costs(ok, wanted.x)
+    costs = [cost for cost in _costs(ok, wanted.x) if cost != "sparsity"]  # against it all is drawn anyway
     limit = _drop(wanted.max_drop)
     parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs
         name = _file_name(metric)
         save(plot.sparsity_figure(rows, metric, width), out / f"{name}-against-sparsity{suffix}")
         for cost in costs:
-            if cost != "sparsity" and (rows[cost].notna() & rows[metric].notna()).any():
+            if (rows[cost].notna() & rows[metric].notna()).any():
                 path = out / f"{name}-against-{short.get(cost, _file_name(cost))}{suffix}"
                 save(plot.cost_figure(rows, cost, metric, width), path)
     for phase in ("decode", "prefill"):

@@ -152,8 +152,10 @@ def headline(outcome: dict[str, Any]) -> str:
     if outcome["status"] != "ok":
         return f"{outcome['status']}: {(outcome['error'] or 'no reason known').strip().splitlines()[-1]}"
     metrics = [f"{name} {value:.4g}" for name, value in _metrics(outcome).items()][:3]
-    if outcome["decode_speedup"] is not None:  # else nothing was timed
-        metrics.append(f"decode {outcome['decode_ms_per_token_p50']:.1f} ms a token ({outcome['decode_speedup']:.2f}x dense)")
+    if outcome.get("decode_speedup") is not None:  # else nothing was timed
+        metrics.append(
+            f"decode {outcome['decode_ms_per_token_p50']:.1f} ms a token ({outcome['decode_speedup']:.2f}x dense)"
+        )
     return ", ".join([*metrics, f"{outcome['cell_seconds']:.0f} s"])
 
 
@@ -164,8 +166,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         line = {"method": found["method"], "criterion": found["criterion"], "sparsity": found["sparsity"],
                 "seed": found["seed"], "status": found["status"]}  # fmt: skip
         if found["status"] == "ok":
-            line |= {"MB": found["weights_bytes"] / 1e6, "decode ms": found["decode_ms_per_token_p50"],
-                     "speed-up": found["decode_speedup"], **_metrics(found)}  # fmt: skip
+            line |= {"MB": found["weights_bytes"] / 1e6, "decode ms": found.get("decode_ms_per_token_p50"),
+                     "speed-up": found.get("decode_speedup"), **_metrics(found)}  # fmt: skip
         lines.append(line)
     lines.sort(key=lambda line: (line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"]))
     return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
