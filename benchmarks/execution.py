@@ -8,6 +8,8 @@ the dense model, unpruned, in the faster of torch's bfloat16 and float32 on that
 first), and the pruned one in `bitmap` bfloat16. A ratio is the median over pairs with its 95 % interval. The dense
 model has no zeros, the pruned one has them in every linear layer of its blocks; embeddings and head stay dense.
 `bytes` are those of these layers, held, relative to dense bfloat16; `all` is the same with embeddings and head.
+The line `limit` is the dense model with layers that cost nothing: what no execution of the pruned layers can exceed,
+since embeddings, head, attention and the library's own work for each layer remain.
 """
 
 from __future__ import annotations
@@ -77,6 +79,25 @@ def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> t
     return model, held / dense, (whole - dense + held) / whole
 
 
+class Nothing(torch.nn.Module):
+    """A linear layer whose product takes no time."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.out_features = layer.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
+
+
+def limit(make: Callable[[torch.dtype], PreTrainedModel]) -> PreTrainedModel:
+    """The model with nothing left to compute in the layers that pruning targets."""
+    model = make(torch.bfloat16)
+    for name, layer in models.linears(model).items():
+        model.set_submodule(name, Nothing(layer))
+    return model
+
+
 @torch.inference_mode()
 def decode(model: PreTrainedModel) -> Callable[[], float]:
     """A function that decodes STEPS tokens after CONTEXT others and returns the seconds of one."""
@@ -141,9 +162,12 @@ def main() -> None:
             dense = {d: make(d) for d in set(dtype.values())}
             print(f"{'sparsity':>8} {'bytes':>6} {'all':>6} | {'dense decode ms':>15} {'bitmap':>22} | "
                   f"{'dense prefill ms':>16} {'bitmap':>22}")  # fmt: skip
-            for sparsity in given.sparsity:
-                model, layers, whole = pruned(make, sparsity)
-                line = f"{sparsity:8.0%} {layers:6.3f} {whole:6.3f}"
+            for sparsity in [*given.sparsity, None]:
+                if sparsity is None:
+                    model, line = limit(make), f"{'limit':>8} {'':6} {'':6}"
+                else:
+                    model, layers, whole = pruned(make, sparsity)
+                    line = f"{sparsity:8.0%} {layers:6.3f} {whole:6.3f}"
                 for kind in (decode, prefill):
                     ms, low, ratio, high = paired(kind(dense[dtype[kind]]), kind(model), given.repeats)
                     line += f" | {1000 * ms:15.1f} {ratio:5.2f}x ({low:5.2f} to {high:5.2f})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,17 @@ def test_a_matrix_larger_than_a_panel_and_several_threads(kernel: str, monkeypat
                 monkeypatch.setattr(bitmap, "PANEL_BYTES", panel)
                 assert_multiplies(weight, kernel, tokens=1)
                 assert_multiplies(weight, kernel, tokens=20)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other compilers bring no OpenMP")
+def test_the_kernel_runs_on_as_many_threads_as_torch_is_set_to() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert bitmap.extension().threads() == count
     finally:
         torch.set_num_threads(threads)
 

@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,11 @@ PADDING = 64  # bytes after the values
 DTYPES = (torch.bfloat16, torch.float32)
 VERSIONS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the kernel, in the order of kernels/bitmap.h
 FEW_TOKENS = 8  # up to so many inputs the compressed matrix is read; for more it is expanded, which then costs less
-PANEL_BYTES = 8 << 20  # of a matrix that are expanded at a time: stays in the last-level cache until it is multiplied
+PANEL_BYTES = 4 << 20  # of a matrix that are expanded at a time: stays in the last-level cache until it is multiplied
 _SOURCES = Path(__file__).parent / "kernels"
+# Without OpenMP, PyTorch's headers make every parallel loop a serial one. Its runtime is torch's own, already loaded, and
+# so it is not linked: a second one would bring a second pool of threads.
+_FLAGS = ["-O3", "-Wall", "-Wextra", *(["-fopenmp"] if sys.platform == "linux" else [])]
 
 
 class KernelError(RuntimeError):
@@ -179,7 +183,7 @@ def _key() -> str:
     found = compiler()
     words = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else ""
     digest.update("\0".join([torch.__version__, sysconfig.get_config_var("SOABI") or "", platform.machine(),
-                             words.partition("\n")[0]]).encode())  # fmt: skip
+                             words.partition("\n")[0], *_FLAGS]).encode())  # fmt: skip
     return digest.hexdigest()[:16]
 
 
@@ -190,7 +194,7 @@ def _build(folder: Path) -> None:
         raise KernelError(f"there is no C++ compiler ({os.environ.get('CXX', 'c++')}) on this machine")
     try:
         with _scripts_on_path():
-            cpp_extension.load("sweep_bitmap", [str(_SOURCES / "binding.cpp")], extra_cflags=["-O3", "-Wall", "-Wextra"],
+            cpp_extension.load("sweep_bitmap", [str(_SOURCES / "binding.cpp")], extra_cflags=_FLAGS,
                                build_directory=str(folder), is_python_module=False)  # fmt: skip
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise KernelError(f"the bitmap kernel cannot be built: {str(error).strip()[-2000:]}") from error

@@ -9,8 +9,11 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bitmap.h"
@@ -20,6 +23,7 @@ namespace {
 using at::Tensor;
 using sweep::Version;
 
+constexpr int64_t TILE = 128;  // rows that a dense product works on at a time: a panel of so many, or of a multiple
 constexpr int64_t SERIAL = 1 << 14;  // bytes of a matrix below which a second thread costs more than it brings
 
 template <class T>
@@ -94,7 +98,9 @@ template <class T>
 Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias, int64_t panel_bytes) {
   const Tensor input = x.reshape({-1, m.columns});
   const int64_t row_bytes = m.columns * static_cast<int64_t>(sizeof(T));
-  const int64_t panel = std::clamp<int64_t>(panel_bytes / row_bytes, 1, std::max<int64_t>(m.rows, 1));
+  const int64_t panels = std::max<int64_t>((m.rows * row_bytes + panel_bytes - 1) / panel_bytes, 1);
+  const int64_t tiles = (m.rows + panels * TILE - 1) / (panels * TILE);
+  const int64_t panel = std::clamp<int64_t>(tiles * TILE, 1, std::max<int64_t>(m.rows, 1));
   T* dense = reinterpret_cast<T*>(scratch(panel * row_bytes));
   Tensor out;
   if (panel < m.rows) out = at::empty({input.size(0), m.rows}, x.options());
@@ -173,10 +179,22 @@ std::vector<std::string> versions() {
   return names;
 }
 
+// How many threads a loop over rows truly runs on.
+int64_t threads() {
+  std::mutex guard;
+  std::set<std::thread::id> seen;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(guard);
+    seen.insert(std::this_thread::get_id());
+  });
+  return static_cast<int64_t>(seen.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("linear", &linear, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("expand", &expand, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("versions", &versions);
+  module.def("threads", &threads, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -244,11 +244,11 @@ SWEEP_AVX512 inline __m512 weights16(const bf16* value, __m512i index, __mmask16
       _mm512_maskz_slli_epi32(there, _mm512_maskz_permutexvar_epi16(0xffffffff, index, packed), 16));
 }
 
-SWEEP_AVX512 inline void store_spread(float* to, const float* value, uint32_t bits, int64_t columns) {
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << columns) - 1u), expand16(value, bits));
+SWEEP_AVX512 inline void store_spread(float* to, const float* value, uint32_t bits) {
+  _mm512_storeu_ps(to, expand16(value, bits));
 }
-SWEEP_AVX512 inline void store_spread(bf16* to, const bf16* value, uint32_t bits, int64_t columns) {
-  _mm512_mask_storeu_epi16(to, static_cast<__mmask32>((uint64_t{1} << columns) - 1u), expand32(value, bits));
+SWEEP_AVX512 inline void store_spread(bf16* to, const bf16* value, uint32_t bits) {
+  _mm512_storeu_si512(to, expand32(value, bits));
 }
 
 template <class T>
@@ -291,16 +291,26 @@ struct Avx512 {
     }
   }
 
+  // Whole words with plain stores, since masked ones are far slower; the columns after them by way of a buffer.
   SWEEP_AVX512 static void expand(const Matrix<T>& m, T* dense, int64_t begin, int64_t end) {
     constexpr int64_t STEP = 64 / sizeof(T);
+    const int64_t whole = m.columns / WORD;
     for (int64_t r = begin; r < end; ++r) {
       const uint64_t* mask = m.mask + r * m.words;
       const T* value = m.values + m.offsets[r];
       T* row = dense + (r - begin) * m.columns;
-      for (int64_t c = 0; c < m.columns; c += STEP) {
-        const uint32_t part = static_cast<uint32_t>(mask[c / WORD] >> (c % WORD)) & (STEP == 16 ? 0xffffu : ~0u);
-        store_spread(row + c, value, part, std::min(STEP, m.columns - c));
-        value += _mm_popcnt_u32(part);
+      for (int64_t w = 0; w < m.words; ++w) {
+        T last[WORD];
+        T* to = w < whole ? row + w * WORD : last;
+        _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0);
+        if (sizeof(T) == sizeof(float)) _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD + 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < WORD; j += STEP) {
+          const uint32_t part = static_cast<uint32_t>(mask[w] >> j) & (STEP == 16 ? 0xffffu : ~0u);
+          store_spread(to + j, value, part);
+          value += _mm_popcnt_u32(part);
+        }
+        if (w == whole) std::copy(last, last + m.columns % WORD, row + w * WORD);
       }
     }
   }
