@@ -208,7 +208,8 @@ class Saver:
     In child processes where the system can fork (Linux); elsewhere a child would take longer to start than it saves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, formats: Iterable[str] = FORMATS) -> None:
+        self.formats = tuple(formats)
         self.files: list[Path] = []
         self._pool: Executor | None = None
         self._pending: list[Future] = []
@@ -218,12 +219,12 @@ class Saver:
             self._pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork"))
         return self
 
-    def __call__(self, figure: Figure, path: Path, formats: Iterable[str] = FORMATS) -> None:
-        self.files += [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    def __call__(self, figure: Figure, path: Path) -> None:
+        self.files += [path.with_name(f"{path.name}.{suffix}") for suffix in self.formats]
         if self._pool is None:
-            save(figure, path, formats)
+            save(figure, path, self.formats)
         else:
-            self._pending.append(self._pool.submit(save, figure, path, formats))
+            self._pending.append(self._pool.submit(save, figure, path, self.formats))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._pool is not None:
@@ -282,25 +283,22 @@ def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
 def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
     pruned = points[points.method != "dense"]
     styles = _styles(points)
+    colours = [styles[name][0] for name in series(pruned)]
+    for draw, along, across in ((axes.hlines, "x", "y"), (axes.vlines, "y", "x")):  # all series at once: many are slow
+        if (sides := _bars(pruned, along)) is not None:
+            draw(pruned[across], pruned[along] - sides[0], pruned[along] + sides[1], colors=colours, linewidth=0.9,
+                 alpha=0.8, zorder=2.5)  # fmt: skip
     for name, line in pruned.groupby(series(pruned), sort=True):
         colour, mark, dashes = styles[name]
         line = line.sort_values(["sparsity", "x"])
         if joined:
             axes.plot(line.x, line.y, color=colour, linestyle=dashes, zorder=2)
-        bars: dict[str, Any] = {
-            "fmt": "none",
-            "ecolor": colour,
-            "elinewidth": 0.8,
-            "capsize": 1.5,
-            "zorder": 2.5,
-            "alpha": 0.8,
-        }
-        axes.errorbar(line.x, line.y, xerr=_bars(line, "x"), yerr=_bars(line, "y"), **bars)
         for standing, face, alpha in ((frontier.ON, colour, 1.0), (frontier.WITHIN_NOISE, "white", 1.0),
                                       (frontier.OFF, colour, 0.45)):  # fmt: skip
             part = line[line.standing == standing]
-            axes.plot(part.x, part.y, linestyle="none", marker=mark, color=colour, markerfacecolor=face, alpha=alpha,
-                      zorder=3)  # fmt: skip
+            if len(part):
+                axes.plot(part.x, part.y, linestyle="none", marker=mark, color=colour, markerfacecolor=face,
+                          alpha=alpha, zorder=3)  # fmt: skip
         axes.plot([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name)
 
 

@@ -37,6 +37,7 @@ class Wanted:
     max_ms: float | None = None
     max_bytes: int | None = None
     html: bool = True
+    formats: tuple[str, ...] = plot.FORMATS  # of the figures
 
 
 def read(results: Sequence[str]) -> pd.DataFrame:
@@ -100,7 +101,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     limit = _drop(wanted.max_drop)
     parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
-    with plot.Saver() as save:
+    with plot.Saver(wanted.formats) as save:
         for words, part in parts:
             _figures(save, part, metrics, costs, out, words, wanted.width)
         advised = _advice(ok, metrics, costs, limit, wanted)
@@ -192,7 +193,8 @@ def _readme(results: Sequence[str], rows: pd.DataFrame, failed: Sequence[str], a
                   tables.markdown(summary, shown)]  # fmt: skip
     else:
         parts += [f"The table has {len(summary)} lines: see table.csv.\n"]
-    pictures = [file.name for file in files if file.suffix == ".png"]
+    shown_as = next((s for s in (".png", ".svg") if any(file.suffix == s for file in files)), None)
+    pictures = [file.name for file in files if file.suffix == shown_as]
     parts += ["## Figures\n", "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures) + "\n"]
     return "\n".join(parts)
 
@@ -260,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             x=_list(options.x), y=_list(options.y), filters=tuple(options.filter), facet=options.facet,
             width=options.width, max_drop=options.max_drop, max_ms=options.max_ms,
             max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes), html=not options.no_html,
+            formats=_formats(options.formats),
         )  # fmt: skip
         files = report(options.results, out, wanted)
     except RequestError as error:
@@ -298,12 +301,21 @@ def _parser() -> argparse.ArgumentParser:
         help="a figure for each value of this column (default: model, when there are several)",
     )
     add("--width", choices=plot.WIDTHS, default="column", help="for one or two columns of a paper (default: column)")
+    add("--formats", default=",".join(plot.FORMATS), help="files of a figure (default: png,svg,pdf)")
     add("--max-drop", default="2%", help="quality loss for `which should I use`: 2%% of dense, or 0.02 (default: 2%%)")
     add("--max-ms", type=float, help="say the best quality within this decode latency, in ms per token")
     add("--max-bytes", help="say the best quality within this peak memory, such as 800MB")
     add("--no-html", action="store_true", help="leave out report.html")
     add("--against", type=Path, metavar="CSV", help="print our numbers beside published ones, and write nothing")  # fmt: skip
     return parser
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    formats = _list(text)
+    for name in formats:
+        if name not in plot.FORMATS:
+            raise RequestError(f"--formats must be among {', '.join(plot.FORMATS)}, comma-separated; got {name!r}")
+    return formats
 
 
 def _list(text: str | None) -> tuple[str, ...]:
