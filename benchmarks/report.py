@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import frames  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
+import numpy as np
+import pandas as pd
 
-from sweep import report  # noqa: E402
+import frames
+from sweep import report
 
 
 def made(count: int) -> pd.DataFrame:
@@ -31,7 +31,9 @@ def made(count: int) -> pd.DataFrame:
     methods = [(family, f"criterion_{i}", execution) for i in range(8)
                for family, execution in (("weight", "dense"), ("weight", "bitmap"), ("neuron", "shrunk"))]  # fmt: skip
     sparsities = tuple(np.round(np.linspace(0.04, 0.8, 20), 3))
-    rows = frames.rows(math.ceil(count / (len(methods) * len(sparsities))), sparsities, methods=tuple(methods)).head(count)
+    rows = frames.rows(math.ceil(count / (len(methods) * len(sparsities))), sparsities, methods=tuple(methods)).head(
+        count
+    )
     draw = np.random.default_rng(1)
     for task in ("continents/acc", "pydoc_cloze/acc"):
         rows[task] = rows["capitals/acc"] + draw.normal(0, 0.01, len(rows))

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import advice, frontier, knobs, plot, published, report, tables
+from sweep import advice, frontier, knobs, paired, plot, published, report, tables
 from sweep.config import RequestError
 
 
@@ -358,3 +358,44 @@ def test_infinite_perplexities_are_null_in_the_page_and_break_no_figure(tmp_path
     columns = data(tmp_path / "out" / "report.html")["columns"]
     assert columns["pydoc/token_perplexity"][columns["cell"].index(rows.cell[3])] is None
     assert columns["pydoc/token_perplexity"].count(None) == 1
+
+
+def test_only_the_formats_asked_for_are_written(tmp_path: Path) -> None:
+    place = folder(tmp_path, frames.rows(seeds=1))
+    report.main([place, "--formats", "svg", "--no-html", "--y", "capitals/acc", "--x", "macs"])
+    made = tmp_path / "report"
+    assert list(made.glob("*.svg")) and not [*made.glob("*.png"), *made.glob("*.pdf")]
+    assert "](capitals-acc-against-macs.svg)" in (made / "README.md").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        report.main([place, "--formats", "gif"])
+
+
+def test_loss_by_word_frequency_is_drawn_where_rows_have_it() -> None:
+    rows = ready(frames.rows(seeds=1, sparsities=(0.5,)))
+    assert plot.band_figure(rows, "pydoc") is None
+    rows["pydoc/loss_band_zipf5up"] = 2.0 + (rows.method != "dense")
+    rows["pydoc/loss_band_no_word"] = np.where(rows.method == "dense", 1.0, 3.25)
+    figure = plot.band_figure(rows, "pydoc")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5 up", "none"]
+    assert {text.get_text() for text in axes.texts} == {"+1.00", "+2.25"}  # nats, and no per cent
+
+
+def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1, sparsities=(0.5,), methods=frames.METHODS[:1])
+    rows["config"] = '{"benchmarks": {}}'
+    dense, pruned = rows.cell
+    answers = {dense: [1, 1, 1, 0, 0], pruned: [0, 1, 0, 1, 0]}
+    place = folder(tmp_path, rows)
+    (tmp_path / "samples").mkdir()
+    for cell, values in answers.items():
+        pd.DataFrame({"task": "capitals", "document": [str(i) for i in range(5)], "metric": "acc",
+                      "value": [float(v) for v in values]}).to_parquet(tmp_path / "samples" / f"{cell}.parquet")  # fmt: skip
+    found = paired.flips(ready(report.read([place])), report._samples([place], rows), "capitals/acc")
+    assert found[["lost", "gained"]].to_numpy().tolist() == [[0.4, 0.2]]
+    assert not len(paired.flips(ready(rows), report._samples([place], rows), "continents/acc"))
+    (axes,) = plot.flips_figure(found, "capitals").axes
+    assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.4], [0.2]]
+    files = report.report([place], tmp_path / "report", report.Wanted(formats=("png",)))
+    assert "capitals-flips.png" in {file.name for file in files}

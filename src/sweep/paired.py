@@ -25,7 +25,7 @@ Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
 DRAWS = 2000
 LEVEL = 0.05
 BETTER, WORSE, NOISE = "better", "worse", frontier.WITHIN_NOISE
-_TRUTHS = ("acc", "acc_norm", "exact_match", "told", "em")  # metrics that are right or wrong for each document
+TRUTHS = ("acc", "acc_norm", "exact_match", "told", "em")  # metrics that are right or wrong for each document
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> tuple[float, int, int]:
@@ -96,7 +96,7 @@ def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]
         values = (float(x.mean()), float(y.mean()))
         test, of_draws = "bootstrap", lambda draws: (y - x)[draws].mean(1)
     low, high, p = bootstrap(of_draws, len(both))
-    if metric in _TRUTHS:
+    if metric in TRUTHS:
         p, found["gained"], found["lost"] = mcnemar(a[metric], b[metric])
         test = "McNemar"
     return found | {"before": values[0], "after": values[1], "difference": values[1] - values[0], "low": low,
@@ -187,6 +187,24 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     worse = (found.difference > 0) == found.metric.map(frontier.is_loss)
     verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
     return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
+
+
+def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The pruned rows with `lost` (right to wrong) and `gained` (wrong to right): shares of the documents of a task.
+
+    metric  `task/acc` or another truth. Rows without a dense row of their settings, or without samples, are left out.
+    """
+    task, _, truth = metric.partition("/")
+    samples = samples[(samples.task == task) & (samples.metric == truth)]
+    answers = {cell: mine.set_index("document").value for cell, mine in samples.groupby("cell")}
+    found = rows.set_index("cell")
+    turned: dict[str, dict[str, float]] = {}
+    for before, after in against_dense(found):
+        if before in answers and after in answers:
+            a, b = answers[before].align(answers[after], join="inner")
+            _, gained, lost = mcnemar(a, b)
+            turned[after] = {"lost": lost / len(a), "gained": gained / len(a)}
+    return found.join(pd.DataFrame.from_dict(turned, orient="index", columns=["lost", "gained"]), how="inner")
 
 
 def _check(name: str, found: Outcomes) -> None:

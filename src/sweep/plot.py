@@ -58,6 +58,8 @@ _BELOW, _ABOVE = 0.42, 0.1  # inches for the horizontal axis' words, and over th
 _LABEL = 0.28  # inches from the left edge to the foot of a two-line label of the vertical axis
 _LABELLED = 24  # more points than this, and their sparsities are left to the table
 _HEAT_LINES = 40
+_DARKEST_LOSS = 3.0  # nats a token
+_BANDS = {"zipf5up": "5 up", "zipf4to5": "4 to 5", "zipf3to4": "3 to 4", "zipf0to3": "below 3", "no_word": "none"}
 _STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
           "axes.titlesize": 8, "lines.linewidth": 1.1, "lines.markersize": 4.5, "axes.linewidth": 0.6,
           "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "sweep"}  # fmt: skip
@@ -156,10 +158,11 @@ def with_counted_speedup(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(counted_speedup=rows.model.map(dense) / rows.nonzero_macs_per_token)
 
 
-def drop_table(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
-    """Relative change against the dense row of the same setting in per cent; positive = worse. One line a point.
+def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = True) -> pd.DataFrame:
+    """Change against the dense row of the same setting; positive = worse. One line a point.
 
-    Where a loss explodes the number is large and true; where the dense value is zero it is NaN.
+    relative  in per cent of the dense value, NaN where that is zero; else in the unit of the metric
+    Where a loss explodes the number is large and true.
     """
     columns = []
     for metric in metrics:
@@ -169,15 +172,20 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
         reference = pd.Series([dense.get(key, np.nan) for key in zip(pruned.model, pruned.setting, strict=True)],
                               index=pruned.index)  # fmt: skip
         sign = 1 if frontier.is_loss(metric) else -1
-        drop = 100 * sign * (pruned.y - reference) / reference.where(reference != 0)
+        drop = sign * (pruned.y - reference)
+        if relative:
+            drop = 100 * drop / reference.where(reference != 0)
         index = pd.MultiIndex.from_arrays([series(pruned), pruned.sparsity], names=["method", "sparsity"])
         columns.append(pd.Series(drop.to_numpy(), index=index, name=metric))
     return pd.concat(columns, axis=1).sort_index() if columns else pd.DataFrame()
 
 
-def heat_figure(drops: pd.DataFrame, width: str = "column") -> Figure:
+def heat_figure(drops: pd.DataFrame, width: str = "column", *, columns: Iterable[str] = (),
+                words: str = "change against dense in %, positive = worse", darkest: float = 100.0) -> Figure:  # fmt: skip
     """The table of drop_table as a heat map. Every cell has its number: the colour is for the eye, not for reading.
 
+    columns  what stands under them; by default the labels of their metrics
+    darkest  the value from which the map gets no darker: a metric that doubles, an accuracy that is gone
     More than 40 lines do not fit: then each method is shown at its sparsity nearest to 0.5.
     """
     if len(drops) > _HEAT_LINES:
@@ -186,19 +194,52 @@ def heat_figure(drops: pd.DataFrame, width: str = "column") -> Figure:
     longest = max(len(f"{name} {sparsity:g}") for name, sparsity in drops.index)
     figure, axes = _new(width, height=0.19 * len(drops), left=min(0.15 + 0.058 * longest, 0.7 * WIDTHS[width]))
     axes.grid(visible=False)
-    worst = 100.0  # a metric that doubles, or an accuracy that is gone, is as dark as the map gets
     values = drops.to_numpy(dtype=float)
-    axes.imshow(np.clip(values, -20, worst), aspect="auto", cmap="PuOr_r",
-                norm=TwoSlopeNorm(0.0, vmin=-worst, vmax=worst))  # fmt: skip
-    axes.set_xticks(range(drops.shape[1]), [label(c).replace(" on ", "\n") for c in drops.columns])
+    axes.imshow(np.clip(values, -darkest / 5, darkest), aspect="auto", cmap="PuOr_r",
+                norm=TwoSlopeNorm(0.0, vmin=-darkest, vmax=darkest))  # fmt: skip
+    axes.set_xticks(range(drops.shape[1]), list(columns) or [label(c).replace(" on ", "\n") for c in drops.columns])
     axes.set_yticks(range(len(drops)), [f"{name} {sparsity:g}" for name, sparsity in drops.index])
     for i, j in np.ndindex(values.shape):
         if np.isfinite(values[i, j]):
-            colour = "white" if values[i, j] > 70 else "black"
-            text = f"{values[i, j]:+.1f}" if abs(values[i, j]) < 1000 else f"{values[i, j]:+.0e}"
+            colour = "white" if values[i, j] > 0.7 * darkest else "black"
+            digits = 1 if darkest >= 10 else 2
+            text = f"{values[i, j]:+.{digits}f}" if abs(values[i, j]) < 1000 else f"{values[i, j]:+.0e}"
             axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-    axes.set_xlabel("change against dense in %, positive = worse")
+    axes.set_xlabel(words, loc="right")  # so that it grows to where there is room
     axes.spines[:].set_visible(False)
+    return figure
+
+
+def band_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure | None:
+    """By how much the loss of a task rises for common and for rare words, or None where no row has it."""
+    metrics = {f"{task}/loss_band_{band}": words for band, words in _BANDS.items()}
+    known = [metric for metric in metrics if metric in rows and rows[metric].notna().any()]
+    drops = drop_table(rows, known, relative=False)
+    if not drops.notna().any(axis=None):
+        return None
+    words = f"nats a token added on {task}, by Zipf value of the word"
+    return heat_figure(drops, width, columns=[metrics[c] for c in drops], words=words, darkest=_DARKEST_LOSS)
+
+
+def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figure:
+    """Answers of a task that turned, against sparsity, as shares of its documents; means over seeds.
+
+    flips  rows with `lost` (right to wrong, solid and filled) and `gained` (wrong to right, dashed and hollow)
+    """
+    figure, axes = _new(width)
+    styles = _styles(flips)
+    for name, line in flips.groupby(series(flips), sort=True):
+        colour, mark, _ = styles[name]
+        line = line.groupby("sparsity")[["lost", "gained"]].mean()
+        axes.plot(line.index, line.lost, color=colour, marker=mark, label=name)
+        axes.plot(line.index, line.gained, color=colour, marker=mark, linestyle="--", markerfacecolor="white")
+    axes.set_xlabel(label("sparsity"))
+    axes.set_ylabel(f"answers that turned on {task}\n(share of documents)")
+    axes.set_ylim(bottom=0)
+    _pin_label(axes)
+    style: dict[str, Any] = {"color": "0.3", "marker": "o"}
+    _legend(axes, {"right to wrong": Line2D([], [], **style),
+                   "wrong to right": Line2D([], [], linestyle="--", markerfacecolor="white", **style)})  # fmt: skip
     return figure
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from sweep import advice, frontier, knobs, messages, page, plot, published, store, tables
+from sweep import advice, frontier, knobs, messages, page, paired, plot, published, store, tables
 from sweep.config import RequestError, did_you_mean
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -21,6 +21,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
 _PREFERRED = ("acc", "f1", "token_perplexity", "word_perplexity", "perplexity")
+_SAMPLED = 500  # more cells than this, and their single documents are not read
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -101,9 +102,11 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     limit = _drop(wanted.max_drop)
     parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
+    samples = _samples(results, ok)
     with plot.Saver(wanted.formats) as save:
         for words, part in parts:
             _figures(save, part, metrics, costs, out, words, wanted.width)
+            _flips(save, part, samples, metrics, out, words, wanted.width)
         advised = _advice(ok, metrics, costs, limit, wanted)
         summary = tables.summary(ok, metrics, costs)
     drops = plot.drop_table(ok, metrics)
@@ -164,6 +167,28 @@ def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs
     drops = plot.drop_table(rows, metrics)
     if drops.notna().any(axis=None):
         save(plot.heat_figure(drops, width), out / f"drop-by-benchmark{suffix}")
+
+    for task in dict.fromkeys(c.partition("/")[0] for c in rows.columns if "/loss_band_" in c):
+        if (bands := plot.band_figure(rows, task, width)) is not None:
+            save(bands, out / f"{_file_name(task)}-loss-by-word-frequency{suffix}")
+
+
+def _samples(results: Sequence[str], rows: pd.DataFrame) -> pd.DataFrame | None:
+    """The outcomes of single documents, or None where there are none, or too many cells to read them all."""
+    if len(rows) > _SAMPLED:
+        return None
+    found = [table for folder in results if len(table := store.table(folder, "samples"))]
+    return pd.concat(found, ignore_index=True) if found else None
+
+
+def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, metrics: Sequence[str], out: Path,
+           suffix: str, width: str) -> None:  # fmt: skip
+    for metric in metrics:
+        if samples is not None and metric.rpartition("/")[2] in paired.TRUTHS:
+            turned = paired.flips(rows, samples, metric)
+            if len(turned):
+                task = metric.partition("/")[0]
+                save(plot.flips_figure(turned, task, width), out / f"{_file_name(task)}-flips{suffix}")
 
 
 def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], drop: tuple[float, bool],
