@@ -60,6 +60,8 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "decode_bound_reached": (MEASURED, "that limit over the measured time: 1 would be at the limit"),
     "kv_cache_bytes": (COUNTED, "bytes of the key-value cache after one prefill and decode"),
     "prune_peak_memory_bytes": (MEASURED, "highest resident memory of the process while it was pruned"),
+    "energy_joules_per_token": (MEASURED, "energy of one generated token by the machine's counters over two seconds of decoding, idling included; null where it has none"),
+    "energy_source": (ORIGIN, "the counters that were read: RAPL's `package` and `dram` zones, or `gpu` by NVML"),
     "tokens_per_second": (MEASURED, "generated tokens a second, over the batch"),
     "peak_memory_bytes": (MEASURED, "highest resident memory of the process during one prefill and decode (VmHWM)"),
     "base_memory_bytes": (MEASURED, "resident memory before it"),
@@ -120,7 +122,7 @@ tokens without letters), for each band B: `task/loss_band_B` (nats a token) with
 
 def unit(column: str) -> str:
     """The unit of a column, read from its name."""
-    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("tokens", "tokens"),
+    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("joules_per_token", "joules"), ("tokens", "tokens"),
                          ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs"), ("control", "ratio"),
                          ("bytes_per_second", "bytes/second"), ("macs_per_second", "MACs/second"),
                          ("macs_per_byte", "MACs/byte"), ("bound_reached", "ratio")):  # fmt: skip

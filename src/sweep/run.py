@@ -14,6 +14,7 @@ from sweep import (
     checkpoint,
     divergence,
     efficiency,
+    energy,
     execution,
     machine,
     methods,
@@ -105,6 +106,7 @@ def run_cell(
         dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
         with turns.alone() as others:
             columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+            columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
             rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
         read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
         row |= columns | efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)

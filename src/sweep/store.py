@@ -57,6 +57,7 @@ COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of whi
     "no_measurable_gain": pa.bool_(), "timed_repeats": _INT, "timing_ended_by": _TEXT,
     "memory_bytes_per_second": _FLOAT, "matrix_macs_per_second": _FLOAT, "decode_macs_per_byte": _FLOAT,
     "decode_bound": _TEXT, "decode_bound_ms": _FLOAT, "decode_bound_reached": _FLOAT,
+    "energy_joules_per_token": _FLOAT, "energy_source": _TEXT,
     "tokens_per_second": _FLOAT, "peak_memory_bytes": _INT, "base_memory_bytes": _INT,
     "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "prune_peak_memory_bytes": _INT, "kv_cache_bytes": _INT, "calibration_tokens": _INT, "damping": _FLOAT,
     "units_measured": _INT,
