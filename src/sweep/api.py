@@ -29,6 +29,7 @@ def prune(
     seed: int = 0,
     sequential: bool = True,
     device: torch.device | str | None = None,
+    data_root: str | None = None,
     **knobs: Any,
 ) -> Outcome:
     """Prune a model in place and say what was removed.
@@ -36,6 +37,7 @@ def prune(
     method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its knobs
                  (method="neuron", scope="layer")
     calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
+    data_root    folder of data sets laid out as the hub names them, for calibration="wikitext2" or "c4" offline
     device       where a weight method works, one block at a time, while the rest of the model stays where it is
     knobs        the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
     Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
@@ -54,7 +56,7 @@ def prune(
         raise RequestError(f"sparsity must be in [0, 1), got {sparsity}")
     tokens = None
     if config.reads_text(asked):
-        tokens = text.calibration_tokens(Calibration(calibration, sequences, length), tokenizer, seed)
+        tokens = text.calibration_tokens(Calibration(calibration, sequences, length), tokenizer, seed, data_root)
     if isinstance(asked, Weight):
         return weights.prune(model, asked, sparsity, tokens, seed=seed, sequential=sequential, device=device)
     if device is not None:

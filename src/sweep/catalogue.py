@@ -6,17 +6,15 @@ and places are kept in the cache, so that a cell reads the files of its own task
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sweep import cache, text
+from sweep import cache, hub, text
 from sweep.config import Benchmarks, RequestError, did_you_mean
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -52,7 +50,7 @@ def _check_lm_eval(
         if not unsafe_code and any(_declared(leaf, "unsafe_code") for leaf in _leaves(name, known)):
             raise RequestError(f"benchmarks.tasks: {name} runs code that the model wrote, on this machine. If that is "
                                "what you want, add benchmarks.unsafe_code=true")  # fmt: skip
-    with data_folder(data_root):
+    with hub.data_folder(data_root):
         tasks = load(names, data_root)["tasks"]
         fingerprints = {name: _fingerprint(task) for name, task in tasks.items()}
     for name, task in tasks.items():
@@ -113,7 +111,7 @@ def index() -> dict[str, dict[str, Any]]:
 
 
 def load(names: tuple[str, ...], data_root: str | None = None) -> dict[str, Any]:
-    """lm-eval's task objects by name, with their groups, as `lm_eval.evaluate` takes them; run inside `data_folder`.
+    """lm-eval's task objects by name, with their groups, as `lm_eval.evaluate` takes them; run inside `hub.data_folder`.
 
     data_root  for the message when data are missing
     """
@@ -130,35 +128,4 @@ def load(names: tuple[str, ...], data_root: str | None = None) -> dict[str, Any]
     try:
         return manager.load(list(names))
     except (OSError, ValueError, ImportError) as error:  # ConnectionError is an OSError
-        raise RequestError(missing(f"benchmarks.tasks={','.join(names)}", data_root, error)) from error
-
-
-def missing(asked: str, data_root: str | None, error: Exception) -> str:
-    """What to say when the data of `asked` could not be loaded."""
-    looked = f"in data_root={data_root}, " if data_root else ""
-    offline = "" if os.environ.get("HF_HUB_OFFLINE") == "1" else " (HF_HUB_OFFLINE=1 makes the search there short)"
-    return (f"{asked}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
-            f"{str(error).strip().splitlines()[0]}. Without a network, data_root=FOLDER names a folder that holds "
-            "each data set as the hub names it, FOLDER/org/name")  # fmt: skip
-
-
-@contextlib.contextmanager
-def data_folder(data_root: str | None) -> Iterator[None]:
-    """Work in `data_root`, where datasets finds `org/name` before it asks the hub, and keep its copies in our cache."""
-    if data_root is None:
-        yield
-        return
-    import datasets
-
-    before, kept = Path.cwd(), datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = cache.folder() / "datasets"  # the user's own may not be writable
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    os.chdir(Path(data_root).expanduser())
-    try:
-        yield
-    finally:
-        os.chdir(before)
-        datasets.config.HF_DATASETS_CACHE = kept
-        if not bars:
-            datasets.enable_progress_bars()
+        raise RequestError(hub.missing(f"benchmarks.tasks={','.join(names)}", data_root, error)) from error

@@ -143,7 +143,10 @@ BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a
 CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {
     "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
 SEEDED = {"random"}  # criteria that draw numbers, text or not
-LATER = {"among_smallest": 1.0, "skip_lowest": 0.0}  # settings of methods: see as_dict
+LATER: dict[str, dict[str, Any]] = {  # settings by group: see as_dict
+    "method": {"among_smallest": 1.0, "skip_lowest": 0.0},
+    "calibration": {"subset": None, "split": None, "column": None},
+}
 SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
 
@@ -168,10 +171,13 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Calibration:
-    source: str  # "pydoc" or a text file
+    source: str  # "pydoc", "wikitext2", "c4", a text file, or, with a split, a data set as the hub names it
     sequences: int = _at_least(1, default=16)
     length: int = _at_least(2, default=256)  # tokens a sequence
     sequential: bool = True  # weight methods: a block reads what the pruned blocks before it put out
+    subset: str | None = None  # of a data set of the hub: what it calls a configuration
+    split: str | None = None  # of a data set of the hub
+    column: str | None = None  # of a data set of the hub, which holds its text; None = text
 
 
 @dataclass(frozen=True)
@@ -317,9 +323,11 @@ def _normalised(cell: Cell) -> Cell:
     if not reads_text(method):
         cell = replace(cell, calibration=None, seed=cell.seed if method.criterion in SEEDED else 0)
     elif isinstance(method, Vocab) and cell.calibration is not None:  # counts the whole text
-        cell = replace(cell, calibration=Calibration(cell.calibration.source), seed=0)
+        cell = replace(cell, calibration=replace(cell.calibration, sequences=16, length=256), seed=0)
     if cell.calibration is not None and not (isinstance(method, Weight) and method.allocation != "global"):
         cell = replace(cell, calibration=replace(cell.calibration, sequential=True))  # not read
+    if cell.calibration is not None and cell.calibration.split is not None and cell.calibration.column is None:
+        cell = replace(cell, calibration=replace(cell.calibration, column="text"))
     if method.family in SHRINKING:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":
@@ -446,9 +454,10 @@ def as_dict(cell: Cell) -> dict[str, Any]:
     A setting that is younger than recorded rows is left out where it does what was always done: they keep their names.
     """
     found = asdict(cell)
-    for name, always in LATER.items():
-        if found["method"].get(name) == always:
-            del found["method"][name]
+    for group, settings in LATER.items():
+        for name, always in settings.items():
+            if found[group] is not None and name in found[group] and found[group][name] == always:
+                del found[group][name]
     return found
 
 

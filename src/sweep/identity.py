@@ -26,7 +26,7 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
             [unit_requests.QUESTIONS[probe](d) for d in text.EMBEDDED[probe]()]
         )
     if cell.calibration is not None:
-        found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration.source)])
+        found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration, cell.data_root)])
     return found
 
 

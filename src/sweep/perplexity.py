@@ -7,7 +7,6 @@ by what differs between data sets and changes the number, as does the window; bo
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sweep import catalogue, sources, text
+from sweep import hub, sources, text
 from sweep.config import Model, Perplexity, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # as SparseGPT and Wanda take them
-_C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
-_JOINS = {"wikitext2": "\n\n", "c4": " "}
+_C4_WINDOWS = 256  # as SparseGPT and Wanda take them
 
 
 def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str, str]:
@@ -43,25 +40,13 @@ def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str
 def name(settings: Perplexity) -> str:
     """How the text is called in columns: wikitext2, c4, or the name of the file without its suffix."""
     assert settings.source is not None
-    return settings.source if settings.source in _JOINS else Path(settings.source).stem
+    return settings.source if settings.source in hub.EVALUATED else Path(settings.source).stem
 
 
-@functools.lru_cache
 def joined(source: str, data_root: str | None) -> str:
     """The concatenated text: "wikitext2" (raw test split), "c4" (opening of the validation split) or a text file."""
-    if source in _JOINS:
-        import datasets
-
-        try:
-            with catalogue.data_folder(data_root):
-                if source == "wikitext2":
-                    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-                else:
-                    rows = datasets.load_dataset("allenai/c4", data_files={"validation": _C4_FILE}, split="validation")
-                    rows = rows.select(range(min(_C4_DOCUMENTS, len(rows))))
-                return _JOINS[source].join(rows["text"])
-        except (OSError, ValueError) as error:  # ConnectionError is an OSError
-            raise RequestError(catalogue.missing(f"perplexity.source={source}", data_root, error)) from error
+    if source in hub.EVALUATED:
+        return hub.joined(hub.EVALUATED[source], data_root, f"perplexity.source={source}")
     return text.read_file(source, "perplexity.source", "wikitext2, c4 or a text file")
 
 
@@ -104,5 +89,5 @@ def measure(
         f"{called}/perplexity_stderr": error,
         "perplexity_tokens": len(stream),
         "perplexity_windows": count,
-        "perplexity_join": repr(_JOINS.get(settings.source, "")),
+        "perplexity_join": repr(hub.EVALUATED[settings.source].join if settings.source in hub.EVALUATED else ""),
     }, samples

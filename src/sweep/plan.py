@@ -69,16 +69,16 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
     if cell.calibration is not None:
-        _check_calibration(cell.calibration)
+        _check_calibration(cell.calibration, cell.data_root)
     if isinstance(cell.method, Weight):
         _check_shapes(cell.method, sources.shape(cell.model))
     unit_requests.check(cell)
     return cell, options
 
 
-def _check_calibration(asked: Calibration) -> None:
+def _check_calibration(asked: Calibration, data_root: str | None) -> None:
     """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
-    size = len(text.calibration_text(asked.source).encode())
+    size = len(text.calibration_text(asked, data_root).encode())
     if size < asked.sequences * asked.length:
         raise RequestError(f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
                            f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length")  # fmt: skip

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from sweep import catalogue, classification, words
+from sweep import catalogue, classification, hub, words
 from sweep.config import Benchmarks
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def evaluate(
     """
     if not settings.tasks:
         return {}, _frame([])
-    with catalogue.data_folder(data_root):
+    with hub.data_folder(data_root):
         return _evaluate(model, tokenizer, settings, data_root, dense)
 
 

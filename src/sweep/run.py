@@ -51,9 +51,11 @@ def run_cell(
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
     tokens = None
     if cell.calibration is not None and isinstance(cell.method, Vocab):
-        tokens = text.calibration_stream(cell.calibration, tokenizer)  # rare tokens are told by much text
+        tokens = text.calibration_stream(
+            cell.calibration, tokenizer, cell.data_root
+        )  # rare tokens are told by much text
     elif cell.calibration is not None:
-        tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed)
+        tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     with efficiency.PeakMemory(cell.device) as memory:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweep import hub
 from sweep.config import Calibration, RequestError
 
 if TYPE_CHECKING:
@@ -146,11 +147,26 @@ def task_fingerprint(task: str) -> str:
     return fingerprint(EMBEDDED[task]())
 
 
-def calibration_text(source: str) -> str:
-    """All text of a calibration source: "pydoc" or a UTF-8 text file. Raises RequestError when there is none."""
+def calibration_text(settings: Calibration, data_root: str | None = None) -> str:
+    """All text of a calibration source. Raises RequestError when there is none, or when its settings contradict it."""
+    source = settings.source
+    if settings.split is not None:
+        if source == "pydoc" or source in hub.CALIBRATION or Path(source).expanduser().is_file():
+            raise RequestError(f"calibration.split={settings.split} is of a data set of the hub, and calibration.source="
+                               f"{source} is none: leave the split out, or name the data set, such as "
+                               "Salesforce/wikitext")  # fmt: skip
+        corpus = hub.Corpus(source, settings.subset, settings.split, settings.column or "text")
+        return hub.joined(corpus, data_root, f"calibration.source={source}")
+    for name in ("subset", "column"):
+        if (value := getattr(settings, name)) is not None:
+            raise RequestError(f"calibration.{name}={value} is of a data set of the hub: add calibration.split, such as "
+                               "train, or leave it out")  # fmt: skip
     if source == "pydoc":
         return "\n\n".join(pydoc_split()[1])
-    return read_file(source, "calibration.source", "pydoc or a text file")
+    if source in hub.CALIBRATION:
+        return hub.joined(hub.CALIBRATION[source], data_root, f"calibration.source={source}")
+    allowed = "pydoc, wikitext2, c4, a text file, or with calibration.split a data set of the hub"
+    return read_file(source, "calibration.source", allowed)
 
 
 def read_file(source: str, key: str, allowed: str) -> str:
@@ -164,7 +180,9 @@ def read_file(source: str, key: str, allowed: str) -> str:
         raise RequestError(f"{key}: {source} is not UTF-8 text: {error}") from error
 
 
-def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+def calibration_tokens(
+    settings: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, data_root: str | None = None
+) -> Tensor:
     """Calibration sequences, (sequences, length) int64.
 
     The text is one stream of tokens cut into sequences without overlap; the seed draws which are used.
@@ -172,7 +190,7 @@ def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase
     """
     import torch
 
-    stream = calibration_stream(settings, tokenizer)
+    stream = calibration_stream(settings, tokenizer, data_root)
     available = len(stream) // settings.length
     if available < settings.sequences:
         raise RequestError(
@@ -183,6 +201,8 @@ def calibration_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase
     return stream[: available * settings.length].view(available, settings.length)[chosen]
 
 
-def calibration_stream(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_stream(
+    settings: Calibration, tokenizer: PreTrainedTokenizerBase, data_root: str | None = None
+) -> Tensor:
     """The whole calibration text, (tokens,) int64."""
-    return tokenizer(calibration_text(settings.source), return_tensors="pt", verbose=False).input_ids[0]
+    return tokenizer(calibration_text(settings, data_root), return_tensors="pt", verbose=False).input_ids[0]

@@ -1,0 +1,97 @@
+"""Data sets of the hub, from the network, from the cache of datasets, or offline from a folder; and texts made of them.
+
+`data_root` names a folder that holds each data set as the hub names it, FOLDER/org/name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweep import cache
+from sweep.config import RequestError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text made of a data set's documents."""
+
+    dataset: str
+    subset: str | None
+    split: str
+    column: str = "text"
+    join: str = "\n\n"  # between documents
+    file: str | None = None  # the only one of the data set that is read
+    documents: int | None = None  # the first so many; None = all
+
+
+# Evaluated as SparseGPT and Wanda do. For calibration they draw from all documents of C4's first training file that are
+# longer than a sequence, one sequence each; here the file's opening is one stream, of which sequences are drawn.
+EVALUATED = {
+    "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": Corpus("allenai/c4", None, "validation", join=" ", file="en/c4-validation.00000-of-00008.json.gz",
+                 documents=1100),
+}  # fmt: skip
+CALIBRATION = {
+    "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", "train", join=" "),
+    "c4": Corpus("allenai/c4", None, "train", file="en/c4-train.00000-of-01024.json.gz", documents=8000),
+}
+
+
+@functools.lru_cache
+def joined(corpus: Corpus, data_root: str | None, asked: str) -> str:
+    """The text of a corpus.
+
+    asked  the setting that asks for it, for messages
+    Raises RequestError when the data are not found, or have no such column of text.
+    """
+    import datasets
+
+    files = {corpus.split: corpus.file} if corpus.file else None
+    try:
+        with data_folder(data_root):
+            rows = datasets.load_dataset(corpus.dataset, corpus.subset, data_files=files, split=corpus.split)
+    except (OSError, ValueError) as error:  # ConnectionError is an OSError
+        raise RequestError(missing(asked, data_root, error)) from error
+    if corpus.column not in rows.column_names:
+        raise RequestError(f"{asked}: {corpus.dataset} has no column '{corpus.column}', but "
+                           f"{', '.join(rows.column_names)}")  # fmt: skip
+    found = rows[: min(corpus.documents or len(rows), len(rows))][corpus.column]
+    if not all(isinstance(document, str) for document in found):
+        raise RequestError(f"{asked}: the column '{corpus.column}' of {corpus.dataset} holds no text")
+    return corpus.join.join(found)
+
+
+def missing(asked: str, data_root: str | None, error: Exception) -> str:
+    """What to say when the data of `asked` could not be loaded."""
+    looked = f"in data_root={data_root}, " if data_root else ""
+    offline = "" if os.environ.get("HF_HUB_OFFLINE") == "1" else " (HF_HUB_OFFLINE=1 makes the search there short)"
+    return (f"{asked}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
+            f"{str(error).strip().splitlines()[0]}. Without a network, data_root=FOLDER names a folder that holds "
+            "each data set as the hub names it, FOLDER/org/name")  # fmt: skip
+
+
+@contextlib.contextmanager
+def data_folder(data_root: str | None) -> Iterator[None]:
+    """Work in `data_root`, where datasets finds `org/name` before it asks the hub, and keep its copies in our cache."""
+    if data_root is None:
+        yield
+        return
+    import datasets
+
+    before, kept = Path.cwd(), datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = cache.folder() / "datasets"  # the user's own may not be writable
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    os.chdir(Path(data_root).expanduser())
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        datasets.config.HF_DATASETS_CACHE = kept
+        if not bars:
+            datasets.enable_progress_bars()
