@@ -6,6 +6,7 @@ by type, so that magnitude pruning works on a decoder that is not listed.
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sweep import cache, sources
@@ -84,6 +85,24 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     except (OSError, ValueError) as error:
         raise RequestError(f"model {model.name} cannot be loaded from {place}: {error}") from error
     return loaded.to(device).eval(), tokenizer
+
+
+@functools.lru_cache
+def skeleton(model: Model) -> PreTrainedModel | None:
+    """The model without its weights, on the meta device: what it consists of, told before it is loaded.
+
+    None where its configuration is not at hand or does not tell: code of the model's own, blocks of several widths, a
+    GGUF file that was never converted, a type that transformers does not know.
+    """
+    shape = sources.shape(model)
+    shrunk = model.source == "local" and (sources.checkpoint_folder(model) / "sweep.json").is_file()
+    if "model_type" not in shape or model.trust_remote_code or shrunk:
+        return None
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+    except ValueError:  # loading says why
+        return None
 
 
 def converted(gguf: Path) -> Path:

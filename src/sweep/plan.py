@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sweep import catalogue, checkpoint, config, identity, machine, perplexity, sources, store, text, unit_requests
-from sweep.config import Calibration, Cell, Options, RequestError, Weight
+from sweep.config import Calibration, Cell, Model, Options, RequestError, Weight
 
 _ENOUGH = 2000  # rows that expectations are drawn from
 
@@ -72,6 +72,8 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
         _check_calibration(cell.calibration, cell.data_root)
     if isinstance(cell.method, Weight):
         _check_shapes(cell.method, sources.shape(cell.model))
+        if cell.method.exclude or cell.method.pattern is not None:
+            _check_targets(cell.method, cell.model)
     unit_requests.check(cell)
     return cell, options
 
@@ -99,6 +101,15 @@ def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
         raise RequestError(
             f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks"
         )
+
+
+def _check_targets(method: Weight, model: Model) -> None:
+    """Refuse names and patterns that none of the model's matrices meet, as far as it can be told without its weights."""
+    from sweep import models, weights  # bring torch, which other requests do not need here
+
+    skeleton = models.skeleton(model)
+    if skeleton is not None:
+        weights.targets(skeleton, method)
 
 
 def same_options(all_options: Iterable[Options]) -> Options:
