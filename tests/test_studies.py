@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import sweep
 from conftest import FAMILIES
 from sweep import text
+from sweep.config import Calibration
 from test_cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def test_a_published_study_runs_and_says_that_its_protocol_differs(
 ) -> None:
     family, name, part, beside = STUDIES[study]
     for file in ("c4_train.txt", "wikitext2.txt"):  # the names of the studies, another text
-        (tmp_path / file).write_text(text.calibration_text("pydoc"))
+        (tmp_path / file).write_text(text.calibration_text(Calibration("pydoc")))
     place = [f"model.path={checkpoints[family]}", f"model.name={name}", "perplexity.source=wikitext2.txt"]
     run("-m", f"+experiment={study}", "model=local", *place, *SMALL, *part, cwd=tmp_path)
     rows = sweep.load(tmp_path / "results")
