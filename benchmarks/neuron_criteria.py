@@ -29,9 +29,10 @@ CRITERIA = [
     "taylor",
     "taylor_abs",
     "taylor_norms",
+    "taylor_balanced",
     "fisher",
     "taylor_abs+repair",
-    "taylor_norms+repair",
+    "taylor_balanced+repair",
 ]
 BARS = {0.1: 16.0, 0.3: 21.0, 0.5: 33.0}
 

@@ -62,7 +62,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
     tokens = random_tokens()
     importance = taylor_abs(model, tokens)
     shrunk = copy.deepcopy(model)
-    outcome = methods.prune(shrunk, Neuron(scope=scope), sparsity, tokens)
+    outcome = methods.prune(shrunk, Neuron(criterion="taylor_abs", scope=scope), sparsity, tokens)
     removed = 0
     for ffn, small, scores in zip(models.ffns(model), models.ffns(shrunk), importance, strict=True):
         gone = scores.argsort(stable=True)[: ffn.width - small.width]

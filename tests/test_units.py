@@ -26,7 +26,18 @@ from sweep import (
 from sweep.config import Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
 
-CRITERIA = ["random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "taylor_norms", "fisher"]
+CRITERIA = [
+    "random",
+    "l2",
+    "activation",
+    "wanda_sp",
+    "flap",
+    "taylor",
+    "taylor_abs",
+    "taylor_norms",
+    "taylor_balanced",
+    "fisher",
+]
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
@@ -233,6 +244,9 @@ def test_scores_are_their_formulas() -> None:
         assert unit_scores.wanda_sp(weight, seen, 2)[unit] == pytest.approx(float(wanda), rel=1e-5)
         norms = product[..., unit].abs().sum() * product[..., unit].norm()
         assert unit_scores.taylor_norms(seen)[unit] == pytest.approx(float(norms), rel=1e-5)
+        middle = product.abs().sum((0, 1)).mul(product.square().sum((0, 1)).sqrt()).sqrt()
+        balanced = middle[unit] / middle.mean() ** 0.3
+        assert unit_scores.taylor_balanced(seen)[unit] == pytest.approx(float(balanced), rel=1e-5)
         assert unit_scores.taylor(seen)[unit] == pytest.approx(-float(product[..., unit].sum()), rel=1e-5)
     raw = (flat.var(0) * weight.square().sum(0))[pair].sum(1)
     torch.testing.assert_close(unit_scores.flap(weight, seen, 2), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)

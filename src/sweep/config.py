@@ -72,7 +72,17 @@ class Weight:
 
 
 UnitCriterion = Literal[
-    "random", "l2", "activation", "wanda_sp", "flap", "taylor", "taylor_abs", "taylor_norms", "fisher", "drop"
+    "random",
+    "l2",
+    "activation",
+    "wanda_sp",
+    "flap",
+    "taylor",
+    "taylor_abs",
+    "taylor_norms",
+    "taylor_balanced",
+    "fisher",
+    "drop",
 ]
 Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
 
@@ -91,7 +101,7 @@ class Drop:
 @dataclass(frozen=True)
 class Neuron(Drop):
     family: Literal["neuron"] = "neuron"
-    criterion: UnitCriterion = "taylor_abs"
+    criterion: UnitCriterion = "taylor_balanced"
     scope: Literal["global", "layer"] = "global"
     steps: int = _at_least(1, default=1)  # rounds of measuring and removing
     repair: bool = False
@@ -132,12 +142,8 @@ Method = Dense | Weight | Neuron | Head | Layer | Vocab
 FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | type[Layer] | type[Vocab]] = {
     "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
-GRADIENT_CRITERIA = {
-    "taylor",
-    "taylor_abs",
-    "taylor_norms",
-    "fisher",
-}  # criteria that need a backward pass over the text
+# criteria that need a backward pass over the text
+GRADIENT_CRITERIA = {"taylor", "taylor_abs", "taylor_norms", "taylor_balanced", "fisher"}
 REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
 BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
 CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {

@@ -93,6 +93,17 @@ def taylor_norms(seen: Statistics) -> Tensor:
     return seen.product_abs * seen.product_energy.sqrt()
 
 
+def taylor_balanced(seen: Statistics) -> Tensor:
+    """The geometric mean m of the L1 and the L2 norm of (x g)_u over tokens, divided by mean(m)^0.3 of the block.
+
+    Where blocks compete, comparing m itself strips those whose values are small on the whole, and dividing by the mean
+    gives every block the same share. In between is better than either; 0.3 is by measurement
+    (benchmarks/neuron_criteria.py), after the normalisation by block of Molchanov et al. 2017 (arXiv:1611.06440).
+    """
+    middle = taylor_norms(seen).sqrt()
+    return middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** 0.3
+
+
 def fisher(seen: Statistics) -> Tensor:
     """Sum over sequences of (sum over the sequence of (x g)_u)^2: the empirical Fisher information of a unit's gate.
 

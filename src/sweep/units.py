@@ -169,6 +169,8 @@ def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.
             return unit_scores.taylor_abs(seen)
         case "taylor_norms":
             return unit_scores.taylor_norms(seen)
+        case "taylor_balanced":
+            return unit_scores.taylor_balanced(seen)
         case "fisher":
             return unit_scores.fisher(seen)
     raise AssertionError(criterion)
