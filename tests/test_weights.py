@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
-from sweep import calibrate, models, rebuild, scores, select, weights
+from sweep import calibrate, checkpoint, models, rebuild, scores, select, weights
 from sweep.config import RequestError, Weight
 
 MOE = {
@@ -79,6 +79,21 @@ def test_counts_are_exact_and_nothing_else_is_touched(family: str, criterion: st
             assert int(zero.sum(1).max() - zero.sum(1).min()) <= 1, name
     assert torch.isfinite(logits(model)).all()
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("family", MOE)
+def test_pruned_experts_are_saved_and_give_equal_logits(
+    family: str, criterion: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = make(family)
+    weights.prune(model, Weight("weight", criterion=criterion), 0.5, random_tokens())
+    facts = {"method": {"family": "weight", "criterion": criterion}, "sparsity": 0.5, "calibration": None}
+    checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(again), logits(model))
+    for name, weight in matrices(again).items():
+        assert torch.equal(weight, matrices(model)[name]), name
 
 
 def literal_norms(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
