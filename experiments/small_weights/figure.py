@@ -66,9 +66,9 @@ def draw(table: pd.DataFrame) -> plt.Figure:
     bands.axhline(0, color="0.7", linewidth=0.8)
     bands.set(xlabel="which tenth of the smaller half, in the criterion's order", xticks=range(1, 11),
               ylabel="loss added to dense (nats a token)")  # fmt: skip
-    bands.legend(fontsize=7, frameon=False)
+    bands.legend(fontsize=7, frameon=False, loc="lower right")
     parts.set_xticks(range(len(COLOURS)), list(COLOURS), fontsize=7)
-    parts.set(xlabel="nine tenths: all but the highest", xlim=(-0.5, len(COLOURS) - 0.5))
+    parts.set(xlabel="all but the highest tenth", xlim=(-0.5, len(COLOURS) - 0.5))
     parts.set_title("dashed: the whole half", fontsize=8)
     return figure
 
@@ -80,7 +80,8 @@ def _bars(line: pd.DataFrame) -> np.ndarray:
 def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     table = measured(results)
-    plot.save(draw(table), HERE / "loss-by-tenth")
+    with plt.rc_context({"font.size": 8}):
+        plot.save(draw(table), HERE / "loss-by-tenth")
     shown = table[["criterion", "sparsity", "skipped", "seed", "difference", "low", "high", "p_holm", "verdict"]]
     text = tabulate(shown, headers="keys", tablefmt="github", showindex=False, floatfmt=".4g", missingval="")
     (HERE / "table.md").write_text(
