@@ -10,7 +10,8 @@ peer_constraints.txt, into an environment of its own: once, in sweep's cache or 
 
 Each seed is another calibration text, pruned by both tools in turn. Seconds are medians of the pruning call alone,
 perplexities means over the seeds; memory is the highest resident memory during the call, and what of it is above that
-of the process before it loaded the model.
+of the process before it loaded the model: in MB, and as a multiple of the model's bytes and one block's Hessians, of
+which sweep is to take 1.5 at most.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 import transformers
 from tabulate import tabulate
 
-from sweep import cache, models, quality, text
+from sweep import cache, efficiency, models, quality, text
 from sweep.config import Benchmarks, Calibration, Model
 
 HERE = Path(__file__).parent
@@ -61,8 +62,12 @@ def environment(folder: Path | None) -> Path:
     return folder / "bin" / "python"
 
 
-def export(folder: Path, dtype: str, blocks: int | None) -> None:
-    """Write the embedded model as a checkpoint, all of it or its first blocks."""
+def export(folder: Path, dtype: str, blocks: int | None) -> int:
+    """Write the embedded model as a checkpoint, all of it or its first blocks.
+
+    Returns its bytes with those of one block's Hessians, one for each input that its matrices read: what pruning must
+    hold at least.
+    """
     model, tokenizer = models.load(EMBEDDED, dtype, "cpu")
     if blocks is not None:
         del model.model.layers[blocks:]
@@ -70,6 +75,9 @@ def export(folder: Path, dtype: str, blocks: int | None) -> None:
         model.config.layer_types = None  # made anew
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    block = models.matrices(models.blocks(model)[0])
+    inputs = [block[name].shape[1] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
+    return efficiency.held_bytes(model) + 4 * sum(width**2 for width in inputs)
 
 
 def evaluated(folder: Path, dtype: str, limit: int | None) -> tuple[float, float]:
@@ -116,7 +124,7 @@ def main() -> None:
     runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        export(place / "model", asked.dtype, asked.blocks)
+        least = export(place / "model", asked.dtype, asked.blocks)
         _, tokenizer = models.load(EMBEDDED, asked.dtype, "cpu")
         dense, _ = evaluated(place / "model", asked.dtype, asked.limit)
         print(f"dense: perplexity {dense:.2f}", flush=True)
@@ -126,18 +134,18 @@ def main() -> None:
                 if method in OF_PEER:
                     runs[method, PEER].append(pruned(python, PEER, method, asked, place, seed))
                 runs[method, "sweep"].append(pruned(Path(sys.executable), "sweep", method, asked, place, seed))
-    report(runs, dense, asked.sparsity)
+    report(runs, dense, asked.sparsity, least)
 
 
-def report(runs: dict[tuple[str, str], list[dict[str, Any]]], dense: float, sparsity: str) -> None:
+def report(runs: dict[tuple[str, str], list[dict[str, Any]]], dense: float, sparsity: str, least: int) -> None:
     seconds = {key: statistics.median(run["seconds"] for run in found) for key, found in runs.items()}
     perplexity = {key: statistics.fmean(run["perplexity"] for run in found) for key, found in runs.items()}
-    lines: list[list[Any]] = [["dense", "", None, dense, None, None, 0.0]]
+    lines: list[list[Any]] = [["dense", "", None, dense, None, None, None, 0.0]]
     for key, found in runs.items():
         peak, above = (max(run["peak_bytes"] - base * run["before_bytes"] for run in found) / 1e6 for base in (0, 1))
-        lines.append([*key, seconds[key], perplexity[key], peak, above, found[0]["zeros"]])
-    headers = ["method", "tool", "prune s", "perplexity", "peak MB", "above start MB", "zeros"]
-    formats = ("", "", ".1f", ".2f", ".0f", ".0f", ".4f")
+        lines.append([*key, seconds[key], perplexity[key], peak, above, above * 1e6 / least, found[0]["zeros"]])
+    headers = ["method", "tool", "prune s", "perplexity", "peak MB", "above start MB", "of the least", "zeros"]
+    formats = ("", "", ".1f", ".2f", ".0f", ".0f", ".2f", ".4f")
     print(tabulate(lines, headers=headers, floatfmt=formats, missingval=""))
     for method in OF_PEER:
         if (method, PEER) in runs:
