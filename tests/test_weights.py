@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
-from sweep import calibrate, checkpoint, models, rebuild, scores, select, weights
+from sweep import calibrate, checkpoint, efficiency, models, rebuild, scores, select, weights
 from sweep.config import RequestError, Weight
 
 MOE = {
@@ -96,6 +96,15 @@ def test_pruned_experts_are_saved_and_give_equal_logits(
         assert torch.equal(weight, matrices(model)[name]), name
 
 
+def test_a_token_multiplies_by_the_experts_that_it_goes_through() -> None:
+    model = make("mixtral")  # 2 blocks, hidden 16, 3 experts of 24 neurons of which a token takes 2
+    attention = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16)
+    counts = efficiency.counted(model)
+    assert counts["macs_per_token"] == attention + 2 * 2 * (3 * 16 * 24) + 64 * 16
+    weights.prune(model, Weight("weight", targets="ffn"), 0.5)
+    assert efficiency.counted(model)["nonzero_macs_per_token"] == attention + 2 * (3 * 16 * 24) + 64 * 16
+
+
 def literal_norms(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """||x|| of what every linear layer reads, by running the whole model and keeping everything."""
     seen: dict[str, list[Tensor]] = {}
@@ -163,7 +172,7 @@ def test_kept_scores_are_at_least_the_dropped_ones(criterion: str, scope: str) -
 
 
 def test_gradients_are_the_literal_ones(family: str) -> None:
-    model, tokens = make(family), random_tokens(2)
+    model, tokens = make(family), random_tokens(1)
     views = matrices(model)
     found = calibrate.gradient_norms(model, tokens, views)
     out = model(input_ids=tokens).logits[:, :-1]
@@ -172,6 +181,15 @@ def test_gradients_are_the_literal_ones(family: str) -> None:
         if name in views:
             gradient = module.weight.grad.t() if views[name].stride(0) == 1 else module.weight.grad
             torch.testing.assert_close(found[name], gradient.abs(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_several_sequences_do_not_cancel() -> None:
+    model, tokens = make("llama"), random_tokens(3)
+    views = matrices(model)
+    alone = [calibrate.gradient_norms(model, sequence[None], views) for sequence in tokens]
+    together = calibrate.gradient_norms(model, tokens, views)
+    for name, norms in together.items():
+        torch.testing.assert_close(norms, torch.stack([one[name] for one in alone]).norm(dim=0))
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -232,7 +232,7 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
 
 
 def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """||g||_2 of each weight over the calibration batches, (out, in) float32, by the names of `weights`.
+    """||g||_2 of each weight over the calibration sequences, (out, in) float32, by the names of `weights`.
 
     weights  views of the model's parameters, as `models.matrices` gives them
     Only the parameters that these are views of take part in the backward pass.
@@ -244,9 +244,9 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Te
     try:
         for parameter in required:
             parameter.requires_grad_(id(parameter) in needed)
-        for batch in _batches(tokens, "gradients"):
+        for sequence in tqdm(tokens.split(1), desc="gradients", unit="sequence", leave=False):
             with torch.enable_grad():
-                _loss(model, batch).backward()
+                _loss(model, sequence).backward()
             for name, view in weights.items():
                 owner = owners[name]
                 if owner.grad is not None:
@@ -286,7 +286,3 @@ def inputs_observed(layers: Sequence[nn.Module], observe: Callable[[int, Tensor]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _batches(tokens: Tensor, stage: str) -> Iterator[Tensor]:
-    yield from tqdm(tokens.split(BATCH), desc=stage, unit="batch", leave=False)

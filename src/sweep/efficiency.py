@@ -33,11 +33,12 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
 
     Tied weights count once as parameters and bytes, and where they multiply: an embedding is a lookup, the head a
     product. A compressed matrix counts as the parameters and products that it stands for, and with the bytes that it
-    takes. Attention scores, whose cost depends on the context and not on the weights, are left out.
+    takes. Of experts a token meets its share, of the non-zeros that of the average expert. Routers and attention scores,
+    whose cost depends on the context and not on the weights, are left out.
     """
     parameters = list(model.parameters())  # each tensor once
     layers = [*models.linears(model).values(), model.get_output_embeddings()]
-    weights = [models.weight(layer) for layer in layers if layer is not None]
+    products = [(models.weight(layer), 1.0) for layer in layers if layer is not None] + models.experts(model)
     state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.layout == torch.strided}
     sparse = execution.compressed(model)
     places = sum(layer.out_features * layer.in_features for layer in sparse)  # zeros included: the model's size
@@ -48,8 +49,8 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
         "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters) + nonzeros,
         "weights_bytes": held_bytes(model),
         "stored_bytes": sum(t.numel() * t.element_size() for t in state.values()) + stored_apart,
-        "macs_per_token": sum(w.numel() for w in weights) + places,
-        "nonzero_macs_per_token": sum(int(torch.count_nonzero(w)) for w in weights) + nonzeros,
+        "macs_per_token": places + round(sum(share * w.numel() for w, share in products)),
+        "nonzero_macs_per_token": nonzeros + round(sum(share * int(torch.count_nonzero(w)) for w, share in products)),
     }
 
 

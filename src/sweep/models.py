@@ -186,6 +186,17 @@ def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
+def experts(model: PreTrainedModel) -> list[tuple[Tensor, float]]:
+    """The fused matrices of experts, (experts, ., .), each with the share of its experts that one token goes through.
+
+    All of them where the configuration does not say how many a token takes.
+    """
+    fused = [parameter for block in blocks(model) for module in block.modules()
+             for parameter in module.parameters(recurse=False) if parameter.ndim == 3]  # fmt: skip
+    taken = getattr(model.config, "num_experts_per_tok", None)
+    return [(parameter, taken / len(parameter) if taken else 1.0) for parameter in fused]
+
+
 def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
     found = {}
     for expert, matrix in enumerate(fused):

@@ -56,13 +56,12 @@ def ria(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def gradient(weight: Tensor, gradient_norm: Tensor) -> Tensor:
-    """|W_ij| * ||g_ij||_2, after the gradient term of GBLM-Pruner (Das et al. 2023, arXiv:2311.04902).
+    """|W_ij| * ||g_ij||_2, the norm over calibration sequences (Das et al. 2023, GBLM-Pruner, arXiv:2311.04902).
 
     weight         (out, in)  any float dtype
-    gradient_norm  (out, in)  root of the summed squares of each batch's gradient of the loss, float32
+    gradient_norm  (out, in)  root of the summed squares of each sequence's gradient of the loss, float32
     returns        (out, in)  float32. The paper ranks within each row.
 
-    The first-order change of the loss if the weight went, without cancellation between batches. The paper takes the norm
-    over single sequences; here a batch of calibrate.BATCH of them gives one gradient, within which they may cancel.
+    The first-order change of the loss if the weight went, without cancellation between texts.
     """
     return magnitude(weight) * gradient_norm
