@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import random_tokens, tiny_model
 from sweep import efficiency, methods, models
 from sweep.config import Efficiency, RequestError, Weight
 
@@ -27,6 +28,23 @@ def test_counts_of_a_tiny_llama_by_hand() -> None:
     assert counted["parameters"] == linear + norms + 2 * vocabulary * hidden
     assert counted["macs_per_token"] == linear + vocabulary * hidden
     assert counted["weights_bytes"] == 4 * counted["parameters"] == counted["stored_bytes"]
+
+
+def test_forward_passes_are_those_of_the_calibration_text(family: str) -> None:
+    tokens = random_tokens()
+    passes = {}
+    for criterion, sequential in (("magnitude", True), ("wanda", False), ("wanda", True)):
+        model = tiny_model(family)
+        with efficiency.ForwardPasses(model) as counted:
+            methods.prune(model, Weight("weight", criterion=criterion), 0.5, tokens, sequential=sequential)
+        passes[criterion, sequential] = counted.of(tokens.numel())
+        model(tokens)  # counted no more
+        assert counted.of(tokens.numel()) == passes[criterion, sequential] and counted.of(0) is None
+    assert passes == {("magnitude", True): 0, ("wanda", False): 1, ("wanda", True): 2}
+    model = tiny_model(family)
+    with efficiency.ForwardPasses(model) as counted:
+        copy.deepcopy(model)(tokens)
+    assert counted.of(tokens.numel()) == 1
 
 
 def test_zeros_in_a_dense_matrix_change_the_nonzero_counts_alone(family: str) -> None:

@@ -67,6 +67,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "base_memory_bytes": (MEASURED, "resident memory before it"),
     "peak_device_memory_bytes": (MEASURED, "highest memory allocated on the CUDA device during it"),
     "load_seconds": (MEASURED, "loading the model"),
+    "prune_forward_passes": (COUNTED, "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share"),
     "prune_seconds": (MEASURED, "calibration, scoring and removal"),
     "calibration_tokens": (COUNTED, "tokens of calibration text that were read"),
     "units_measured": (COUNTED, "units whose drop was measured, where `criterion` is `drop`; with screening not all are"),
@@ -122,7 +123,7 @@ tokens without letters), for each band B: `task/loss_band_B` (nats a token) with
 
 def unit(column: str) -> str:
     """The unit of a column, read from its name."""
-    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("joules_per_token", "joules"), ("tokens", "tokens"),
+    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("joules_per_token", "joules"), ("tokens", "tokens"), ("passes", "passes"),
                          ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs"), ("control", "ratio"),
                          ("bytes_per_second", "bytes/second"), ("macs_per_second", "MACs/second"),
                          ("macs_per_byte", "MACs/byte"), ("bound_reached", "ratio")):  # fmt: skip

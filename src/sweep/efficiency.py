@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binom
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -100,6 +100,36 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
+
+
+class ForwardPasses:
+    """Tokens that go through the blocks of a model while something is done with it, in whichever order and form.
+
+    Copies of the model that are made meanwhile count too, and a pass that starts in the middle counts as its share.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._blocks = list(models.blocks(model))
+        self._tokens = 0
+
+    def __enter__(self) -> ForwardPasses:
+        own = {type(block): block.__dict__.get("forward") for block in self._blocks}
+
+        def count(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if block.__dict__.get("forward") is own[type(block)]:  # else it only notes how it is called
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self._tokens += hidden.numel() // hidden.shape[-1]
+
+        self._handles = [block.register_forward_pre_hook(count, with_kwargs=True) for block in self._blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, tokens: int) -> float | None:
+        """How often `tokens` tokens went through all blocks; None where there are none."""
+        return self._tokens / (tokens * len(self._blocks)) if tokens else None
 
 
 def _return_freed_memory() -> None:

@@ -51,14 +51,13 @@ def run_cell(
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
     tokens = None
     if cell.calibration is not None and isinstance(cell.method, Vocab):
-        tokens = text.calibration_stream(
-            cell.calibration, tokenizer, cell.data_root
-        )  # rare tokens are told by much text
+        # rare tokens are told by much text
+        tokens = text.calibration_stream(cell.calibration, tokenizer, cell.data_root)
     elif cell.calibration is not None:
         tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
-    with efficiency.PeakMemory(cell.device) as memory:
+    with efficiency.PeakMemory(cell.device) as memory, efficiency.ForwardPasses(model) as passes:
         before = time.perf_counter()
         outcome = methods.prune(
             model,
@@ -73,6 +72,7 @@ def run_cell(
         row["prune_seconds"] = time.perf_counter() - before
     row["prune_peak_memory_bytes"] = memory.peak
     row["calibration_tokens"] = outcome.calibration_tokens
+    row["prune_forward_passes"] = passes.of(outcome.calibration_tokens)
     row["damping"] = outcome.damping
     row["sparsity_achieved"] = outcome.sparsity
     if outcome.measured is not None:
