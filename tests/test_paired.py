@@ -60,6 +60,14 @@ def test_documents_are_paired_so_that_a_small_difference_shows() -> None:
     assert paired.difference(before, shuffled, "loss")["p"] > 0.05
 
 
+def test_a_difference_that_no_draw_denies_stays_news_in_a_large_table() -> None:
+    found = paired.difference(*losses(0, 1.0), "loss")
+    assert 2.0**-59 <= found["p"] < 1e-9  # a shift of five times its spread, over 60 documents
+    assert paired.holm([found["p"], *[0.5] * 200])[0] < 0.05
+    few = paired.difference(*losses(0, 1.0, documents=5), "loss")
+    assert few["p"] == 2.0**-4  # five documents cannot tell more, however far apart
+
+
 def test_chance_is_called_news_about_as_often_as_it_says() -> None:
     wrong = sum(paired.difference(*losses(seed, 0.0), "loss")["p"] < 0.05 for seed in range(100))
     assert wrong <= 12  # 5 expected; 13 or more of 100 has probability 0.0015

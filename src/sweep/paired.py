@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from sweep import classification, frontier, store
 from sweep.config import RequestError, did_you_mean
@@ -46,7 +46,10 @@ def bootstrap(
     """(low, high, p-value): the 95 % percentile interval of a difference, and how often its sign is the other one.
 
     difference  from draws of documents, (DRAWS, documents) indices with replacement, to one difference a draw
-    The p-value is two-sided and never below 2 / (DRAWS + 1): so many draws can tell no less. NaN in, NaN out.
+    The p-value is two-sided. Where no draw has the other sign, draws tell only that it is below 2 / (DRAWS + 1), and over
+    a large table Holm would call every such difference noise: then it is that of a normal distribution with the draws'
+    spread, but not below 2^(1 - documents), the least that flipping the signs of so many documents can tell.
+    NaN in, NaN out.
     """
     draws = np.random.default_rng(seed).integers(0, documents, (DRAWS, documents))
     found = difference(draws)
@@ -54,7 +57,12 @@ def bootstrap(
         return (np.nan,) * 3
     low, high = np.quantile(found, [0.025, 0.975])
     tail = min((found <= 0).sum(), (found >= 0).sum())
-    return float(low), float(high), float(min(1.0, 2 * (tail + 1) / (DRAWS + 1)))
+    p = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
+    if tail == 0:
+        spread = found.std()
+        far = 2 * norm.sf(abs(found.mean()) / spread) if spread else 0.0
+        p = max(min(p, far), 2.0 ** (1 - documents))
+    return float(low), float(high), float(p)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
