@@ -408,7 +408,12 @@ def _pin_label(axes: Axes) -> None:
 def _plain(value: float, _: object = None) -> str:
     """A tick as a short number; every other one of a decade stays bare, or they would run into each other."""
     leading = value / 10 ** math.floor(math.log10(value) + 1e-9)
-    return f"{value:g}" if round(leading) in (1, 2, 5) else ""
+    if round(leading) not in (1, 2, 5):
+        return ""
+    for power, letter in ((1e6, "M"), (1e3, "k")):
+        if power <= value < 1e9:
+            return f"{value / power:g}{letter}"
+    return f"{value:g}"
 
 
 def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
