@@ -33,7 +33,7 @@ def gaps(results: Path) -> pd.DataFrame:
     lines = []
     for before, after in paired.against_dense(rows[rows.status == "ok"]):
         a, b = (paired.outcomes(samples, cell, "pydoc") for cell in (before, after))
-        lines.append({"method": rows.method[after], "criterion": rows.criterion[after], "sparsity": rows.sparsity[after],
+        lines.append({"method": rows.method[after], "criterion": rows.criterion[after], "sparsity": rows.sparsity[after], "seed": rows.seed[after],
                       "accuracy, common": rows["pydoc_cloze/acc_band_zipf5up"][after],
                       "accuracy, rare": rows["pydoc_cloze/acc_band_zipf0to3"][after],
                       "removed of rare": rows.get("pydoc/removed_share_band_zipf0to3", pd.Series(np.nan, rows.index))[after],
@@ -50,9 +50,11 @@ def draw(table: pd.DataFrame) -> plt.Figure:
     for axis, (method, criterion) in zip(np.atleast_1d(axes), methods, strict=True):
         mine = table[(table.method == method) & (table.criterion == criterion)]
         for i, band in enumerate(words.BANDS):
-            line = mine[mine.metric == f"pydoc/loss_band_{band}"].sort_values("sparsity")
+            of_band = mine[mine.metric == f"pydoc/loss_band_{band}"].groupby("sparsity")
+            # the mean of the seeds, in an interval that holds all of theirs
+            line = of_band.agg(difference=("difference", "mean"), low=("low", "min"), high=("high", "max"))
             error = np.abs(np.stack([line.difference - line.low, line.high - line.difference]))
-            axis.errorbar(line.sparsity + 0.006 * (i - 2), line.difference, yerr=error, marker="o", markersize=3.5,
+            axis.errorbar(line.index + 0.006 * (i - 2), line.difference, yerr=error, marker="o", markersize=3.5,
                           capsize=2, color=COLOURS[band], label=NAMES[band])  # fmt: skip
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle="--")
         axis.set_title(f"{method} ({criterion})", fontsize=10)
