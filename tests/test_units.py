@@ -23,21 +23,8 @@ from sweep import (
     unit_scores,
     units,
 )
-from sweep.config import Head, Layer, Neuron, RequestError, Vocab
+from sweep.config import PROXIES, Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
-
-CRITERIA = [
-    "random",
-    "l2",
-    "activation",
-    "wanda_sp",
-    "flap",
-    "taylor",
-    "taylor_abs",
-    "taylor_norms",
-    "taylor_balanced",
-    "fisher",
-]
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
@@ -55,7 +42,7 @@ def decoded(model: PreTrainedModel) -> torch.Tensor:
     return output.logits[:, -1]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", PROXIES)
 @pytest.mark.parametrize("make", [Neuron, Head])
 def test_every_criterion_removes_the_exact_count(criterion: str, make: type) -> None:
     model = tiny_model("qwen2")

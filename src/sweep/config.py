@@ -84,6 +84,7 @@ UnitCriterion = Literal[
     "fisher",
     "drop",
 ]
+PROXIES = tuple(name for name in typing.get_args(UnitCriterion) if name != "drop")  # scores that measure no drop
 Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
 
 

@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from sweep import config, drop, messages, models, text, unit_statistics, units
 from sweep.config import Calibration, Model, Neuron, RequestError
 
-PROXIES = [name for name in get_args(config.UnitCriterion) if name != "drop"]
 _DRAWS = 2000
 
 
@@ -72,7 +71,7 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
     for suffix, rows in texts.items():
         columns[f"drop{suffix}"] = lost[:, rows].mean(1)
         seen = unit_statistics.gather(model, [p.output for p in parts], [1] * len(parts), tokens[rows], gradients=True)
-        for name in PROXIES:
+        for name in config.PROXIES:
             generator = torch.Generator().manual_seed(seed + len(suffix) + int(suffix[-1:] or 0))
             scores = torch.cat([units.score(name, part, s, generator) for part, s in zip(parts, seen, strict=True)])
             columns[f"{name}{suffix}"] = scores.cpu().numpy()[chosen]
@@ -82,7 +81,7 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a criterion, the nearest to the exact drop first."""
     rows = []
-    for name in ["drop", *PROXIES]:
+    for name in ["drop", *config.PROXIES]:
         score, exact = frame[name].to_numpy(), frame["drop"].to_numpy()
         halves = frame[f"{name}_half_0"].to_numpy(), frame[f"{name}_half_1"].to_numpy()
         row: dict[str, Any] = {"criterion": name, "units": len(frame)}

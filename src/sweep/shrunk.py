@@ -2,8 +2,8 @@
 transformers' format lacks.
 
 The weights lie in safetensors as always. `sweep.json` beside them says that their shapes, not the configuration's, are
-the model's, which token ids are left, and which layers lie in the bitmap format. No code is stored. The tokenizer of a cut vocabulary lies in a folder of its
-own, so that nobody reads the old ids from it by accident.
+the model's, which token ids are left, and which layers lie in the bitmap format. No code is stored. The tokenizer of a
+cut vocabulary lies in a folder of its own, so that nobody reads the old ids from it by accident.
 """
 
 from __future__ import annotations
