@@ -1,7 +1,7 @@
-"""One cell as a plain script does it, for sweep_cost.py: python benchmarks/plain_cell.py GGUF CRITERION SPARSITY SEED
+"""One cell as a plain script does it, for sweep_cost.py: python benchmarks/plain_cell.py GGUF CRITERION SPARSITY SEED DTYPE
 
 Loads the model, prunes it by magnitude or by Wanda (block by block, as the paper's code does), and evaluates it with
-lm-eval's own model and defaults (a batch of one). Only the texts come from sweep.
+lm-eval's own model and defaults (a batch of one). Only the texts come from sweep. DTYPE auto is the library's choice.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def magnitude(model, sparsity: float) -> None:
 
 def main() -> None:
     gguf, criterion, sparsity, seed = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
+    dtype = sys.argv[5]
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if criterion == "wanda":
         wanda(model, text.calibration_tokens(Calibration("pydoc"), tokenizer, seed), sparsity)

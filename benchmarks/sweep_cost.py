@@ -2,7 +2,11 @@
 
 The reference sweep: magnitude and Wanda, five sparsities, three seeds, `pydoc` and 100 `capitals` questions: 30 cells.
 A sample of both is run, the same two cells: what a cell of each criterion costs is then known, and so is the whole.
-CPU seconds of every process are counted. The sweep also measures memory and latency, which the script does not.
+CPU seconds of every process are counted. The script does not time the model, so neither does the sweep that it is
+compared with; what timing adds to a cell is a line of its own.
+
+    --dtype bfloat16    of the plain script; by default the library's own choice for this file, which is float32
+    --shared            Wanda on activations of the dense model, which its sparsities share (calibration.sequential=false)
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ SWEEP = [
     "benchmarks.tasks=[pydoc,capitals]",
     "benchmarks.limit=100",
     "sparsity=0.5",
+    "+method=weight",
 ]
 
 
@@ -52,30 +57,38 @@ def cpu_seconds(command: list[str], folder: str) -> tuple[float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the embedded model's file, when it is found elsewhere")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--shared", action="store_true")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gguf = options.gguf or sources.gguf_file(EMBEDDED)
     plain, outputs = {}, {}
+    untimed = ["efficiency=none", *(["calibration.sequential=false"] if options.shared else [])]
+    magnitude, wanda, both = (f"method.criterion={names}" for names in ("magnitude", "wanda", "magnitude,wanda"))
     with tempfile.TemporaryDirectory() as folder:
         # the conversion of the model is made once and for all sweeps; here it may be there already
-        one, _ = cpu_seconds([*SWEEP, "+method=weight"], folder)  # the dense cell and one by magnitude
-        both, _ = cpu_seconds(
-            [*SWEEP, "+method=weight", "method.criterion=magnitude,wanda"], folder
-        )  # one more, by Wanda
+        first, _ = cpu_seconds([*SWEEP, *untimed, magnitude], folder)  # the dense cell and one by magnitude
+        second, _ = cpu_seconds([*SWEEP, *untimed, wanda], folder)  # one more
         rows = sweep.load(f"{folder}/results").set_index("criterion")
-        start, _ = cpu_seconds([*SWEEP, "+method=weight", "method.criterion=magnitude,wanda"], folder)  # nothing to do
+        start, _ = cpu_seconds([*SWEEP, *untimed, both], folder)  # nothing to do
+        third, _ = cpu_seconds([*SWEEP, *untimed, wanda, "sparsity=0.4"], folder)  # what it shares is there
+        timed, _ = cpu_seconds([*SWEEP, magnitude], folder)  # the first two cells again, and timed
         for criterion in ("magnitude", "wanda"):
-            words = [sys.executable, str(Path(__file__).with_name("plain_cell.py")), str(gguf), criterion, "0.5", "0"]
+            script = str(Path(__file__).with_name("plain_cell.py"))
+            words = [sys.executable, script, str(gguf), criterion, "0.5", "0", options.dtype]
             plain[criterion], outputs[criterion] = cpu_seconds(words, folder)
-    wanda, magnitude_and_dense = both - start, one - start
-    # 5 cells by magnitude, which draws nothing and is one for three seeds; 15 by Wanda; the dense one. A cell by
-    # magnitude costs half of what it cost with the dense one, to good measure: the dense one scores and times as well.
-    whole_sweep = start + magnitude_and_dense + 4 * magnitude_and_dense / 2 + 15 * wanda
+    # By magnitude, which draws nothing, three seeds are one cell. A cell by magnitude costs half of what it cost with the
+    # dense one, to good measure: the dense one scores as well. Of Wanda's sparsities one a seed finds nothing to share.
+    cells = {"magnitude": (first - start) / 2, "wanda": second - start, "again": third - start}
+    whole_sweep = start + 6 * cells["magnitude"] + 3 * cells["wanda"] + 12 * cells["again"]
     whole_plain = 15 * plain["magnitude"] + 15 * plain["wanda"]
-    lines = [("one cell by magnitude", plain["magnitude"], magnitude_and_dense / 2),
-             ("one cell by Wanda", plain["wanda"], wanda), ("start of a sweep", None, start),
+    lines = [("one cell by magnitude", plain["magnitude"], cells["magnitude"]),
+             ("one cell by Wanda", plain["wanda"], cells["wanda"]),
+             ("one by Wanda of another sparsity", plain["wanda"], cells["again"]),
+             ("start of a sweep", None, start), ("what timing adds to a cell", None, (timed - first) / 2),
              ("the reference sweep", whole_plain, whole_sweep)]  # fmt: skip
-    print(tabulate(lines, headers=["CPU seconds", "plain script", "sweep"], floatfmt=".1f", missingval="-"))
+    print(tabulate(lines, headers=["CPU seconds", f"plain script ({options.dtype})", "sweep"], floatfmt=".1f",
+                   missingval="-"))  # fmt: skip
     print(f"ratio {whole_plain / whole_sweep:.1f}; bar 8")
     metrics = [name for name in rows if name in ("pydoc/word_perplexity", "capitals/acc")]
     print(rows[metrics].to_string(), *outputs.values(), sep="\n")

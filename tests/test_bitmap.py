@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sweep
-from conftest import random_tokens, tiny_model
+from conftest import FAMILIES, random_tokens, tiny_model
 from sweep import bitmap, checkpoint, efficiency, execution, machine, methods, models
 from sweep.config import Execution, RequestError, Weight, build, parse
 from test_cli import QUICK, run
@@ -220,6 +220,15 @@ def request(**changes: object) -> dict[str, object]:
         ({"dtype": "float32", "execution": {"name": "bitmap", "kernel": "avx512_bf16"}}, "multiplies bfloat16, got dtype=float32"),
         ({"execution": {"name": "csr"}}, "execution=csr multiplies float32 only, got dtype=bfloat16"),
         ({"execution": {"name": "bitmap", "kernel": "sse"}}, "execution.kernel must be one of auto"),
+        ({"execution": {"name": "semi_structured"}}, "hold two weights at most: set method.pattern=2:4 sparsity=0.5"),
+        (
+            {"execution": {"name": "semi_structured"}, "method": {"family": "weight", "pattern": "4:8"}},
+            "hold two weights at most: set method.pattern=2:4 sparsity=0.5",
+        ),
+        (
+            {"execution": {"name": "semi_structured"}, "method": {"family": "weight", "pattern": "2:4"}, "dtype": "float32"},
+            "multiplies bfloat16 or float16, got dtype=float32",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_told_before_anything_runs(changes: dict[str, object], message: str) -> None:
@@ -250,8 +259,51 @@ def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.Mo
 
 
 def test_csr_cannot_be_saved() -> None:
-    with pytest.raises(RequestError, match="save_model: safetensors holds no compressed sparse rows"):
+    with pytest.raises(RequestError, match="save_model: safetensors holds no csr matrices"):
         parse(request(execution={"name": "csr"}, dtype="float32", save_model="a"))
+
+
+def two_of_four(**changes: object) -> dict[str, object]:
+    return request(method={"family": "weight", "pattern": "2:4"}, execution={"name": "semi_structured"} | changes)
+
+
+def test_semi_structured_needs_its_device() -> None:
+    cell, _ = parse(two_of_four())
+    with pytest.raises(RequestError, match="runs on a CUDA device .* got device=cpu: use execution=bitmap"):
+        machine.check_execution(cell)
+    model = tiny_model("llama").to(torch.bfloat16)
+    methods.prune(model, cell.method, 0.5, None)
+    with pytest.raises(RequestError, match=r"model.layers.0.self_attn.q_proj cannot be run in this form .*CUDA"):
+        execution.prepare(model, cell.execution)
+    allowed, _ = parse(two_of_four(fallback=True))
+    machine.check_execution(allowed)
+    assert execution.prepare(model, allowed.execution)[1] == "torch"
+    assert execution.compressed(model) == []
+
+
+def test_semi_structured_takes_matrices_of_the_pattern_alone() -> None:
+    assert execution.is_two_of_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
+    assert not execution.is_two_of_four(torch.tensor([[0.0, 0, 0, 0, 1, 2, 0, 3]]))
+    assert not execution.is_two_of_four(torch.zeros(1, 6))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="semi_structured runs on CUDA alone, and there is none here")
+def test_semi_structured_has_the_same_logits_and_half_the_bytes() -> None:
+    config = AutoConfig.for_model("qwen2", **FAMILIES["qwen2"] | {"hidden_size": 128, "intermediate_size": 256})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to("cuda")
+    methods.prune(model, Weight("weight", pattern="2:4"), 0.5, None)
+    tokens = random_tokens().cuda()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        before = efficiency.counted(model)
+        sparse, ran = execution.prepare(model, Execution("semi_structured"))
+        assert ran == "torch 2:4" and execution.compressed(sparse)
+        torch.testing.assert_close(sparse(input_ids=tokens).logits, expected, atol=2e-2, rtol=2e-2)
+    after = efficiency.counted(sparse)
+    assert {name for name in before if before[name] != after[name]} == {"weights_bytes", "stored_bytes"}
+    held = sum(layer.held_bytes for layer in execution.compressed(sparse))
+    places = sum(layer.in_features * layer.out_features for layer in execution.compressed(sparse))
+    assert held == pytest.approx(2 * places * 0.5625, rel=0.01)
 
 
 def test_an_execution_that_reads_no_kernel_ignores_it() -> None:

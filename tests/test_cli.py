@@ -173,6 +173,7 @@ def test_every_configuration_composes_through_the_real_door(path: Path, tmp_path
         "gguf": ["model.path=a"],
         "file": ["calibration.source=a"],
         "csr": ["dtype=float32"],
+        "semi_structured": ["method.pattern=2:4"],
     }
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", [*overrides, *needed.get(option, [])])

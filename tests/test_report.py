@@ -113,7 +113,7 @@ def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
     assert (points.seeds == 1).all() and (points.setting == "").all()
     assert (knobs.with_variant(frames.rows()).setting == "").all()  # a dense row reads no calibration text: no matter
     assert set(plot.series(points[points.method == "weight"])) == {
-        "weight magnitude (scope=matrix)", "weight magnitude (scope=global)"}  # fmt: skip
+        "weight magnitude", "weight magnitude (scope=global)"}  # fmt: skip
 
 
 def test_rows_measured_differently_are_compared_with_their_own_dense_row() -> None:
@@ -382,6 +382,39 @@ def test_loss_by_word_frequency_is_drawn_where_rows_have_it() -> None:
     assert {text.get_text() for text in axes.texts} == {"+1.00", "+2.25"}  # nats, and no per cent
 
 
+def test_the_blocks_shares_are_drawn_where_they_differ(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=2, sparsities=(0.5, 0.7), methods=frames.METHODS[:1])
+    place = folder(tmp_path, rows)
+    (tmp_path / "layers").mkdir()
+    for row in rows.itertuples():
+        lost = [0, 0] if row.method == "dense" else [40, 80]
+        pd.DataFrame({"block": [0, 0, 1], "matrix": ["a", "b", "a"], "weights": [60, 40, 100],
+                      "zeros": [lost[0], 0, lost[1]]}).to_parquet(tmp_path / "layers" / f"{row.cell}.parquet")  # fmt: skip
+    layers = report._table([place], rows, "layers")
+    assert layers is not None
+    figure = plot.layer_figure(ready(rows), layers)
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [0, 1] and list(line.get_ydata()) == [0.4, 0.8]
+    assert line.get_label() == "weight magnitude 0.5"
+    even = layers.assign(zeros=layers.weights // 2)
+    assert plot.layer_figure(ready(rows), even) is None
+    files = report.report([place], tmp_path / "report", report.Wanted(formats=("png",)))
+    assert "sparsity-by-block.png" in {file.name for file in files}
+
+
+def test_a_long_name_takes_two_lines_of_the_legend_and_stays_within_the_figure() -> None:
+    rows = ready(frames.rows(seeds=1, methods=frames.METHODS[:1]))
+    rows.loc[rows.method != "dense", "variant"] = (
+        "a_setting=of_some_length, another_setting=that_is_as_long_as_the_first"
+    )
+    figure = plot.sparsity_figure(rows, "capitals/acc")
+    (legend,) = figure.legends
+    assert "\n" in legend.get_texts()[0].get_text()
+    figure.canvas.draw()
+    assert legend.get_window_extent().x1 <= figure.bbox.width
+
+
 def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1, sparsities=(0.5,), methods=frames.METHODS[:1])
     rows["config"] = '{"benchmarks": {}}'
@@ -392,9 +425,9 @@ def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
     for cell, values in answers.items():
         pd.DataFrame({"task": "capitals", "document": [str(i) for i in range(5)], "metric": "acc",
                       "value": [float(v) for v in values]}).to_parquet(tmp_path / "samples" / f"{cell}.parquet")  # fmt: skip
-    found = paired.flips(ready(report.read([place])), report._samples([place], rows), "capitals/acc")
+    found = paired.flips(ready(report.read([place])), report._table([place], rows, "samples"), "capitals/acc")
     assert found[["lost", "gained"]].to_numpy().tolist() == [[0.4, 0.2]]
-    assert not len(paired.flips(ready(rows), report._samples([place], rows), "continents/acc"))
+    assert not len(paired.flips(ready(rows), report._table([place], rows, "samples"), "continents/acc"))
     (axes,) = plot.flips_figure(found, "capitals").axes
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.4], [0.2]]
     files = report.report([place], tmp_path / "report", report.Wanted(formats=("png",)))

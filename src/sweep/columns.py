@@ -24,7 +24,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "sparsity_block_parameters": (COUNTED, "fraction removed of the parameters of the blocks"),
     "sparsity_all_parameters": (COUNTED, "fraction removed of all parameters, embeddings included"),
     "seed": (ASKED, "seed of the calibration samples and of random scores; 0 where the method reads neither"),
-    "execution": (ASKED, "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones, `bitmap` and `csr` hold the non-zeros alone"),
+    "execution": (ASKED, "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones, `bitmap`, `csr` and `semi_structured` hold the non-zeros alone"),
     "kernel": (ORIGIN, "which kernel ran the pruned matrices, where the execution has several; else null"),
     "dtype": (ASKED, "type of the weights and activations"),
     "device": (ASKED, "where the model ran"),

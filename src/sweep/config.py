@@ -201,9 +201,9 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Execution:
-    name: Literal["dense", "shrunk", "bitmap", "csr"] = "dense"
+    name: Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"] = "dense"
     kernel: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"] = "auto"  # of bitmap
-    fallback: bool = False  # whether a slow substitute may run where the kernel cannot
+    fallback: bool = False  # of bitmap and semi_structured: whether a slow substitute may run where they cannot
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,10 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     if options.baseline:
         cell = replace(cell, method=Dense())
     cell = _normalised(cell)
-    if options.save_model is not None and cell.execution.name == "csr":
-        raise RequestError("save_model: safetensors holds no compressed sparse rows: use execution=dense or bitmap")
+    if options.save_model is not None and cell.execution.name in ("csr", "semi_structured"):
+        raise RequestError(
+            f"save_model: safetensors holds no {cell.execution.name} matrices: use execution=dense or bitmap"
+        )
     return cell, options
 
 
@@ -342,6 +344,9 @@ def _normalised(cell: Cell) -> Cell:
                            f"method={method.family} leaves the matrices their size: use execution=dense")  # fmt: skip
     if cell.execution.name == "bitmap":
         _check_bitmap(cell)
+    elif cell.execution.name == "semi_structured":
+        _check_semi_structured(cell)
+        cell = replace(cell, execution=Execution("semi_structured", fallback=cell.execution.fallback))
     else:
         cell = replace(cell, execution=Execution(cell.execution.name))
     if cell.execution.name == "csr" and cell.dtype != "float32":
@@ -364,6 +369,17 @@ def _check_bitmap(cell: Cell) -> None:
     if cell.execution.kernel == "avx512_bf16" and cell.dtype != "bfloat16":
         raise RequestError(f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use "
                            "execution.kernel=avx512")  # fmt: skip
+
+
+def _check_semi_structured(cell: Cell) -> None:
+    pattern = cell.method.pattern if isinstance(cell.method, Weight) else None
+    if pattern not in ("2:4", "1:4"):
+        raise RequestError("execution=semi_structured multiplies matrices of which each four neighbours hold two weights at "
+                           "most: set method.pattern=2:4 sparsity=0.5, or use another execution")  # fmt: skip
+    if cell.dtype == "float32":
+        raise RequestError(
+            "execution=semi_structured multiplies bfloat16 or float16, got dtype=float32: set dtype=bfloat16"
+        )
 
 
 def reads_text(method: Dense | Weight | Neuron | Head | Layer | Vocab) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import energy, execution, models
+from sweep import bitmap, energy, execution, models
 from sweep.config import Efficiency, RequestError
 
 _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
@@ -43,7 +43,7 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
     sparse = execution.compressed(model)
     places = sum(layer.out_features * layer.in_features for layer in sparse)  # zeros included: the model's size
     nonzeros = sum(layer.nonzeros for layer in sparse)
-    stored_apart = sum(layer.held_bytes for layer in sparse if isinstance(layer, execution.CsrLinear))
+    stored_apart = sum(layer.held_bytes for layer in sparse if not isinstance(layer, bitmap.BitmapLinear))
     return {
         "parameters": sum(p.numel() for p in parameters) + places,
         "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters) + nonzeros,
@@ -84,15 +84,16 @@ class PeakMemory:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.base = self._resident(reset=True)
+        self.base = self.resident(reset=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.peak = self._resident(reset=False)
+        self.peak = self.resident()
         self.device_peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else None
 
     @staticmethod
-    def _resident(*, reset: bool) -> int | None:
+    def resident(*, reset: bool = False) -> int | None:
+        """The high-water mark of this process, or where it stands once it is reset; None where the system has none."""
         status = Path("/proc/self/status")
         if not status.exists():
             return None

@@ -1,8 +1,9 @@
 """How a pruned model is run. Zeros in a dense matrix save nothing: only another execution can.
 
 `dense` runs the weights as they are, `shrunk` is what removal of units leaves; both need no change of the model.
-`bitmap` and `csr` hold the pruned matrices in a sparse form alone. Layers without a zero stay as they are, and so do
-embeddings and head. A kernel for another device has its place in `_bitmap_layer`, behind the same three tensors.
+`bitmap`, `csr` and `semi_structured` hold the pruned matrices in a sparse form alone. Layers without a zero stay as they
+are, and so do embeddings and head. A kernel for another device has its place in `_bitmap_layer`, behind the same three
+tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 from transformers import PreTrainedModel
 
 from sweep import bitmap, models
@@ -50,6 +52,29 @@ class CsrLinear(nn.Module):
         return product.reshape(*x.shape[:-1], self.out_features)
 
 
+class SemiStructuredLinear(nn.Module):
+    """A linear layer whose matrix is torch's 2:4 form: of each four neighbours two, and their places. On CUDA alone."""
+
+    weight: SparseSemiStructuredTensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.nonzeros = int(torch.count_nonzero(weight))
+        matrix = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+        self.register_buffer("weight", matrix, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the matrix as it is held; the bias is apart."""
+        names, _ = self.weight.__tensor_flatten__()
+        return sum(t.numel() * t.element_size() for t in (getattr(self.weight, name) for name in names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
     """(the model in the form in which it will be measured, the kernel that will run it).
 
@@ -65,11 +90,17 @@ def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedMod
         case "csr":
             _replace(model, CsrLinear)
             return model, "torch csr"
+        case "semi_structured":
+            if model.device.type != "cuda" and execution.fallback:
+                return model, "torch"
+            _replace(model, SemiStructuredLinear, suits=is_two_of_four)
+            return model, "torch 2:4"
 
 
-def compressed(model: PreTrainedModel) -> list[bitmap.BitmapLinear | CsrLinear]:
+def compressed(model: PreTrainedModel) -> list[bitmap.BitmapLinear | CsrLinear | SemiStructuredLinear]:
     """The layers that hold their matrix in a sparse form."""
-    return [module for module in model.modules() if isinstance(module, bitmap.BitmapLinear | CsrLinear)]
+    kinds = bitmap.BitmapLinear | CsrLinear | SemiStructuredLinear
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _bitmap_kernel(dtype: torch.dtype, execution: Execution) -> str:
@@ -93,11 +124,32 @@ def _bitmap_layer(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module
     return bitmap.BitmapLinear(*bitmap.compress(weight), columns=weight.shape[1], bias=bias, kernel=kernel)
 
 
+def has_zeros(weight: Tensor) -> bool:
+    return bool(torch.count_nonzero(weight) < weight.numel())
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether each four neighbours along the input, (out, in), hold two non-zeros at most."""
+    rows, columns = weight.shape
+    return columns % 4 == 0 and int((weight.reshape(rows, -1, 4) != 0).sum(2).max()) <= 2
+
+
 @torch.no_grad()
-def _replace(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
-    """Put `make(weight, bias)` in place of each linear layer of the blocks that has zeros, freeing its matrix."""
+def _replace(
+    model: PreTrainedModel,
+    make: Callable[[Tensor, Tensor | None], nn.Module],
+    suits: Callable[[Tensor], bool] = has_zeros,
+) -> None:
+    """Put `make(weight, bias)` in place of each linear layer of the blocks that suits, freeing its matrix.
+
+    Raises RequestError, which names the layer, for one that cannot be made.
+    """
     for name in models.linears(model):
         layer = model.get_submodule(name)
         weight = models.weight(layer)
-        if torch.count_nonzero(weight) < weight.numel():
-            model.set_submodule(name, make(weight, layer.bias))
+        if suits(weight):
+            try:
+                model.set_submodule(name, make(weight, layer.bias))
+            except (RuntimeError, ValueError) as error:
+                raise RequestError(f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from "
+                                   "pruning with method.exclude") from error  # fmt: skip

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
+
+from sweep.config import BY_ROW, Head, Layer, Neuron, Vocab, Weight
 
 # Told by columns of their own, or no choice between methods.
 _NAMED = {"model.name", "method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
 _ASIDE = {"model.path", "model.revision", "model.file", "model.package", "model.source", "model.trust_remote_code",
           "data_root", "calibration"}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    family: {f.name: f.default for f in fields(kind)}
+    for family, kind in (("weight", Weight), ("neuron", Neuron), ("head", Head), ("layer", Layer), ("vocab", Vocab))
+}
 _OF_THE_METHOD = ("method.", "calibration.", "execution.")
 _MEASUREMENT = ("benchmarks.", "efficiency.", "perplexity.")  # how, and on what, the cell is measured
 
@@ -38,15 +45,29 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with two columns of words.
 
     setting  how the cell is measured (benchmarks, timing, dtype, device, threads), where that varies between the rows
-    variant  the knobs of the method that vary between rows of one method and criterion, such as `scope=global`
+    variant  the knobs of the method that vary between rows of one method and criterion, such as `scope=global`, where
+             they are not at their default
     A dense row has the setting of what is compared with it, and no variant.
     """
     settings = [flat(config) for config in rows["config"]] if "config" in rows else [{} for _ in range(len(rows))]
     measured = [{k: v for k, v in s.items() if _is_measurement(k)} for s in settings]
-    chosen = [{k: v for k, v in s.items() if k.startswith(_OF_THE_METHOD) and k not in _NAMED} for s in settings]
+    chosen = [{k: v for k, v in s.items() if k.startswith(_OF_THE_METHOD) and k not in _NAMED and not _is_default(k, s)}
+              for s in settings]  # fmt: skip
     everything = pd.Series("all", index=rows.index)
     kind = rows.method.astype(str) + "/" + rows.criterion.astype(str)
     return rows.assign(setting=_words(measured, everything), variant=_words(chosen, kind))
+
+
+def _is_default(key: str, setting: dict[str, Any]) -> bool:
+    """Whether a setting goes without saying. A scope does when it is the paper's, or when a pattern stands in its place."""
+    if setting[key] is None:
+        return True
+    if key == "method.scope" and setting.get("method.family") == "weight":
+        usual = "row" if setting.get("method.criterion") in BY_ROW else "matrix"
+        return setting[key] == usual or setting.get("method.pattern") is not None
+    group, _, name = key.partition(".")
+    defaults = _DEFAULTS.get(setting.get("method.family", ""), {})
+    return group == "method" and name in defaults and setting[key] == defaults[name]
 
 
 def _is_measurement(key: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import drop, models, select, surgery, unit_scores, unit_statistics
+from sweep import drop, models, select, shared, surgery, unit_scores, unit_statistics
 from sweep.config import Layer
 from sweep.outcome import Outcome
 
@@ -22,6 +22,7 @@ def prune(
     tokens: Tensor | None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    share: shared.Share = shared.alone,
 ) -> Outcome:
     """Remove the least important blocks in place, in `method.steps` rounds of measuring and removing.
 
@@ -34,7 +35,7 @@ def prune(
     left = list(range(len(sizes)))
     costs = {block: sizes[block] if method.sparsity_of == "parameters" else 1 for block in candidates}
     for step in range(1, method.steps + 1):
-        scores = _scores(model, method, tokens, generator, tokenizer)
+        scores = _scores(model, method, tokens, generator, tokenizer, share if step == 1 else shared.alone)
         open_ = [block for block in left if block in costs]
         budget = sum(costs.values()) * sparsity * step / method.steps - sum(
             cost for block, cost in costs.items() if block not in left
@@ -66,6 +67,7 @@ def _scores(
     tokens: Tensor | None,
     generator: torch.Generator,
     tokenizer: PreTrainedTokenizerBase | None,
+    share: shared.Share,
 ) -> Tensor:
     """(blocks,) float, higher = keep."""
     blocks = models.blocks(model)
@@ -74,7 +76,8 @@ def _scores(
     if method.criterion == "drop":
         return _drops(model, drop.probe(method, tokens, tokenizer), method)
     assert tokens is not None
-    return block_influence(unit_statistics.block_cosines(list(blocks), model, tokens))
+    cosines = share("block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)})
+    return block_influence(cosines["cosines"].cpu())
 
 
 @torch.inference_mode()

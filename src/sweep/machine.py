@@ -102,6 +102,10 @@ def check_execution(cell: Cell) -> None:
     execution, device = cell.execution, cell.device
     if execution.name in ("bitmap", "csr") and device != "cpu":
         raise RequestError(f"execution={execution.name} runs on the CPU, got device={device}: set device=cpu")
+    if execution.name == "semi_structured" and not device.startswith("cuda") and not execution.fallback:
+        raise RequestError(f"execution=semi_structured runs on a CUDA device of the Ampere generation or later, got "
+                           f"device={device}: use execution=bitmap, or set execution.fallback=true to run the zeros in dense "
+                           "matrices")  # fmt: skip
     compiler = os.environ.get("CXX", "c++")
     needed = execution.name == "bitmap" and execution.kernel != "torch" and not execution.fallback
     if needed and shutil.which(compiler) is None:

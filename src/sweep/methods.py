@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import layers, models, units, vocabulary, weights
+from sweep import layers, models, shared, units, vocabulary, weights
 from sweep.config import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.outcome import Outcome
 
@@ -23,6 +23,7 @@ def prune(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequential: bool = True,
+    share: shared.Share = shared.alone,
 ) -> Outcome:
     """Prune the model in place and report what was removed.
 
@@ -30,6 +31,7 @@ def prune(
     seed       of criteria that draw numbers
     tokenizer  for methods that change the vocabulary or measure on a task
     sequential weight methods calibrate a block on what the pruned blocks before it put out
+    share      where statistics of the unpruned model come from: by default they are measured
     Raises RuntimeError when the removed count is not the requested one.
     """
     match method:
@@ -39,11 +41,11 @@ def prune(
                 removed=0,
             )
         case Weight():
-            return weights.prune(model, method, sparsity, tokens, seed=seed, sequential=sequential)
+            return weights.prune(model, method, sparsity, tokens, seed=seed, sequential=sequential, share=share)
         case Neuron() | Head():
-            return units.prune(model, method, sparsity, tokens, seed, tokenizer)
+            return units.prune(model, method, sparsity, tokens, seed, tokenizer, share)
         case Layer():
-            return layers.prune(model, method, sparsity, tokens, seed, tokenizer)
+            return layers.prune(model, method, sparsity, tokens, seed, tokenizer, share)
         case Vocab():
             assert tokenizer is not None
             return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from sweep import frontier
 
@@ -59,6 +61,7 @@ _LABEL = 0.28  # inches from the left edge to the foot of a two-line label of th
 _LABELLED = 24  # more points than this, and their sparsities are left to the table
 _HEAT_LINES = 40
 _DARKEST_LOSS = 3.0  # nats a token
+_UNEVEN = 0.005  # standard deviation of the blocks' shares from which they are worth a figure
 _BANDS = {"zipf5up": "5 up", "zipf4to5": "4 to 5", "zipf3to4": "3 to 4", "zipf0to3": "below 3", "no_word": "none"}
 _STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
           "axes.titlesize": 8, "lines.linewidth": 1.1, "lines.markersize": 4.5, "axes.linewidth": 0.6,
@@ -243,6 +246,37 @@ def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figur
     return figure
 
 
+def layer_figure(rows: pd.DataFrame, layers: pd.DataFrame, width: str = "column") -> Figure | None:
+    """The share of each block's weights that is zero or gone, of each method at its sparsity nearest to 0.5.
+
+    layers  the cells' table of that name
+    Means over seeds. None where every block of every method loses the same.
+    """
+    pruned = rows[(rows.method != "dense") & rows.cell.isin(layers.cell)]
+    pruned = pruned.assign(series=series(pruned))
+    distance = (pruned.sparsity - 0.5).abs()
+    pruned = pruned[distance == distance.groupby(pruned.series).transform("min")]
+    blocks = layers.groupby(["cell", "block"])[["weights", "zeros"]].sum()
+    share = (blocks.zeros / blocks.weights).unstack("block")
+    if share.empty or share.loc[pruned.cell].std(axis=1).max() < _UNEVEN:
+        return None
+    figure, axes = _new(width)
+    styles = _styles(rows)
+    for (name, sparsity), cells in pruned.groupby(["series", "sparsity"], sort=True):
+        colour, mark, dashes = styles[name]
+        line = share.loc[cells.cell].mean()
+        axes.plot(
+            line.index, line, color=colour, marker=mark, linestyle=dashes, markersize=3, label=f"{name} {sparsity:g}"
+        )
+    axes.set_xlabel("block")
+    axes.set_ylabel("share of the block's weights\nthat is zero or gone")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _pin_label(axes)
+    _legend(axes)
+    return figure
+
+
 class Saver:
     """Writes figures while the next ones are drawn: two thirds of a report's time goes into PNG, SVG and PDF files.
 
@@ -423,10 +457,12 @@ def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     inches, height = figure.get_size_inches()
-    longest = max(map(len, entries), default=1)
+    entries = {"\n".join(textwrap.wrap(name, int((inches - 0.45) / 0.058))): handle for name, handle in entries.items()}
+    longest = max((len(line) for name in entries for line in name.split("\n")), default=1)
     columns = max(1, min(len(entries), int((inches - 0.2) / (0.33 + 0.062 * longest))))
     box = axes.get_position()
-    legend_height = 0.15 * -(-len(entries) // columns) + 0.06
+    lines = sum(name.count("\n") + 1 for name in entries)
+    legend_height = 0.13 * -(-lines // columns) + 0.08
     total = height + legend_height
     figure.set_size_inches(inches, total)
     axes.set_position((box.x0, box.y0 * height / total, box.width, box.height * height / total))

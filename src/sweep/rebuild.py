@@ -122,39 +122,46 @@ def alps(
     Features are first scaled so that H has a diagonal of one. On the support that is found, conjugate gradients, each
     row with its own step, solve for the values that stay; with that diagonal the Jacobi preconditioner is the identity.
     """
-    raised, _, damping = damped(hessian, damping)
-    scale = raised.diagonal().sqrt()
-    scaled = raised / torch.outer(scale, scale)
+    scaled, _, damping = damped(hessian, damping)
+    scale = scaled.diagonal().sqrt()
+    scaled /= torch.outer(scale, scale)
     sizes = [len(weight) for weight in weights]
-    start = torch.cat(list(weights)) * scale
-    target = start @ scaled
-
+    split = torch.cat(list(weights)).mul_(
+        scale
+    )  # D; it and the others change in place, being the memory that this takes
+    target = split @ scaled
+    multiplier, values = torch.zeros_like(split), torch.empty_like(split)
     before = None if gone is None else torch.cat(list(gone))
 
-    def project(values: Tensor) -> Tensor:
-        scores = values**2 if before is None else (values**2).masked_fill(before, -1.0)
+    def project(candidate: Tensor) -> Tensor:
+        scores = candidate.square() if before is None else candidate.square().masked_fill_(before, -1.0)
         return torch.cat([c(s, 0.0, 1.0) for c, s in zip(choose, scores.split(sizes), strict=True)])
 
-    identity = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
     rho = 0.1
-    multiplier = torch.zeros_like(start)
-    split = start
-    keep = earlier = torch.ones_like(start, dtype=torch.bool)
+    keep = earlier = torch.ones_like(split, dtype=torch.bool)
     for iteration in range(_ITERATIONS):
         if iteration % _STEADY == 0:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + rho * identity))
-        values = (target - multiplier + rho * split) @ inverse
-        candidate = values + multiplier / rho
-        keep = project(candidate)
-        split = candidate.masked_fill(~keep, 0)
-        multiplier = multiplier + rho * (values - split)
+            inverse = _inverse(scaled, rho)
+        torch.mm(split.mul_(rho).add_(target).sub_(multiplier), inverse, out=values)
+        torch.add(values, multiplier, alpha=1 / rho, out=split)
+        keep = project(split)
+        split.masked_fill_(~keep, 0)
+        multiplier.add_(values.sub_(split), alpha=rho)
         if iteration % _STEADY == _STEADY - 1:
             if torch.equal(keep, earlier):
                 break
             earlier = keep
             rho *= _RISE
-    values = refit(split, keep, target, scaled) / scale
-    return list(zip(values.split(sizes), keep.split(sizes), strict=True)), damping
+    del multiplier, values, inverse
+    refitted = refit(split, keep, target, scaled) / scale
+    return list(zip(refitted.split(sizes), keep.split(sizes), strict=True)), damping
+
+
+def _inverse(hessian: Tensor, rho: float) -> Tensor:
+    """(H + rho I)^-1."""
+    raised = hessian.clone()
+    raised.diagonal().add_(rho)
+    return torch.cholesky_inverse(torch.linalg.cholesky(raised))
 
 
 def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
@@ -162,17 +169,18 @@ def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tens
 
     values, keep, target  (R, in)
     """
-    values = values.masked_fill(~keep, 0)
-    residual = (target - values @ hessian).masked_fill(~keep, 0)
-    direction, size = residual, (residual**2).sum(1, keepdim=True)
+    gone = ~keep
+    values = values.masked_fill(gone, 0)
+    residual = (target - values @ hessian).masked_fill_(gone, 0)
+    direction, size = residual.clone(), (residual**2).sum(1, keepdim=True)
     solved = 1e-10 * size  # a row this near is left alone: what remains is rounding error
     for _ in range(_REFIT):
-        moved = (direction @ hessian).masked_fill(~keep, 0)
+        moved = (direction @ hessian).masked_fill_(gone, 0)
         curvature = (direction * moved).sum(1, keepdim=True)
         going = (size > solved) & (curvature > 0)
         step = torch.where(going, size / curvature, 0.0)
-        values = values + step * direction
-        residual = residual - step * moved
+        values.addcmul_(step, direction)
+        residual.addcmul_(step, moved, value=-1)
         size, before = (residual**2).sum(1, keepdim=True), size
-        direction = residual + direction * torch.where(going, size / before, 0.0)
+        direction.mul_(torch.where(going, size / before, 0.0)).add_(residual)
     return values

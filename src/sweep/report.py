@@ -21,7 +21,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
 _PREFERRED = ("acc", "f1", "token_perplexity", "word_perplexity", "perplexity")
-_SAMPLED = 500  # more cells than this, and their single documents are not read
+_SAMPLED = 500  # more cells than this, and their tables are not read
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -102,11 +102,13 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     limit = _drop(wanted.max_drop)
     parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
-    samples = _samples(results, ok)
+    samples, layers = _table(results, ok, "samples"), _table(results, ok, "layers")
     with plot.Saver(wanted.formats) as save:
         for words, part in parts:
             _figures(save, part, metrics, costs, out, words, wanted.width)
             _flips(save, part, samples, metrics, out, words, wanted.width)
+            if layers is not None and (figure := plot.layer_figure(part, layers, wanted.width)) is not None:
+                save(figure, out / f"sparsity-by-block{words}")
         advised = _advice(ok, metrics, costs, limit, wanted)
         summary = tables.summary(ok, metrics, costs)
     drops = plot.drop_table(ok, metrics)
@@ -173,11 +175,11 @@ def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs
             save(bands, out / f"{_file_name(task)}-loss-by-word-frequency{suffix}")
 
 
-def _samples(results: Sequence[str], rows: pd.DataFrame) -> pd.DataFrame | None:
-    """The outcomes of single documents, or None where there are none, or too many cells to read them all."""
+def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFrame | None:
+    """A table of all cells, such as the outcomes of single documents; None where there is none, or of too many cells."""
     if len(rows) > _SAMPLED:
         return None
-    found = [table for folder in results if len(table := store.table(folder, "samples"))]
+    found = [table for folder in results if len(table := store.table(folder, name))]
     return pd.concat(found, ignore_index=True) if found else None
 
 

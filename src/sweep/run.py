@@ -16,11 +16,13 @@ from sweep import (
     efficiency,
     energy,
     execution,
+    layer_sparsity,
     machine,
     methods,
     models,
     perplexity,
     quality,
+    shared,
     text,
     turns,
 )
@@ -30,7 +32,7 @@ from sweep.config import Cell, Dense, Vocab, as_dict
 def run_cell(
     cell: Cell, save_model: str | None = None, command: str | None = None
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """(the measured columns of the row, its tables `samples` and `latency`).
+    """(the measured columns of the row, its tables: `samples`, `layers`, and `latency` and `units` where there are any).
 
     cell        with its device and threads decided
     save_model  folder that receives the pruned model, or None
@@ -57,7 +59,9 @@ def run_cell(
         tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
+    unpruned = layer_sparsity.sizes(model)
     with efficiency.PeakMemory(cell.device) as memory, efficiency.ForwardPasses(model) as passes:
+        share = None if tokens is None else shared.Shared(cell, tokens, passes)
         before = time.perf_counter()
         outcome = methods.prune(
             model,
@@ -67,12 +71,15 @@ def run_cell(
             seed=cell.seed,
             tokenizer=tokenizer,
             sequential=cell.calibration is None or cell.calibration.sequential,
+            share=share or shared.alone,
         )
         tokenizer = outcome.tokenizer or tokenizer
         row["prune_seconds"] = time.perf_counter() - before
     row["prune_peak_memory_bytes"] = memory.peak
     row["calibration_tokens"] = outcome.calibration_tokens
     row["prune_forward_passes"] = passes.of(outcome.calibration_tokens)
+    if share is not None:
+        share.add_to(row)
     row["damping"] = outcome.damping
     row["sparsity_achieved"] = outcome.sparsity
     if outcome.measured is not None:
@@ -80,6 +87,8 @@ def run_cell(
     row["sparsity_units"] = outcome.sparsity_units
     row["sparsity_block_parameters"] = 0.0 if outcome.outside_blocks else outcome.sparsity_of(block_parameters)
     row["sparsity_all_parameters"] = outcome.sparsity_of(dense_parameters)
+    tables = {"layers": layer_sparsity.table(unpruned, model)}
+    del unpruned  # and with it the blocks that are no more part of the model
     model, row["kernel"] = execution.prepare(model, cell.execution)
     saved = {}
     if save_model is not None:
@@ -103,7 +112,9 @@ def run_cell(
         metrics |= quality.rows_by_band(token_rows, dense_tokenizer, tokenizer)
     samples = pd.concat([samples, windows], ignore_index=True)
 
-    tables = {"samples": samples} | ({} if outcome.measured is None else {"units": outcome.measured})
+    tables["samples"] = samples
+    if outcome.measured is not None:
+        tables["units"] = outcome.measured
     if cell.efficiency.repeats:
         dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
         with turns.alone() as others:

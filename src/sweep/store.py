@@ -4,6 +4,7 @@
     cells/0-table-*.parquet     many rows, put together by `python -m sweep.store compact RESULTS`
     samples/CELL.parquet        one row an evaluated example and metric
     latency/CELL.parquet        every timed repeat
+    layers/CELL.parquet         one row a matrix of a block: its weights, and how many of them are zero or gone
     units/CELL.parquet          one row a unit whose drop was asked for: its importance, and whether it was measured
 
 Files appear whole, and the row is written last: where it stands, the rest stands too. pandas takes the columns of a
@@ -67,7 +68,7 @@ COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of whi
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
     "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
 }  # fmt: skip
-TABLES = ("samples", "latency", "units")
+TABLES = ("samples", "latency", "layers", "units")
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
 _COMPACT = "0-table-"
@@ -119,7 +120,7 @@ def recent(results: Where, columns: list[str], at_most: int = 200) -> pd.DataFra
 
 
 def table(results: Where, name: str) -> pd.DataFrame:
-    """The rows of all cells' `samples` or `latency`, with the column `cell`."""
+    """The rows of one of TABLES, of all cells, with the column `cell`."""
     folder, frames = Folder(results), []
     for file in folder.names(name) if folder.exists(name) else []:
         with contextlib.suppress(FileNotFoundError):  # of a cell that is being measured again

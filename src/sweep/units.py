@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import drop, heads, models, repair, select, surgery, unit_scores, unit_statistics
+from sweep import drop, heads, models, repair, select, shared, surgery, unit_scores, unit_statistics
 from sweep.config import GRADIENT_CRITERIA, Head, Neuron
 from sweep.outcome import Outcome
 from sweep.unit_scores import Statistics
@@ -77,11 +77,13 @@ def prune(
     tokens: Tensor | None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    share: shared.Share = shared.alone,
 ) -> Outcome:
     """Prune the model in place, in `method.steps` rounds of measuring and removing.
 
     tokens     (sequences, length) calibration text, for criteria and repairs that read one
     tokenizer  for a drop that is measured on a task
+    share      where statistics of the unpruned model come from
     Raises ValueError when the request leaves a part without a unit, RuntimeError when the matrices are not left with
     the weights that the choice leaves them.
     """
@@ -100,7 +102,7 @@ def prune(
             scores, bundles = measured.scores, measured.groups
             table = measured.table
         else:
-            seen = _statistics(model, method, now, tokens)
+            seen = _statistics(model, method, now, tokens, share if step == 1 else shared.alone)
             scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
@@ -316,13 +318,26 @@ def _columns(members: Tensor, size: int) -> Tensor:
 
 
 def _statistics(
-    model: PreTrainedModel, method: Neuron | Head, parts: list[Part], tokens: Tensor | None
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    parts: list[Part],
+    tokens: Tensor | None,
+    share: shared.Share = shared.alone,
 ) -> list[Statistics] | list[None]:
     if method.criterion in ("random", "l2"):
         return [None] * len(parts)
     assert tokens is not None
-    return unit_statistics.gather(model, [p.output for p in parts], [p.size for p in parts], tokens,
-                                  gradients=method.criterion in GRADIENT_CRITERIA)  # fmt: skip
+    names = [f.name for f in fields(Statistics) if f.name != "tokens"]
+    gradients = method.criterion in GRADIENT_CRITERIA
+
+    def measure() -> shared.Tensors:
+        outputs, sizes = [p.output for p in parts], [p.size for p in parts]
+        found = unit_statistics.gather(model, outputs, sizes, tokens, gradients=gradients)
+        return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
+
+    where = [(part.block, part.size) for part in parts]
+    found = share(f"{method.family} statistics of {where}, {gradients=}", measure)
+    return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
 
 
 def _compensate(part: Part, keep: Tensor, seen: Statistics) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import calibrate, models, rebuild, scores, select, surgery
+from sweep import calibrate, models, rebuild, scores, select, shared, surgery
 from sweep.calibrate import Inputs
 from sweep.config import CALIBRATED, REBUILDING, RequestError, Weight, checked_weight, groups
 from sweep.outcome import Outcome
@@ -41,6 +41,7 @@ class Job:
     sequential: bool  # blocks are calibrated on what the pruned blocks before them put out
     device: torch.device | None  # where blocks are calibrated and pruned, one at a time; None = where they lie
     shapes: dict[str, torch.Size]  # of the targets, in order
+    share: shared.Share  # where the norms of what the dense model's layers read come from
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
 
     def weights(self) -> Weights:
@@ -54,15 +55,18 @@ class Job:
                              "read calibration text: pass tokens")  # fmt: skip
         return self.tokens
 
-    def score(self, name: str, weight: Tensor, inputs: Inputs | None) -> Tensor:
-        """The importance of one matrix by the method's criterion; of an embedding, which reads no activations, |W|."""
+    def score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
+        """The importance of one matrix by the method's criterion; of an embedding, which reads no activations, |W|.
+
+        norm  (in,) of each feature that it reads
+        """
         if self.method.criterion == "random":
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             importance = scores.random(weight, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
-        elif inputs is None:
+        elif norm is None:
             importance = scores.magnitude(weight)
         else:
-            importance = FROM_INPUTS.get(self.method.criterion, scores.wanda)(weight, inputs.norm)
+            importance = FROM_INPUTS.get(self.method.criterion, scores.wanda)(weight, norm.to(weight.device))
         return self.marked(weight, importance)
 
     def marked(self, weight: Tensor, importance: Tensor) -> Tensor:
@@ -78,6 +82,7 @@ def prune(
     seed: int = 0,
     sequential: bool = True,
     device: torch.device | str | None = None,
+    share: shared.Share = shared.alone,
 ) -> Outcome:
     """Prune the model in place. The arguments are those of `Job`.
 
@@ -89,13 +94,13 @@ def prune(
     _check_finite(found)
     shapes = {name: weight.shape for name, weight in found.items()}
     del found
-    job = Job(model, method, tokens, seed, sequential, None if device is None else torch.device(device), shapes)
+    job = Job(model, method, tokens, seed, sequential, None if device is None else torch.device(device), shapes, share)
     size = sum(shape.numel() for shape in shapes.values())
     removed, dampings = 0, []
     for step in range(1, method.steps + 1):
         # the cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878: most goes early, while there is most to spare
-        share = sparsity * (1 - (1 - step / method.steps) ** 3) if step < method.steps else sparsity
-        removed, damping = _prune_to(replace(job, gone=step > 1), share)
+        goal = sparsity * (1 - (1 - step / method.steps) ** 3) if step < method.steps else sparsity
+        removed, damping = _prune_to(replace(job, gone=step > 1), goal)
         dampings.append(damping)
     expected = (
         sum(_removed_by_pattern(method.pattern, shapes).values()) if method.pattern else select.count(size, sparsity)
@@ -212,9 +217,11 @@ def owl(job: Job, sparsity: float) -> dict[str, float]:
     to a range of twice `outlier_range`, are what they keep more or less than the average block.
     """
     shares: dict[str, float] = {}
-    for block, weights, inputs in read_blocks(replace(job, sequential=False), hessian=False):
-        if block and weights:
-            found = [scores.wanda(weight, inputs[name].norm) for name, weight in weights.items()]
+    norms, weights = dense_norms(job), job.weights()
+    for block in models.block_names(job.model):
+        found = [scores.wanda(weight, norms[name].to(weight.device))
+                 for name, weight in weights.items() if name.startswith(f"{block}.")]  # fmt: skip
+        if found:
             size = sum(s.numel() for s in found)
             bar = job.method.outlier_ratio * sum(float(s.sum()) for s in found) / size
             shares[block] = sum(int((s > bar).sum()) for s in found) / size
@@ -231,11 +238,18 @@ def dense_scores(job: Job) -> Callable[[], Iterator[Tensor]]:
         norms = calibrate.gradient_norms(job.model, job.text(), weights)
         found = [job.marked(weights[name], scores.gradient(weights[name], norms.pop(name))) for name in job.shapes]
         return lambda: iter(found)
-    read: dict[str, Inputs] = {}
-    if job.method.criterion in CALIBRATED:
-        for _, weights, inputs in read_blocks(replace(job, sequential=False), hessian=False):
-            read |= {name: inputs[name] for name in weights if name in inputs}
-    return lambda: (job.score(name, weight, read.get(name)) for name, weight in job.weights().items())
+    norms = dense_norms(job) if job.method.criterion in CALIBRATED else {}
+    return lambda: (job.score(name, weight, norms.get(name)) for name, weight in job.weights().items())
+
+
+def dense_norms(job: Job) -> dict[str, Tensor]:
+    """||x_j||_2 of what each target reads, (in,) float32, with the model as it is now. An embedding has none."""
+
+    def measure() -> dict[str, Tensor]:
+        read = read_blocks(replace(job, sequential=False), hessian=False)
+        return {name: inputs[name].norm for _, weights, inputs in read for name in weights if name in inputs}
+
+    return job.share(f"input norms of {list(job.shapes)}", measure)
 
 
 # ---- selection within a matrix ----
@@ -280,6 +294,7 @@ def _choose(method: Weight, drop: int) -> rebuild.Choose:
 
 def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
     """(how many weights were removed, the largest damping of a Hessian or None)."""
+    job = replace(job, share=shared.once(shared.alone if job.gone else job.share))  # a later step's model is its own
     counts = allocate(job, sparsity)
     removed, dampings = 0, []
     if job.method.criterion in REBUILDING:
@@ -295,7 +310,10 @@ def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
 
 def _scored(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight, scores) of every target; the caller prunes it before the next is scored."""
-    if job.method.allocation == "global" or job.method.criterion not in CALIBRATED:
+    at_once = job.method.allocation == "global" or not (
+        job.sequential or job.device or job.method.criterion == "gradient"
+    )
+    if at_once or job.method.criterion not in CALIBRATED:
         yield from zip(job.shapes, job.weights().values(), dense_scores(job)(), strict=True)
     elif job.method.criterion == "gradient":
         for part in _parts(job):
@@ -305,7 +323,7 @@ def _scored(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
     else:
         for _, weights, inputs in read_blocks(job, hessian=False):
             for name, weight in weights.items():
-                yield name, weight, job.score(name, weight, inputs.get(name))
+                yield name, weight, job.score(name, weight, inputs[name].norm if name in inputs else None)
 
 
 def _parts(job: Job) -> Iterator[Weights]:

@@ -1,0 +1,107 @@
+"""Statistics that cells share: read, they change no number, and a row says what its cell costs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import random_tokens, tiny_model
+from sweep import cache, methods, run, shared
+from sweep.config import (
+    Benchmarks,
+    Calibration,
+    Cell,
+    Efficiency,
+    Execution,
+    Head,
+    Layer,
+    Method,
+    Model,
+    Neuron,
+    Weight,
+)
+
+SHARING = [
+    Weight("weight", criterion="wanda", allocation="owl"),
+    Weight("weight", criterion="ria", allocation="global"),
+    Neuron(criterion="taylor_balanced"),
+    Neuron(criterion="flap"),
+    Head(criterion="activation"),
+    Head(criterion="taylor_abs", unit="query"),
+    Layer(criterion="block_influence"),
+]
+
+
+@pytest.mark.parametrize("method", SHARING, ids=lambda m: f"{m.family}-{m.criterion}-{getattr(m, 'allocation', '')}")
+@pytest.mark.parametrize("sequential", [True, False])
+def test_shared_statistics_give_the_same_model(method: Method, sequential: bool) -> None:
+    tokens, store, asked = random_tokens(), dict[str, shared.Tensors](), list[str]()
+
+    def share(what: str, measure) -> shared.Tensors:
+        asked.append(what)
+        if what not in store:
+            store[what] = measure()
+        return {name: t.clone() for name, t in store[what].items()}
+
+    for sparsity in (0.25, 0.5):
+        alone, together = tiny_model("llama"), tiny_model("llama")
+        methods.prune(alone, method, sparsity, tokens, sequential=sequential)
+        methods.prune(together, method, sparsity, tokens, sequential=sequential, share=share)
+        for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert len(store) == 1 and len(asked) == 2
+
+
+def test_wanda_on_the_dense_models_activations_shares_them() -> None:
+    store: list[str] = []
+
+    def share(what: str, measure) -> shared.Tensors:
+        store.append(what)
+        return measure()
+
+    method = Weight("weight", criterion="wanda", scope="row")
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, share=share)
+    assert not store  # each block reads what the pruned blocks before it put out
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=False, share=share)
+    assert len(store) == 1
+
+
+@pytest.mark.parametrize("method", [Weight("weight", allocation="global", steps=2, criterion="wanda"),
+                                    Neuron(criterion="taylor_abs", steps=2)])  # fmt: skip
+def test_only_the_first_step_reads_what_was_measured_on_the_unpruned_model(method: Method) -> None:
+    asked: list[str] = []
+
+    def share(what: str, measure) -> shared.Tensors:
+        asked.append(what)
+        return measure()
+
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, share=share)
+    assert len(asked) == 1
+
+
+def cell(checkpoint: Path, sparsity: float, **changes) -> Cell:
+    settings = {"method": Neuron(criterion="taylor_abs"), "seed": 0} | changes
+    return Cell(Model("tiny", "local", str(checkpoint)), sparsity=sparsity, benchmarks=Benchmarks(()),
+                calibration=Calibration("pydoc", 4, 16), efficiency=Efficiency(repeats=0), execution=Execution("shrunk"),
+                dtype="float32", device="cpu", **settings)  # fmt: skip
+
+
+def test_a_second_sparsity_measures_nothing_and_its_row_says_what_it_costs(
+    tiny_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(**changes) -> pd.Series:
+        return pd.Series(run.run_cell(cell(tiny_checkpoint, **changes))[0])
+
+    first = row(sparsity=0.25)
+    (entry,) = [e for e in cache.entries() if e.name.startswith("statistics/")]
+    (entry.path / "cost.json").write_text('{"seconds": 1000.0, "forward_passes": 7.0, "peak_bytes": 123456789012345}')
+    second = row(sparsity=0.5)
+    assert first.prune_forward_passes == 1 and first.prune_seconds < 1000
+    assert second.prune_seconds > 1000 and second.prune_forward_passes == 7
+    assert second.prune_peak_memory_bytes == 123456789012345
+    other = row(sparsity=0.5, seed=1)  # another draw of the text
+    assert other.prune_seconds < 1000
+    assert len([e for e in cache.entries() if e.name.startswith("statistics/")]) == 2
