@@ -218,7 +218,7 @@ def request(**changes: object) -> dict[str, object]:
     [
         ({"dtype": "float16"}, "execution=bitmap holds bfloat16 or float32, got dtype=float16"),
         ({"dtype": "float32", "execution": {"name": "bitmap", "kernel": "avx512_bf16"}}, "multiplies bfloat16, got dtype=float32"),
-        ({"execution": {"name": "csr"}}, "execution=csr multiplies float32 only, got dtype=bfloat16"),
+        ({"execution": {"name": "csr"}, "dtype": "bfloat16"}, "execution=csr multiplies float32 only, got dtype=bfloat16"),
         ({"execution": {"name": "bitmap", "kernel": "sse"}}, "execution.kernel must be one of auto"),
         ({"execution": {"name": "semi_structured"}}, "hold two weights at most: set method.pattern=2:4 sparsity=0.5"),
         (
@@ -379,3 +379,13 @@ def test_the_executions_of_a_sweep_differ_in_bytes_and_not_in_quality(tmp_path: 
             assert row.timed_repeats == 6 and row.timing_ended_by == "repeats"
     cell = rows[rows.execution == "bitmap"].cell.iloc[0]
     assert execution.compressed(sweep.load_model(tmp_path / "saved" / cell)[0])
+
+
+def test_an_execution_that_multiplies_one_dtype_decides_it_for_its_baseline_too() -> None:
+    for baseline in (False, True):
+        assert parse(request(execution={"name": "csr"}, baseline=baseline))[0].dtype == "float32"
+        assert (
+            parse(request(execution={"name": "bitmap", "kernel": "avx512_bf16"}, baseline=baseline))[0].dtype
+            == "bfloat16"
+        )
+        assert parse(request(execution={"name": "bitmap"}, baseline=baseline))[0].dtype == "auto"

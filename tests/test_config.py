@@ -55,7 +55,7 @@ def band(**settings: object) -> dict:
         ({"benchmarks": {}}, "benchmarks.tasks is missing"),
         ({"benchmarks": "pydoc"}, "benchmarks must be a group of settings, got 'pydoc'"),
         ({"efficiency": {"repeats": 5}}, "efficiency.repeats must be at least 6, or 0 to time nothing; got 5"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
         ({"model": {**MODEL, "name": "???"}}, "model.name is missing: set model.name=VALUE"),
         (band(among_smallest=1.2), r"among_smallest must be in \(0, 1\], the share .* got 1.2"),
         (band(among_smallest=0), r"among_smallest must be in \(0, 1\], the share .* got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,22 @@ def test_identity_ignores_how_a_sweep_is_run(cell: Cell) -> None:
     for other in (replace(cell, seed=1), replace(cell, sparsity=0.51), replace(cell, dtype="float32"), replace(cell, threads=2),
                   replace(cell, calibration=Calibration("pydoc")), replace(cell, benchmarks=Benchmarks(("capitals",)))):  # fmt: skip
         assert identity.cell_name(other) != name
+
+
+def test_the_dtype_is_what_the_machine_multiplies(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, asked = replace(cell, dtype="auto"), replace(cell, dtype="float16")
+    for able, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda able=able: able)
+        for part in (machine.Share(), machine.Share(elsewhere=True)):
+            assert machine.resolve(free, part).dtype == expected
+            assert machine.resolve(asked, part).dtype == "float16"
+        on_gpu = machine.resolve(replace(free, device="auto"), machine.Share(elsewhere=True, has_gpu=True))
+        assert on_gpu.dtype == "bfloat16"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch tells the instructions of x86 alone")
+def test_instructions_for_bfloat16_are_those_that_torch_finds() -> None:
+    import torch
+
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert machine.multiplies_bfloat16() == has

@@ -199,6 +199,9 @@ class Efficiency:
     seconds: float = _at_least(1, default=60.0)
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class Execution:
     name: Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"] = "dense"
@@ -219,7 +222,7 @@ class Cell:
     execution: Execution
     perplexity: Perplexity = field(default=Perplexity())
     seed: int = _at_least(0, default=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "auto"
     device: str = "auto"
     threads: int | None = _at_least(1, default=None)
     data_root: str | None = None
@@ -279,6 +282,8 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     if not isinstance(method, Mapping):
         raise RequestError(f"method={method} replaces the whole group: write +method={method}, with the plus")
     cell = build(Cell, composed, "", also=option_names)
+    if cell.dtype == "auto":  # the baseline, too, is measured in what the execution multiplies
+        cell = replace(cell, dtype=_only_dtype(cell.execution))
     if options.baseline:
         cell = replace(cell, method=Dense())
     cell = _normalised(cell)
@@ -363,10 +368,17 @@ def _checked_timing(asked: Efficiency) -> Efficiency:
     return asked if asked.precision is not None else replace(asked, seconds=Efficiency.seconds)
 
 
+def _only_dtype(execution: Execution) -> Dtype:
+    """The dtype that an execution alone multiplies, or that it is meant for; `auto` where it is the machine's choice."""
+    if execution.name == "csr":
+        return "float32"
+    return "bfloat16" if execution.name == "semi_structured" or execution.kernel == "avx512_bf16" else "auto"
+
+
 def _check_bitmap(cell: Cell) -> None:
-    if cell.dtype not in ("bfloat16", "float32"):
+    if cell.dtype == "float16":
         raise RequestError(f"execution=bitmap holds bfloat16 or float32, got dtype={cell.dtype}: set dtype=bfloat16")
-    if cell.execution.kernel == "avx512_bf16" and cell.dtype != "bfloat16":
+    if cell.execution.kernel == "avx512_bf16" and cell.dtype == "float32":
         raise RequestError(f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use "
                            "execution.kernel=avx512")  # fmt: skip
 

