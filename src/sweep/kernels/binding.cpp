@@ -93,10 +93,14 @@ char* scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Many inputs: a panel of rows at a time is expanded and multiplied by the dense product of PyTorch.
+// Many inputs: a panel of rows at a time is expanded and multiplied by the dense product of PyTorch. Where the processor
+// has no instructions for bfloat16 that product takes many times as long as float32's, and the panel is widened first.
 template <class T>
 Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias, int64_t panel_bytes) {
-  const Tensor input = x.reshape({-1, m.columns});
+  const bool widened = sizeof(T) == sizeof(sweep::bf16) && !sweep::available(Version::avx512_bf16);
+  const auto type = widened ? at::kFloat : x.scalar_type();
+  const Tensor input = x.reshape({-1, m.columns}).to(type);
+  const Tensor added = bias.defined() ? bias.to(type) : bias;
   const int64_t row_bytes = m.columns * static_cast<int64_t>(sizeof(T));
   const int64_t panels = std::max<int64_t>((m.rows * row_bytes + panel_bytes - 1) / panel_bytes, 1);
   const int64_t tiles = (m.rows + panels * TILE - 1) / (panels * TILE);
@@ -109,9 +113,9 @@ Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, co
     over_rows(m, begin, end, [&](int64_t from, int64_t to) {
       sweep::expand(version, m, dense + (from - begin) * m.columns, from, to);
     });
-    const Tensor weight = at::from_blob(dense, {end - begin, m.columns}, x.options());
-    const Tensor part = at::linear(input, weight, bias.defined() ? bias.narrow(0, begin, end - begin) : bias);
-    if (!out.defined()) return part;
+    const Tensor weight = at::from_blob(dense, {end - begin, m.columns}, x.options()).to(type);
+    const Tensor part = at::linear(input, weight, added.defined() ? added.narrow(0, begin, end - begin) : added);
+    if (!out.defined()) return part.to(x.scalar_type());
     out.narrow(1, begin, end - begin).copy_(part);
   }
   return out.defined() ? out : at::empty({input.size(0), 0}, x.options());
