@@ -135,6 +135,7 @@ def test_a_cell_of_quality_alone_has_no_times_and_no_zeros_for_them(tmp_path: Pa
         (["+method=weight", "sparsty=0.1"], "sweep: unknown key 'sparsty'. Did you mean 'sparsity'?"),
         (["+method=weight", "benchmarks.limt=1"], "Did you mean 'benchmarks.limit'?"),
         (["+method=weight", "+speed=1"], "sweep: unknown key 'speed'"),
+        (["method.steps=2"], "'method.steps' is a key of a method, and the command chooses none: add +method=NAME"),
         (["+method=weight", "device=tpu"], "sweep: device must be auto, cpu, cuda, cuda:N or mps; got 'tpu'"),
         (["+method=weight", "threads=9999"], "sweep: threads=9999 is more than the"),
         (["+method=weight", "benchmarks.tasks=[capitols]"], "'capitols' is no task of sweep or lm-eval. Did you mean 'capitals'?"),

@@ -55,6 +55,8 @@ def explain(error: Exception) -> str:
     text = "\n".join(texts)
     if match := re.search(r"full_key: ([\w.]+)", text):
         key = match[1]
+        if key.startswith("method.") and key in known_keys():
+            return f"'{key}' is a key of a method, and the command chooses none: add +method=NAME"
         return f"unknown key '{key}'.{did_you_mean(key, known_keys())} All keys: python -m sweep --help"
     if match := re.search(r"Could not override '([^']+)'.\s*No match in the defaults list", text):
         word = next((word for word in sys.argv if word.startswith(f"{match[1]}=")), f"{match[1]}=NAME")
