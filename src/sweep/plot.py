@@ -105,9 +105,9 @@ def cost_figure(rows: pd.DataFrame, cost: str, metric: str, width: str = "column
     figure, axes = _new(width)
     _draw_frontier(axes, points, **losses)
     _draw_series(axes, points, joined=False)
+    _finish(axes, points, cost, metric)
     if len(points) <= _LABELLED:
         _draw_sparsities(axes, points)
-    _finish(axes, points, cost, metric)
     hollow = Line2D([], [], marker="o", color="0.3", markerfacecolor="white", linestyle="none")
     extra = {"within noise of the frontier": hollow} if (points.standing == frontier.WITHIN_NOISE).any() else {}
     _legend(axes, extra)
@@ -407,9 +407,23 @@ def _staircase(points: pd.DataFrame, y: str, grid: np.ndarray, *, x_is_loss: boo
 
 
 def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
-    for point in points[points.method != "dense"].itertuples():
-        axes.annotate(f"{point.sparsity:g}", (point.x, point.y), textcoords="offset points", xytext=(4, 3), fontsize=6,
-                      color="0.3")  # fmt: skip
+    """The sparsity beside each mark, where that lies upon no other mark and no other number; else the table has it."""
+    axes.autoscale_view()  # settles what the axes show
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    places = axes.transData.transform(points[["x", "y"]]) * 72 / figure.dpi  # in the unit of a font's size
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    for point, (x, y) in zip(points.itertuples(), places, strict=True):
+        text, size = f"{point.sparsity:g}", 6
+        width = 0.6 * size * len(text)
+        for right, up in ((4, 3), (4, -9), (-4 - width, 3), (-4 - width, -9)):
+            box = (x + right, y + up, x + right + width, y + up + size)
+            free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
+            if free and point.method != "dense":
+                axes.annotate(text, (point.x, point.y), textcoords="offset points", xytext=(right, up), fontsize=size,
+                              color="0.3")  # fmt: skip
+                taken.append(box)
+                break
 
 
 def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
