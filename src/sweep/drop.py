@@ -198,9 +198,8 @@ def likelihoods(
             raise RuntimeError(f"going on from block 0 gives log-likelihoods that differ by up to "
                                f"{np.abs(base - again).max():.3g} nats from those of {type(model).__name__}")  # fmt: skip
         key = _key(model, probe) if resume else ""
-        many = sum(len(a.columns) for a in ablations) > PAYS * run.head.weight.shape[1]
-        if many if spare_head is None else spare_head:
-            run.spare_head()
+        if spare_head is None:  # by all units, not by those that an interrupted run left: it must go on as it began
+            spare_head = sum(len(a.columns) for a in ablations) > PAYS * run.head.weight.shape[1]
         depth = len(run.blocks)
         work = sum((depth - a.block) * len(a.columns) for a in ablations)
         found = []
@@ -208,6 +207,8 @@ def likelihoods(
             for ablation in ablations:
                 store = _Partial(key, ablation, len(probe.options)) if resume else _Unkept(ablation, len(probe.options))
                 missing = store.missing()
+                if spare_head and missing:
+                    run.spare_head()
                 bar.update((depth - ablation.block) * (len(ablation.columns) - len(missing)))
                 for indices, values in run.ablated(ablation, missing):
                     store.put(indices, values)
@@ -272,7 +273,7 @@ class Resumed:
 
     def spare_head(self) -> None:
         """From now on the head is computed only where its log-normaliser does not follow from the whole model's."""
-        if self.softcap is not None:
+        if self._expansion is not None or self.softcap is not None:
             return  # capped logits are not linear in the states
         weight = self.head.weight
         count = EXPANSION_BYTES // (4 * weight.shape[1] ** 2)
