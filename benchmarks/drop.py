@@ -1,7 +1,8 @@
 """What each trick brings to the measured drop, on the embedded model in float32: python benchmarks/drop.py PART
 
     agreement   100 random neurons: resumed and batched against plain zeroing, in nats of the loss
-    speed       CPU seconds a neuron: a full forward pass; resumed; batched; with few scored tokens; all blocks' mean
+    speed       CPU seconds a neuron: a full forward pass with the head at all tokens; resumed; batched; the head
+                spared, its preparation spread over all neurons; with few scored tokens; all blocks' mean
     screening   one block measured in full and with screening: the share of the removed set that is the same, and CPU
 
 Times are of the processor, not the clock, and of interleaved runs. What was measured is kept in the cache: a part that
@@ -59,43 +60,50 @@ def agreement(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> None:
     scheme = drop.Scheme("loss", probe)
     ablations = [drop.Ablation(part.block, part.output, [torch.tensor([u]) for block, u in chosen if block == part.block])
                  for part in parts]  # fmt: skip
-    base, found = drop.likelihoods(model, probe, [a for a in ablations if a.columns])
-    resumed = drop.importance(scheme, base, np.concatenate(found))
+    measured = [a for a in ablations if a.columns]
+    runs = [drop.likelihoods(model, probe, measured, resume=False, spare_head=spare) for spare in (False, True)]
+    resumed = np.stack([drop.importance(scheme, base, np.concatenate(found)) for base, found in runs], 1)
     whole, gaps, plain = plain_loss(model, tokens), [], []
-    for (block, unit), value in zip(chosen, resumed, strict=True):
+    for (block, unit), values in zip(chosen, resumed, strict=True):
         column = models.weight(parts[block].output).data[:, unit]
         saved = column.clone()
         column.zero_()
         plain.append(plain_loss(model, tokens) - whole)
         column.copy_(saved)
-        gaps.append(abs(plain[-1] - value))
-    print(f"{count} random neurons, {tokens.numel()} tokens: largest difference {max(gaps):.2e} nats, "
-          f"median {statistics.median(gaps):.2e}; drops from {min(plain):.2e} to {max(plain):.2e}")  # fmt: skip
+        gaps.append(np.abs(plain[-1] - values))
+    print(f"{count} random neurons, {tokens.numel()} tokens; drops from {min(plain):.2e} to {max(plain):.2e} nats")
+    for name, gap in zip(("the head at all positions", "the head spared"), np.array(gaps).T, strict=True):
+        print(f"{name}: largest difference {gap.max():.2e} nats, median {np.median(gap):.2e}")
 
 
 @torch.inference_mode()
 def speed(model: PreTrainedModel, tokens: torch.Tensor, repeats: int) -> None:
     parts = units.parts(model, Neuron())
     depth = len(parts)
-    sampled = [0, depth // 2, depth - 1]
+    sampled = sorted({int(block) for block in np.linspace(0, depth - 1, 5)})  # sparing the head differs by block
     probe = drop.probe_of_text(tokens)
     last = [[row[:-1].tolist() for row in tokens], [[[int(row[-1])]] for row in tokens]]
     few = drop.probe_of_questions(*last, [0] * len(tokens))
     batch = max(1, drop.TOKENS_AT_ONCE // tokens.numel())
+    spared = "the same, the head spared: what is used"
     runs = {"resumed": (drop.Resumed(model, probe), 1), "resumed and batched": (drop.Resumed(model, probe), batch),
-            "the same, one scored token a text": (drop.Resumed(model, few), batch)}  # fmt: skip
+            spared: (drop.Resumed(model, probe), batch),
+            "resumed and batched, one scored token a text": (drop.Resumed(model, few), batch)}  # fmt: skip
     runs["resumed"][0].at_once = 1
+    prepared = cpu(runs[spared][0].spare_head) / sum(part.units for part in parts)
     times: dict[str, list[list[float]]] = {name: [[] for _ in sampled] for name in runs}
     full: list[float] = []
+    draw = np.random.default_rng(0)
     plain_loss(model, tokens)  # warms up
     for _ in range(repeats):
         full.append(cpu(lambda: plain_loss(model, tokens)))
         for name, (run, at_once) in runs.items():
             for i, block in enumerate(sampled):
                 # What a block costs once, however many neurons follow, is taken off.
-                ablation = drop.Ablation(block, parts[block].output, list(torch.arange(at_once).view(-1, 1)))
+                neurons = torch.from_numpy(draw.permutation(parts[block].units)[:at_once])
+                ablation = drop.Ablation(block, parts[block].output, list(neurons.view(-1, 1)))
                 once, batched = (cpu(functools.partial(ablate, run, ablation, n)) for n in (0, at_once))
-                times[name][i].append((batched - once) / at_once)
+                times[name][i].append((batched - once) / at_once + (prepared if name == spared else 0))
     whole = statistics.median(full)
     lines: list[list[Any]] = [["full forward pass", whole, 1.0, *[None] * len(sampled)]]
     for name, per_block in times.items():

@@ -38,8 +38,9 @@ def zeroed(model: PreTrainedModel, block: int, columns: torch.Tensor, part: str)
 QUESTIONS = ([[5, 6, 7], [8, 9]], [[[10], [11, 12], [11, 13]], [[14, 15, 16], [10]]])
 
 
+@pytest.mark.parametrize("spare_head", [False, True])
 @pytest.mark.parametrize("part", ["neuron", "head"])
-def test_a_drop_is_what_plain_zeroing_gives(family: str, part: str, cache_folder: object) -> None:
+def test_a_drop_is_what_plain_zeroing_gives(family: str, part: str, spare_head: bool) -> None:
     model = tiny_model(family)
     tokens = random_tokens(3, 9)
     whole = [row[:1].tolist() for row in tokens], [[row[1:].tolist()] for row in tokens]
@@ -49,12 +50,39 @@ def test_a_drop_is_what_plain_zeroing_gives(family: str, part: str, cache_folder
         (drop.probe_of_text(tokens), whole),
         (drop.probe_of_questions(*QUESTIONS, [0, 1]), QUESTIONS),
     ):
-        base, found = drop.likelihoods(model, probe, ablations, resume=False)
+        base, found = drop.likelihoods(model, probe, ablations, resume=False, spare_head=spare_head)
         np.testing.assert_allclose(base, plain(model, prompts, answers), atol=1e-4)
         for ablation, values in zip(ablations, found, strict=True):
             for columns, value in zip(ablation.columns, values, strict=True):
                 gone = zeroed(model, ablation.block, columns, part)
                 np.testing.assert_allclose(value, plain(gone, prompts, answers), atol=1e-4)
+
+
+def test_the_head_is_spared_where_the_bound_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))  # 24 scored positions
+    part = units.parts(model, Neuron())[0]
+    ablation = drop.Ablation(0, part.output, list(torch.arange(24).view(-1, 1)))
+    whole, original = [], drop.Resumed._log_normaliser_in_full
+
+    def in_full(self: drop.Resumed, states: torch.Tensor) -> torch.Tensor:
+        whole.append(len(states))
+        return original(self, states)
+
+    monkeypatch.setattr(drop.Resumed, "_log_normaliser_in_full", in_full)
+    counts = {}
+    for tolerance, room in ((1e-4, 2**30), (np.inf, 10 * 4 * 16**2), (-1.0, 2**30)):
+        monkeypatch.setattr(drop, "TOLERANCE", tolerance)
+        monkeypatch.setattr(drop, "EXPANSION_BYTES", room)
+        whole.clear()
+        drop.likelihoods(model, probe, [ablation], resume=False)  # 24 units of a model of hidden size 16: too few
+        assert sum(whole) == 24 * (24 + 2)  # two are the whole model and the check
+        monkeypatch.setattr(drop, "PAYS", 1)
+        whole.clear()
+        drop.likelihoods(model, probe, [ablation], resume=False)
+        counts[tolerance] = sum(whole) - 24 * 2
+        monkeypatch.undo()
+        monkeypatch.setattr(drop.Resumed, "_log_normaliser_in_full", in_full)
+    assert counts[1e-4] < 24 * 24 / 2 and counts[np.inf] == 24 * 14 and counts[-1.0] == 24 * 24
 
 
 def test_a_removed_block_gives_what_the_model_without_it_gives(family: str) -> None:

@@ -2,8 +2,10 @@
 
 Removing a unit takes its columns' share out of its block's output matrix. Everything before that is as it was, so each
 ablation starts from the changed block (`Resumed`); many ablations are stacked on the batch axis and go through the
-later blocks together; and the head sees only the positions that are scored. bfloat16 will not do: one unit changes the
-loss by less than its rounding.
+later blocks together; and the head sees only the positions that are scored. Of those it is spared most: a unit moves
+what enters the head so little that the log-normaliser follows from the whole model's (`normaliser`), with an error
+that is proved to be small or else the head is computed. bfloat16 will not do: one unit changes the loss by less than
+its rounding.
 
 Legend: C ablations at once, R rows (texts), T tokens, d hidden size, P scored positions, O options (a text, or one
 answer of a question). An option's log-likelihood is the sum over its scored tokens.
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import cache, models, text
+from sweep import cache, models, normaliser, text
 from sweep.calibrate import inputs_observed
 from sweep.config import Drop
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
@@ -32,6 +34,9 @@ from sweep.unit_statistics import BATCH, activations_differentiable, first_tenso
 log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 1024  # C * R * T in one pass through the later blocks
+TOLERANCE = 1e-4  # nats: the most that a position's log-normaliser may be off, by proof; by experience a hundredth
+PAYS = 2  # sparing the head costs as much as d heads: so many times d units and it pays
+EXPANSION_BYTES = 2**30  # of covariances, (d, d) a position; the head is not spared at further positions
 _ROWS_OF_LOGITS, _COLUMNS_OF_LOGITS = 512, 8192  # a piece of the logits that stays in the processor's cache
 
 
@@ -169,11 +174,17 @@ def importance(scheme: Scheme, base: np.ndarray, found: np.ndarray) -> np.ndarra
 
 
 def likelihoods(
-    model: PreTrainedModel, probe: Probe, ablations: Sequence[Ablation], *, resume: bool = True
+    model: PreTrainedModel,
+    probe: Probe,
+    ablations: Sequence[Ablation],
+    *,
+    resume: bool = True,
+    spare_head: bool | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """((O,) log-likelihoods of the whole model, for each block (units, O) with one unit left out).
 
-    resume  go on from an earlier, interrupted measurement of the same model, text and units, and keep what is measured
+    resume      go on from an earlier, interrupted measurement of the same model, text and units, and keep what is measured
+    spare_head  whether to prepare for computing it at few positions; None = where that pays, with many units
     Raises ValueError for a model that is not in float32, RuntimeError when going on from a block does not give what
     the whole model gives.
     """
@@ -187,6 +198,8 @@ def likelihoods(
             raise RuntimeError(f"going on from block 0 gives log-likelihoods that differ by up to "
                                f"{np.abs(base - again).max():.3g} nats from those of {type(model).__name__}")  # fmt: skip
         key = _key(model, probe) if resume else ""
+        if spare_head is None:  # by all units, not by those that an interrupted run left: it must go on as it began
+            spare_head = sum(len(a.columns) for a in ablations) > PAYS * run.head.weight.shape[1]
         depth = len(run.blocks)
         work = sum((depth - a.block) * len(a.columns) for a in ablations)
         found = []
@@ -194,6 +207,8 @@ def likelihoods(
             for ablation in ablations:
                 store = _Partial(key, ablation, len(probe.options)) if resume else _Unkept(ablation, len(probe.options))
                 missing = store.missing()
+                if spare_head and missing:
+                    run.spare_head()
                 bar.update((depth - ablation.block) * (len(ablation.columns) - len(missing)))
                 for indices, values in run.ablated(ablation, missing):
                     store.put(indices, values)
@@ -242,15 +257,27 @@ class Resumed:
         self.head = model.get_output_embeddings()
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.at_once = max(1, TOKENS_AT_ONCE // self.rows.numel())
+        self._expansion: normaliser.Expansion | None = None
         self._entering: list[Tensor] = []  # what each block gets in the whole model
         handles = [block.register_forward_pre_hook(
             lambda _, args, kwargs: self._entering.append(first_tensor(args, kwargs)), with_kwargs=True)
             for block in self.blocks]  # fmt: skip
         try:
-            self._base = self._likelihoods(self._scored(self.model, self.rows), 1)[0]
+            hidden = self._scored(self.model, self.rows)
         finally:
             for handle in handles:
                 handle.remove()
+        row, position = probe.places.to(hidden.device).t()
+        self._states = hidden[row, position]  # (P, d) what the head gets in the whole model
+        self._base = self._likelihoods(hidden, 1)[0]
+
+    def spare_head(self) -> None:
+        """From now on the head is computed only where its log-normaliser does not follow from the whole model's."""
+        if self._expansion is not None or self.softcap is not None:
+            return  # capped logits are not linear in the states
+        weight = self.head.weight
+        count = EXPANSION_BYTES // (4 * weight.shape[1] ** 2)
+        self._expansion = normaliser.expand(weight, self.head.bias, self._states[:count])
 
     def whole(self) -> np.ndarray:
         """(O,) log-likelihoods of the model as it is."""
@@ -348,16 +375,27 @@ class Resumed:
         row, position = probe.places.to(hidden.device).t()
         states = hidden.view(copies, *self.rows.shape, -1)[:, row, position]  # (C, P, d)
         index, token, option = probe.reads.to(hidden.device).t()
-        normaliser = self._log_normaliser(states.flatten(0, 1)).view(copies, -1)
+        log_z = self._log_normaliser(states)
         read = torch.einsum("crd,rd->cr", states[:, index], self.head.weight[token])
         if self.head.bias is not None:
             read = read + self.head.bias[token]
-        log_probs = (self._capped(read) - normaliser[:, index]).double()
+        log_probs = (self._capped(read) - log_z[:, index]).double()
         total = torch.zeros(copies, len(probe.options), dtype=torch.double, device=hidden.device)
         return total.index_add_(1, option, log_probs).cpu().numpy()
 
     def _log_normaliser(self, states: Tensor) -> Tensor:
-        """log of the sum over the vocabulary of exp(logit), (n,), without ever holding all logits."""
+        """log of the sum over the vocabulary of exp(logit), (C, P)."""
+        if self._expansion is None:
+            return self._log_normaliser_in_full(states.flatten(0, 1)).view(states.shape[:2])
+        found, known = states.new_empty(states.shape[:2]), len(self._expansion.states)
+        found[:, :known], bound = self._expansion(states[:, :known])
+        far = torch.ones_like(found, dtype=torch.bool)
+        far[:, :known] = ~(bound <= TOLERANCE)  # infinite and undefined bounds too
+        found[far] = self._log_normaliser_in_full(states[far])
+        return found
+
+    def _log_normaliser_in_full(self, states: Tensor) -> Tensor:
+        """The same for (n, d) states, (n,), without ever holding all logits."""
         pieces = []
         for rows in states.split(_ROWS_OF_LOGITS):
             parts = []
