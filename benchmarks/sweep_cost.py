@@ -51,7 +51,9 @@ def cpu_seconds(command: list[str], folder: str) -> tuple[float, str]:
         except ChildProcessError:
             break
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.1f} s: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    return seconds, done.stdout
 
 
 def main() -> None:
