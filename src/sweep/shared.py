@@ -54,11 +54,8 @@ class Shared:
         self._key = [sources.fingerprint(cell.model), cell.dtype, cell.device, cell.threads, list(tokens.shape), digest,
                      torch.__version__, identity.MEASURING_VERSION]  # fmt: skip
         self._device, self._tokens, self._passes = cell.device, tokens.numel(), passes
-        self.seconds, self.forward_passes, self.peak_bytes = (
-            0.0,
-            0.0,
-            0,
-        )  # spent by the cells that measured what was read
+        # spent by the cells that measured what was read
+        self.seconds, self.forward_passes, self.peak_bytes = 0.0, 0.0, 0
 
     def __call__(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
         """What `measure` gives, by name; measured by this cell, or by another before it.
