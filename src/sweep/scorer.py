@@ -33,7 +33,7 @@ TOKENS_PER_ROW = 128  # `benchmarks.batch_size` counts rows of this many tokens
 _WIDEST_TREE = 1024  # tokens; attention costs grow with the width of a row
 _WORTH_SHARING = 0.25  # of a request's tokens must be in the tree already for it to join
 _FULL = 0.8  # a row of a batch is at least so much of the longest: the rest is padding, and computed in vain
-_ROWS_OF_LOGITS = 256  # positions whose log-softmax, in float32, is held at once
+_ROWS_OF_LOGITS = 64  # positions whose log-softmax, in float32, is held at once: memory that the allocator keeps
 
 Request: TypeAlias = tuple[Sequence[int], int]  # tokens, of which the last so many are scored
 
@@ -171,7 +171,7 @@ def _gather(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[np.ndarray, np
         rows = logits[start : start + _ROWS_OF_LOGITS].float()
         here = (at >= start) & (at < start + len(rows))
         row, target = (at[here] - start).to(rows.device), targets[here].to(rows.device)
-        log_probs[here] = (rows[row, target] - rows.logsumexp(-1)[row]).cpu()
+        log_probs[here] = rows.log_softmax(-1)[row, target].cpu()
         greedy[here] = (rows.argmax(-1)[row] == target).cpu()
     return log_probs.numpy(), greedy.numpy()
 
