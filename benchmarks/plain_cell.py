@@ -6,6 +6,7 @@ lm-eval's own model and defaults (a batch of one). Only the texts come from swee
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -22,7 +23,22 @@ from sweep.config import Calibration
 
 @torch.no_grad()
 def wanda(model, tokens, sparsity: float) -> None:
-    """|W| * ||x|| per row, each block's statistics taken after the blocks before it were pruned."""
+    """|W| * ||x|| per row. Each block reads what the pruned ones before it give, and is read again once it is pruned."""
+    hidden, arguments = [], {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(_, args, kwargs) -> None:
+        hidden.append(args[0])
+        arguments.update(kwargs)
+        raise Caught
+
+    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for sequence in tokens.split(1):
+        with contextlib.suppress(Caught):
+            model(sequence, use_cache=False)
+    handle.remove()
     for block in model.model.layers:
         linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
         squares = {m: torch.zeros(m.in_features) for m in linears}
@@ -31,13 +47,14 @@ def wanda(model, tokens, sparsity: float) -> None:
             squares[m] += args[0].float().flatten(0, -2).square().sum(0)
 
         hooks = [m.register_forward_pre_hook(add) for m in linears]
-        for batch in tokens.split(1):
-            model(batch, use_cache=False, logits_to_keep=1)
+        for entering in hidden:
+            block(entering, **arguments)
         for hook in hooks:
             hook.remove()
         for m in linears:
             score = m.weight.float().abs() * squares[m].sqrt()
             m.weight.scatter_(1, score.argsort(dim=1)[:, : round(sparsity * m.in_features)], 0)
+        hidden = [block(entering, **arguments) for entering in hidden]
 
 
 @torch.no_grad()

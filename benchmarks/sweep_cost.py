@@ -1,11 +1,11 @@
 """CPU time of the reference sweep against a plain script a cell: python benchmarks/sweep_cost.py
 
 The reference sweep: magnitude and Wanda, five sparsities, three seeds, `pydoc` and 100 `capitals` questions: 30 cells.
-A sample of both is run, the same two cells: what a cell of each criterion costs is then known, and so is the whole.
-CPU seconds of every process are counted. The script does not time the model, so neither does the sweep that it is
-compared with; what timing adds to a cell is a line of its own.
+A sample of both is run: what a cell of each criterion costs is then known, and so is the whole.
+CPU seconds of every process are counted. The script does not time the model, so neither does the sweep.
 
     --dtype bfloat16    of the plain script; by default the library's own choice for this file, which is float32
+    --timed             also what timing adds to a cell
     --shared            Wanda on activations of the dense model, which its sparsities share (calibration.sequential=false)
 """
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the embedded model's file, when it is found elsewhere")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--timed", action="store_true")
     parser.add_argument("--shared", action="store_true")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -70,30 +71,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # the conversion of the model is made once and for all sweeps; here it may be there already
         first, _ = cpu_seconds([*SWEEP, *untimed, magnitude], folder)  # the dense cell and one by magnitude
-        second, _ = cpu_seconds([*SWEEP, *untimed, wanda], folder)  # one more
-        rows = sweep.load(f"{folder}/results").set_index("criterion")
+        again, _ = cpu_seconds([*SWEEP, *untimed, magnitude, "sparsity=0.4"], folder)  # one more
+        second, _ = cpu_seconds([*SWEEP, *untimed, wanda], folder)
+        rows = sweep.load(f"{folder}/results")
         start, _ = cpu_seconds([*SWEEP, *untimed, both], folder)  # nothing to do
         third, _ = cpu_seconds([*SWEEP, *untimed, wanda, "sparsity=0.4"], folder)  # what it shares is there
-        timed, _ = cpu_seconds([*SWEEP, magnitude], folder)  # the first two cells again, and timed
         for criterion in ("magnitude", "wanda"):
             script = str(Path(__file__).with_name("plain_cell.py"))
             words = [sys.executable, script, str(gguf), criterion, "0.5", "0", options.dtype]
             plain[criterion], outputs[criterion] = cpu_seconds(words, folder)
-    # By magnitude, which draws nothing, three seeds are one cell. A cell by magnitude costs half of what it cost with the
-    # dense one, to good measure: the dense one scores as well. Of Wanda's sparsities one a seed finds nothing to share.
-    cells = {"magnitude": (first - start) / 2, "wanda": second - start, "again": third - start}
-    whole_sweep = start + 6 * cells["magnitude"] + 3 * cells["wanda"] + 12 * cells["again"]
+        timed = cpu_seconds([*SWEEP, magnitude], folder)[0] if options.timed else None  # the first two, and timed
+    # By magnitude, which draws nothing, three seeds are one cell. Of Wanda's sparsities one a seed finds nothing to share.
+    cells = {"magnitude": again - start, "wanda": second - start, "again": third - start}
+    whole_sweep = first + 4 * cells["magnitude"] + 3 * cells["wanda"] + 12 * cells["again"]
     whole_plain = 15 * plain["magnitude"] + 15 * plain["wanda"]
-    lines = [("one cell by magnitude", plain["magnitude"], cells["magnitude"]),
-             ("one cell by Wanda", plain["wanda"], cells["wanda"]),
+    lines = [("the dense cell and one by magnitude", None, first),
+             ("one more by magnitude", plain["magnitude"], cells["magnitude"]),
+             ("one by Wanda", plain["wanda"], cells["wanda"]),
              ("one by Wanda of another sparsity", plain["wanda"], cells["again"]),
-             ("start of a sweep", None, start), ("what timing adds to a cell", None, (timed - first) / 2),
+             ("start of a sweep", None, start),
+             ("what timing adds to a cell", None, timed and (timed - first) / 2),
              ("the reference sweep", whole_plain, whole_sweep)]  # fmt: skip
     print(tabulate(lines, headers=["CPU seconds", f"plain script ({options.dtype})", "sweep"], floatfmt=".1f",
                    missingval="-"))  # fmt: skip
     print(f"ratio {whole_plain / whole_sweep:.1f}; bar 8")
     metrics = [name for name in rows if name in ("pydoc/word_perplexity", "capitals/acc")]
-    print(rows[metrics].to_string(), *outputs.values(), sep="\n")
+    print(rows.set_index(["criterion", "sparsity"])[metrics].to_string(), *outputs.values(), sep="\n")
 
 
 if __name__ == "__main__":
