@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sweep import models, text, unit_statistics, units
-from sweep.config import PROXIES, Calibration, Neuron
+from sweep.config import LABELS, PROXIES, Calibration, Neuron
 from sweep.unit_scores import Statistics
 
-CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_balanced+repair"]
+CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
 BARS = {0.1: 16.0, 0.3: 21.0, 0.5: 33.0}
 
 
@@ -35,10 +35,13 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, window: int = 512) -> flo
     return math.exp(loss / count)
 
 
-def statistics_of(model: PreTrainedModel, tokens: torch.Tensor) -> list[Statistics]:
-    """Everything that the criteria read, in one pass: they then differ in nothing else."""
+def statistics_of(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> dict[str, list[Statistics]]:
+    """Everything that the criteria read, by whose next tokens the gradients are of; they then differ in nothing else."""
     outputs = [ffn.output for ffn in models.ffns(model)]
-    return unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, gradients=True)
+    return {
+        labels: unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels, seed=seed)
+        for labels in ("text", "model")
+    }
 
 
 def pruned(
@@ -47,12 +50,12 @@ def pruned(
     sparsity: float,
     seed: int,
     tokens: torch.Tensor,
-    read: list[Statistics],
+    statistics: dict[str, list[Statistics]],
     mend: bool,
 ) -> PreTrainedModel:
     """A pruned copy, as `units.prune` makes it."""
     model, generator = copy.deepcopy(dense), torch.Generator().manual_seed(seed)
-    parts = units.parts(model, method)
+    parts, read = units.parts(model, method), statistics[LABELS.get(method.criterion, "text")]
     scores = [units.score(method.criterion, part, seen, generator) for part, seen in zip(parts, read, strict=True)]
     keeps = units.choose(parts, scores, method, sparsity, sum(p.weights for p in parts), sum(p.units for p in parts))
     units.cut(
@@ -81,7 +84,7 @@ def main() -> None:
         for seed in range(asked.seeds)
     ]
     lines = []
-    read = [(seed, tokens, statistics_of(dense, tokens)) for seed, tokens in enumerate(calibration)]
+    read = [(seed, tokens, statistics_of(dense, tokens, seed)) for seed, tokens in enumerate(calibration)]
     print(f"read {calibration[0].numel()} tokens a seed", flush=True)
     for name in asked.criteria:
         criterion, _, mend = name.partition("+")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=random_tokens(seed=1)).logits
 
 
-def taylor_abs(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+def taylor_abs(
+    model: PreTrainedModel, tokens: torch.Tensor, labels: Literal["text", "model"] = "text"
+) -> list[torch.Tensor]:
     outputs = [ffn.output for ffn in models.ffns(model)]
-    return [s.product_abs for s in unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, gradients=True)]
+    return [s.product_abs for s in unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels)]
 
 
 @pytest.mark.parametrize("targets", ["all", "attention", "ffn"])
@@ -91,8 +94,11 @@ def test_calibration_changes_nothing_and_holds_nothing(family: str) -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_neuron_importance_is_the_literal_sum_over_tokens(family: str) -> None:
+@pytest.mark.parametrize("labels", ["text", "model"])
+def test_neuron_importance_is_the_literal_sum_over_tokens(family: str, labels: Literal["text", "model"]) -> None:
     model, tokens = tiny_model(family), random_tokens()
+    if labels == "model":  # so sure of itself that only one token can be drawn
+        model.get_output_embeddings().register_forward_hook(lambda _, __, logits: 1e6 * logits.double())
     ffn = models.ffns(model)[1]
     seen = []
 
@@ -101,13 +107,27 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(family: str) -> None:
         seen.append(args[0])
 
     handle = ffn.output.register_forward_pre_hook(keep)
-    out = model(input_ids=tokens).logits[:, :-1]
-    log_p = out.log_softmax(-1).gather(-1, tokens[:, 1:, None])
-    (-log_p.sum()).backward()
+    out = model(input_ids=tokens).logits[:, :-1].float()
+    wanted = tokens[:, 1:] if labels == "text" else out.argmax(-1)
+    (-out.log_softmax(-1).gather(-1, wanted[..., None]).sum()).backward()
     handle.remove()
     expected = (seen[0].detach() * seen[0].grad).abs().flatten(0, -2).sum(0)
     model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(taylor_abs(model, tokens)[1], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(taylor_abs(model, tokens, labels)[1], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_drawn_next_tokens_follow_the_model_and_the_seed() -> None:
+    model, tokens = tiny_model("llama"), random_tokens()
+    outputs = [ffn.output for ffn in models.ffns(model)]
+
+    def signed(seed: int, labels: Literal["text", "model"] = "model") -> torch.Tensor:
+        return unit_statistics.gather(model, outputs, [1, 1], tokens, labels=labels, seed=seed)[1].product
+
+    assert torch.equal(signed(0), signed(0)) and not torch.equal(signed(0), signed(1))
+    draws = torch.stack([signed(seed) for seed in range(64)])  # the expected gradient of a log-likelihood is zero
+    error = draws.std(0) / 8
+    assert (draws.mean(0).abs() < 4 * error).all()
+    assert (signed(0, "text").abs() > 4 * error).any()
 
 
 def test_dense_removes_nothing(family: str) -> None:

@@ -27,7 +27,7 @@ from sweep.config import (
 SHARING = [
     Weight("weight", criterion="wanda", allocation="owl"),
     Weight("weight", criterion="ria", allocation="global"),
-    Neuron(criterion="taylor_balanced"),
+    Neuron(criterion="taylor_sampled"),
     Neuron(criterion="flap"),
     Head(criterion="activation"),
     Head(criterion="taylor_abs", unit="query"),

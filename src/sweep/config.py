@@ -81,6 +81,7 @@ UnitCriterion = Literal[
     "taylor_abs",
     "taylor_norms",
     "taylor_balanced",
+    "taylor_sampled",
     "fisher",
     "drop",
 ]
@@ -102,7 +103,7 @@ class Drop:
 @dataclass(frozen=True)
 class Neuron(Drop):
     family: Literal["neuron"] = "neuron"
-    criterion: UnitCriterion = "taylor_balanced"
+    criterion: UnitCriterion = "taylor_sampled"
     scope: Literal["global", "layer"] = "global"
     steps: int = _at_least(1, default=1)  # rounds of measuring and removing
     repair: bool = False
@@ -143,11 +144,14 @@ Method = Dense | Weight | Neuron | Head | Layer | Vocab
 FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | type[Layer] | type[Vocab]] = {
     "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
-# criteria that need a backward pass over the text
-GRADIENT_CRITERIA = {"taylor", "taylor_abs", "taylor_norms", "taylor_balanced", "fisher"}
+# criteria that need a backward pass over the text, and whose next tokens it is of: the text's own, or the model's
+LABELS: dict[str, Literal["text", "model"]] = {
+    **dict.fromkeys(("taylor", "taylor_abs", "taylor_norms", "taylor_balanced", "fisher"), "text"),
+    "taylor_sampled": "model",
+}
 REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
 BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
-CALIBRATED = GRADIENT_CRITERIA | REBUILDING | {
+CALIBRATED = LABELS.keys() | REBUILDING | {
     "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
 SEEDED = {"random"}  # criteria that draw numbers, text or not
 LATER: dict[str, dict[str, Any]] = {  # settings by group: see as_dict

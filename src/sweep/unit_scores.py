@@ -1,7 +1,8 @@
 """Importance of whole units (FFN neurons, attention heads): tensors in, scores out. Higher = keep.
 
 A unit is a set of columns of its block's output matrix W, (out, columns): one column for a neuron, head_dim columns
-for a head. T tokens, x (T, columns) the input of W, g (T, columns) the gradient of the summed loss with respect to x,
+for a head. T tokens, x (T, columns) the input of W, g (T, columns) the gradient of the summed loss with respect to x (of
+the text's own next tokens, or for `taylor_sampled` of ones drawn from the model),
 (x g)_u the product summed over the columns of unit u: the first-order change of the loss if x_u were doubled.
 Every function returns (units,) float32.
 """
@@ -99,6 +100,10 @@ def taylor_balanced(seen: Statistics) -> Tensor:
     Where blocks compete, comparing m itself strips those whose values are small on the whole, and dividing by the mean
     gives every block the same share. In between is better than either; 0.3 is by measurement
     (benchmarks/neuron_criteria.py), after the normalisation by block of Molchanov et al. 2017 (arXiv:1611.06440).
+
+    `taylor_sampled` is this score of gradients for drawn next tokens: the text's own are one outcome each, and where the
+    model does not expect it, its gradient is large and says little of other text. Drawn ones give the true Fisher
+    information where the text's give the empirical (Kunstner et al. 2019, arXiv:1905.12558).
     """
     middle = taylor_norms(seen).sqrt()
     return middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** 0.3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,24 @@ BATCH = 4  # sequences in one forward pass
 
 
 def gather(
-    model: PreTrainedModel, outputs: Sequence[nn.Module], sizes: Sequence[int], tokens: Tensor, *, gradients: bool
+    model: PreTrainedModel,
+    outputs: Sequence[nn.Module],
+    sizes: Sequence[int],
+    tokens: Tensor,
+    *,
+    labels: Literal["text", "model"] | None,
+    seed: int = 0,
 ) -> list[Statistics]:
     """Statistics of the inputs of `outputs` while the model reads `tokens`.
 
     outputs    the output matrix of each part
     sizes      columns a unit, of each part
-    tokens     (sequences, length); the loss is the summed next-token cross-entropy
-    gradients  False leaves the products zero and spares the backward pass
+    tokens     (sequences, length)
+    labels     the loss is the summed cross-entropy of these next tokens: the text's own, or ones drawn from the model at
+               every position; None spares the backward pass and leaves the products zero
+    seed       of the draws
     """
+    draw = torch.Generator(model.device).manual_seed(seed)
     found: list[Statistics] = []
     sequences = 0  # in the batch that is being read
     for output, size in zip(outputs, sizes, strict=True):
@@ -49,19 +59,23 @@ def gather(
             per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
             seen.product_square += per_sequence.square().sum(0)
 
-        if gradients:
+        if labels is not None:
             x.register_hook(on_gradient)
 
-    with inputs_observed(outputs, observe), activations_differentiable(model) if gradients else torch.no_grad():
+    with (
+        inputs_observed(outputs, observe),
+        activations_differentiable(model) if labels is not None else torch.no_grad(),
+    ):
         for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
             batch, sequences = batch.to(model.device), len(batch)
-            if not gradients:
+            if labels is None:
                 model(input_ids=batch, use_cache=False, logits_to_keep=1)
                 continue
-            logits = model(input_ids=batch, use_cache=False).logits
-            nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
-            ).backward()
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            wanted = batch[:, 1:].flatten()
+            if labels == "model":
+                wanted = torch.multinomial(logits.detach().softmax(1), 1, generator=draw).squeeze(1)
+            nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
     return found
 
 

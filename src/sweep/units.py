@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import drop, heads, models, repair, select, shared, surgery, unit_scores, unit_statistics
-from sweep.config import GRADIENT_CRITERIA, Head, Neuron
+from sweep.config import LABELS, Head, Neuron
 from sweep.outcome import Outcome
 from sweep.unit_scores import Statistics
 
@@ -102,7 +102,7 @@ def prune(
             scores, bundles = measured.scores, measured.groups
             table = measured.table
         else:
-            seen = _statistics(model, method, now, tokens, share if step == 1 else shared.alone)
+            seen = _statistics(model, method, now, tokens, seed, share if step == 1 else shared.alone)
             scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
@@ -171,7 +171,7 @@ def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.
             return unit_scores.taylor_abs(seen)
         case "taylor_norms":
             return unit_scores.taylor_norms(seen)
-        case "taylor_balanced":
+        case "taylor_balanced" | "taylor_sampled":  # of other labels: see config.LABELS
             return unit_scores.taylor_balanced(seen)
         case "fisher":
             return unit_scores.fisher(seen)
@@ -322,21 +322,22 @@ def _statistics(
     method: Neuron | Head,
     parts: list[Part],
     tokens: Tensor | None,
+    seed: int = 0,
     share: shared.Share = shared.alone,
 ) -> list[Statistics] | list[None]:
     if method.criterion in ("random", "l2"):
         return [None] * len(parts)
     assert tokens is not None
     names = [f.name for f in fields(Statistics) if f.name != "tokens"]
-    gradients = method.criterion in GRADIENT_CRITERIA
+    labels = LABELS.get(method.criterion)
 
     def measure() -> shared.Tensors:
         outputs, sizes = [p.output for p in parts], [p.size for p in parts]
-        found = unit_statistics.gather(model, outputs, sizes, tokens, gradients=gradients)
+        found = unit_statistics.gather(model, outputs, sizes, tokens, labels=labels, seed=seed)
         return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
 
     where = [(part.block, part.size) for part in parts]
-    found = share(f"{method.family} statistics of {where}, {gradients=}", measure)
+    found = share(f"{method.family} statistics of {where}, {labels=}, {seed=}", measure)
     return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
 
 
