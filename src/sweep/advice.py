@@ -80,12 +80,13 @@ def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
         return f"{start}none; the frontier has fewer than three points."
     if points.y_low.isna().all():
         return f"{start}{_describe(points.loc[at], cost, metric)}; without intervals, how sure that is cannot be said."
+    middle = {n: points[n].to_numpy() for n in ("x", "y")}
     deviation = {n: ((points[f"{n}_high"] - points[f"{n}_low"]) / 3.92).fillna(0).to_numpy() for n in ("x", "y")}
     draw = np.random.default_rng(0)
     same = 0
     for _ in range(_DRAWS):
-        x, y = (points[n].to_numpy() + deviation[n] * draw.standard_normal(len(points)) for n in ("x", "y"))
-        same += _knee(x, np.maximum(y, points.y.min() * 1e-3), cost, metric) == at
+        x, y = (middle[n] + deviation[n] * draw.standard_normal(len(points)) for n in ("x", "y"))
+        same += _knee(x, np.maximum(y, middle["y"].min() * 1e-3), cost, metric) == at
     return f"{start}{_describe(points.loc[at], cost, metric)} (in {100 * same / _DRAWS:.0f} % of {_DRAWS} redraws)."
 
 

@@ -357,13 +357,14 @@ def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
 
 def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
     pruned = points[points.method != "dense"]
-    styles = _styles(points)
-    colours = [styles[name][0] for name in series(pruned)]
+    styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
+    colours = [styles[name][0] for name in names]
     for draw, along, across in ((axes.hlines, "x", "y"), (axes.vlines, "y", "x")):  # all series at once: many are slow
         if (sides := _bars(pruned, along)) is not None:
             draw(pruned[across], pruned[along] - sides[0], pruned[along] + sides[1], colors=colours, linewidth=0.9,
                  alpha=0.8, zorder=2.5)  # fmt: skip
-    for name, line in pruned.groupby(series(pruned), sort=True):
+    marks = pruned[["sparsity", "x", "y"]].assign(standing=pruned.standing.to_numpy(dtype=object))
+    for name, line in marks.groupby(names, sort=True):
         colour, mark, dashes = styles[name]
         line = line.sort_values(["sparsity", "x"])
         if joined:
@@ -372,7 +373,7 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
                                       (frontier.OFF, colour, 0.45)):  # fmt: skip
             part = line[line.standing == standing]
             if len(part):
-                axes.plot(part.x, part.y, linestyle="none", marker=mark, color=colour, markerfacecolor=face,
+                axes.plot(part.x.to_numpy(), part.y.to_numpy(), linestyle="none", marker=mark, color=colour, markerfacecolor=face,
                           alpha=alpha, zorder=3)  # fmt: skip
         axes.plot([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name)
 
