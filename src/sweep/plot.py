@@ -373,7 +373,7 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
                                       (frontier.OFF, colour, 0.45)):  # fmt: skip
             part = line[line.standing == standing]
             if len(part):
-                axes.plot(part.x.to_numpy(), part.y.to_numpy(), linestyle="none", marker=mark, color=colour, markerfacecolor=face,
+                axes.plot(part.x, part.y, linestyle="none", marker=mark, color=colour, markerfacecolor=face,
                           alpha=alpha, zorder=3)  # fmt: skip
         axes.plot([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name)
 
