@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sweep import models, text, unit_statistics, units
-from sweep.config import LABELS, PROXIES, Calibration, Neuron
+from sweep.config import PROXIES, Calibration, Neuron
 from sweep.unit_scores import Statistics
 
 CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
@@ -35,27 +35,18 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, window: int = 512) -> flo
     return math.exp(loss / count)
 
 
-def statistics_of(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> dict[str, list[Statistics]]:
-    """Everything that the criteria read, by whose next tokens the gradients are of; they then differ in nothing else."""
-    outputs = [ffn.output for ffn in models.ffns(model)]
-    return {
-        labels: unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels, seed=seed)
-        for labels in ("text", "model")
-    }
-
-
 def pruned(
     dense: PreTrainedModel,
     method: Neuron,
     sparsity: float,
     seed: int,
     tokens: torch.Tensor,
-    statistics: dict[str, list[Statistics]],
+    read: list[Statistics],
     mend: bool,
 ) -> PreTrainedModel:
-    """A pruned copy, as `units.prune` makes it."""
+    """A copy pruned by what the criterion `read`, as `units.prune` makes it."""
     model, generator = copy.deepcopy(dense), torch.Generator().manual_seed(seed)
-    parts, read = units.parts(model, method), statistics[LABELS.get(method.criterion, "text")]
+    parts = units.parts(model, method)
     scores = [units.score(method.criterion, part, seen, generator) for part, seen in zip(parts, read, strict=True)]
     keeps = units.choose(parts, scores, method, sparsity, sum(p.weights for p in parts), sum(p.units for p in parts))
     units.cut(
@@ -84,14 +75,20 @@ def main() -> None:
         for seed in range(asked.seeds)
     ]
     lines = []
-    read = [(seed, tokens, statistics_of(dense, tokens, seed)) for seed, tokens in enumerate(calibration)]
+    outputs = [ffn.output for ffn in models.ffns(dense)]
+    read = [
+        unit_statistics.for_criteria(PROXIES, dense, outputs, tokens, seed) for seed, tokens in enumerate(calibration)
+    ]
     print(f"read {calibration[0].numel()} tokens a seed", flush=True)
     for name in asked.criteria:
         criterion, _, mend = name.partition("+")
         method = Neuron(criterion=criterion, scope=asked.scope)  # type: ignore[arg-type]
         line: list[object] = [name]
         for sparsity in asked.sparsity:
-            found = [perplexity(pruned(dense, method, sparsity, *one, mend == "repair"), evaluated) for one in read]
+            found = [
+                perplexity(pruned(dense, method, sparsity, seed, tokens, seen[criterion], mend == "repair"), evaluated)
+                for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
+            ]
             line += [sum(found) / len(found), max(found) - min(found)]
         print(line, flush=True)
         lines.append(line)

@@ -4,14 +4,16 @@
 
 METHOD is a criterion; with +once (sweep alone) the text is read once, with the model as it was, and not again with each
 pruned block (calibration.sequential=false). MODEL is a checkpoint folder, TOKENS an .npy of (sequences, length) token ids, OUT the folder that receives the pruned
-model. The last line printed is JSON: seconds of the pruning call alone, and resident bytes. Everything but that call is
-the same code for both, and nothing of sweep is imported for the other.
+model. The last line printed is JSON: seconds of the pruning call alone, and resident bytes: before the model is loaded,
+with the tool's own code in memory, and the most during the call. Everything but that call is the same code for both, and
+nothing of sweep is imported for the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -49,6 +51,7 @@ def by_llm_compressor(criterion: str, sparsity: str, model, tokenizer, tokens: t
 
 
 TOOLS = {"sweep": by_sweep, "llm-compressor": by_llm_compressor}
+CODE = {"sweep": ["sweep.weights"], "llm-compressor": ["llmcompressor", "llmcompressor.modifiers.pruning"]}
 
 
 def share(sparsity: str) -> float:
@@ -77,6 +80,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     tokens = torch.from_numpy(np.load(asked.tokens))
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    for name in [*CODE[asked.tool], "transformers.models.llama.modeling_llama"]:
+        importlib.import_module(name)
     before = resident("VmRSS")
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype)).eval()
     prune = TOOLS[asked.tool](asked.method, asked.sparsity, model, tokenizer, tokens)

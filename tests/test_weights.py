@@ -406,6 +406,36 @@ def test_sequential_or_not_is_what_the_blocks_read(monkeypatch: pytest.MonkeyPat
     assert torch.equal(read[0], read[2])
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE])
+def test_a_block_that_is_left_after_its_last_layer_has_told_the_same(family: str) -> None:
+    model = make(family)
+    block, name = models.blocks(model)[0], models.block_names(model)[0]
+    found, ended = [], []
+    for advance in (True, False):
+        text = calibrate.enter(model, random_tokens())
+        counting = block.register_forward_hook(lambda *_, advance=advance: ended.append(advance))
+        found.append(calibrate.inputs_of(text, 0, block, name, hessian=True, advance=advance))
+        counting.remove()
+    assert ended == [True, True, False]  # the first of two batches runs to its end
+    whole, left = found
+    assert whole.keys() == left.keys() == models.matrices(block, name).keys()
+    for matrix, inputs in whole.items():
+        assert left[matrix].tokens == inputs.tokens
+        assert torch.equal(left[matrix].norm, inputs.norm)
+        assert torch.equal(left[matrix].hessian, inputs.hessian)
+
+
+@pytest.mark.parametrize("width", [3, 256, 300, 1100])  # one strip, several, more than fit evenly
+def test_a_hessian_summed_in_strips_is_the_product_of_the_inputs(width: int) -> None:
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    inputs = calibrate.Inputs.none(width, x.device, hessian=True)
+    inputs.add(x[0])
+    inputs.add(x[1])
+    rows = x.flatten(0, 1).double()
+    torch.testing.assert_close(inputs.hessian, (rows.t() @ rows).float())
+    torch.testing.assert_close(inputs.norm, rows.norm(dim=0).float())
+
+
 def test_blocks_visit_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, there, most = make("llama"), set(), 0
     blocks = list(models.blocks(model))

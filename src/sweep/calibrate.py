@@ -22,6 +22,7 @@ from sweep import models
 from sweep.config import RequestError
 
 BATCH = 4  # sequences in one forward pass
+_STRIP = 256  # columns of a Hessian that are summed by one product, at least
 
 
 @dataclass
@@ -41,8 +42,19 @@ class Inputs:
     """Sums over the calibration tokens of what a linear layer reads; layers with the same input share one object."""
 
     squares: Tensor  # (in,) float64
-    hessian: Tensor | None  # (in, in) float32, X^T X; None where it is not asked for
+    lower: Tensor | None  # (in, in) float32, the lower triangle of X^T X; None where it is not asked for
     tokens: int = 0
+
+    @classmethod
+    def none(cls, width: int, device: torch.device, *, hessian: bool) -> Inputs:
+        """Of a layer that has read nothing yet."""
+        return cls(torch.zeros(width, dtype=torch.float64, device=device),
+                   torch.zeros(width, width, device=device) if hessian else None)  # fmt: skip
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """X^T X, (in, in) float32."""
+        return None if self.lower is None else self.lower.tril() + self.lower.tril(-1).t()
 
     @property
     def norm(self) -> Tensor:
@@ -53,8 +65,12 @@ class Inputs:
         rows = x.detach().flatten(0, -2).float()
         self.squares += rows.square().sum(0)
         self.tokens += len(rows)
-        if self.hessian is not None:
-            self.hessian.addmm_(rows.t(), rows)
+        if self.lower is not None:
+            width = rows.shape[1]
+            strip = max(_STRIP, -(-width // 4))
+            for a in range(0, width, strip):  # most of what is above the diagonal is spared
+                b = min(a + strip, width)
+                self.lower[a:, a:b].addmm_(rows[:, a:].t(), rows[:, a:b])
 
 
 @torch.no_grad()
@@ -100,7 +116,7 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
 
 
 class _Noted(Exception):
-    """Every block has been called: the rest of the model, with its large head, need not run."""
+    """All that was to be seen has been: what remains of a model, or of a block, need not run."""
 
 
 def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
@@ -125,7 +141,10 @@ def through(text: Text, index: int, block: nn.Module, *, advance: bool) -> None:
     device = next(block.parameters()).device
     for number, hidden in enumerate(text.hidden):
         args, kwargs = _to(text.calls[number][index], device)
-        out = block(hidden.to(device), *args, **kwargs)
+        try:
+            out = block(hidden.to(device), *args, **kwargs)
+        except _Noted:
+            continue
         if advance:
             text.hidden[number] = (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
@@ -145,19 +164,20 @@ def inputs_of(
 ) -> dict[str, Inputs]:
     """What each matrix of block `index` reads of the text, by the matrix's name, as `models.matrices` names it.
 
+    Unless the text is to advance, a block is left when its last layer has read its input, since nobody needs the
+    product. Which is the last, the first batch tells; where layers did not read once each, every batch runs to its end.
     Raises ValueError that names the layer whose input is not finite.
     """
     found: dict[str, Inputs] = {}
     latest: dict[int, tuple[Tensor, Inputs]] = {}  # within one batch; holding the tensor keeps its id its own
+    layers: dict[str, nn.Module] = {}
+    met: list[str] = []  # the layers in the order in which they read
 
     def add(names: Sequence[str], x: Tensor) -> None:
         if id(x) in latest and names[0] not in found:  # a second layer that reads the same tensor
             found.update(dict.fromkeys(names, latest[id(x)][1]))
         if names[0] not in found:
-            size = x.shape[-1]
-            squares = torch.zeros(size, dtype=torch.float64, device=x.device)
-            sums = Inputs(squares, torch.zeros(size, size, device=x.device) if hessian else None)
-            found.update(dict.fromkeys(names, sums))
+            found.update(dict.fromkeys(names, Inputs.none(x.shape[-1], x.device, hessian=hessian)))
         inputs = found[names[0]]
         if id(x) in latest and latest[id(x)][1] is inputs:
             return  # counted when the first layer read it
@@ -172,7 +192,15 @@ def inputs_of(
             neurons = module._apply_gate(nn.functional.linear(x, module.gate_up_proj[expert]))
             add([f"{path}.{expert}.down_proj"], neurons)
 
+    def stop(*_: Any) -> None:
+        raise _Noted
+
     with ExitStack() as hooks:
+
+        def stop_at_last(*_: Any) -> None:
+            if sorted(met) == sorted(layers):
+                hooks.callback(layers[met[-1]].register_forward_pre_hook(stop).remove)
+
         for path, module in block.named_modules(prefix=prefix):
             if isinstance(module, models.Linear):
                 handle = module.register_forward_pre_hook(lambda _, args, path=path: add([path], args[0]))
@@ -185,9 +213,13 @@ def inputs_of(
             else:
                 continue
             hooks.callback(handle.remove)
+            layers[path] = module
+            hooks.callback(module.register_forward_pre_hook(lambda *_, path=path: met.append(path)).remove)
         hooks.callback(latest.clear)
         # ids are of one batch: the next batch's tensors may be given the same
         hooks.callback(block.register_forward_pre_hook(lambda *_: latest.clear()).remove)
+        if not advance:
+            hooks.callback(block.register_forward_hook(stop_at_last).remove)
         through(text, index, block, advance=advance)
     for name, inputs in found.items():
         if not torch.isfinite(inputs.squares).all():
@@ -209,8 +241,7 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
     """What the head reads of text that has gone through all blocks."""
     blocks, head = list(models.blocks(model)), model.get_output_embeddings()
     width, device = models.weight(head).shape[1], models.weight(head).device
-    inputs = Inputs(torch.zeros(width, dtype=torch.float64, device=device),
-                    torch.zeros(width, width, device=device) if hessian else None)  # fmt: skip
+    inputs = Inputs.none(width, device, hessian=hessian)
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.add(args[0])

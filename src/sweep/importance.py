@@ -70,13 +70,8 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
     texts = {"": slice(None), "_half_0": slice(0, None, 2), "_half_1": slice(1, None, 2)}
     for suffix, rows in texts.items():
         columns[f"drop{suffix}"] = lost[:, rows].mean(1)
-        outputs, sizes = [part.output for part in parts], [1] * len(parts)
-        of_text, of_model = (
-            unit_statistics.gather(model, outputs, sizes, tokens[rows], labels=labels, seed=seed)
-            for labels in ("text", "model")
-        )
-        for name in config.PROXIES:
-            seen = of_model if config.LABELS.get(name) == "model" else of_text
+        outputs = [part.output for part in parts]
+        for name, seen in unit_statistics.for_criteria(config.PROXIES, model, outputs, tokens[rows], seed).items():
             generator = torch.Generator().manual_seed(seed + len(suffix) + int(suffix[-1:] or 0))
             scores = torch.cat([units.score(name, part, s, generator) for part, s in zip(parts, seen, strict=True)])
             columns[f"{name}{suffix}"] = scores.cpu().numpy()[chosen]

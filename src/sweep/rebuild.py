@@ -15,6 +15,7 @@ from torch import Tensor
 Choose = Callable[[Tensor, float, float], Tensor]  # (scores, share of columns before these, with these) -> keep
 _COLUMNS = 128  # of SparseGPT, whose masks are chosen so many columns at a time, as in its paper
 _COLUMNS_INNER = 16
+_SOLVED = 256  # a triangular matrix of this size is inverted at once
 _MOST_DAMPING = 1e3  # of the mean of the diagonal; with more, H says nothing
 _ITERATIONS = 300  # of ADMM, at most
 # rho rises by this factor after so many iterations: two thirds of the time of the paper's schedule, 1 % more error
@@ -39,7 +40,7 @@ def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
         raised.diagonal().add_(damping * mean)
         raised.diagonal()[diagonal == 0] = 1.0
         factor, problem = torch.linalg.cholesky_ex(raised.flip(0, 1))
-        if not problem and torch.isfinite(factor).all():
+        if not problem and torch.isfinite(factor.diagonal()).all():  # to which what is not finite in a row spreads
             return raised, factor, damping
         damping = max(10 * damping, 1e-6)
     raise ValueError(f"the Hessian is not positive definite even with {_MOST_DAMPING:g} times its mean on the diagonal")
@@ -60,47 +61,45 @@ def sparsegpt(
     m       columns are chosen in groups of m when the pattern is n:m
     gone    of each weight, True where it was removed before: removed again before any other
 
-    Column by column, a weight w_j that goes leaves an error w_j / U_jj that the columns to the right take over along
-    row j of U, where H^-1 = U^T U. Its score is w_j^2 / U_jj^2, the rise in squared error. U is the inverse of the
-    reversed Cholesky factor of H: H is factored once and its inverse never formed.
+    Column by column, what a weight w_j that goes would have given is taken over by the columns to the right: column i
+    gains -w_j U_ji / U_jj, where H^-1 = U^T U. Its score is w_j^2 / U_jj^2, the rise in squared error. U is the inverse of
+    the reversed Cholesky factor of H: H is factored once and its inverse never formed.
     """
     _, factor, damping = damped(hessian, damping)
     before = None if gone is None else torch.cat(list(gone)).t()
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    upper = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
+    upper = _inverse_of_lower(factor).flip(0, 1)
+    diagonal = upper.diagonal().clone()
+    share = upper.div_(-diagonal[:, None])
     sizes = [len(weight) for weight in weights]
     left = torch.cat(list(weights)).t().contiguous()  # (in, R): a column of W is contiguous
-    keep = torch.ones_like(left, dtype=torch.bool)
+    goes = torch.empty_like(left, dtype=torch.bool)
     inner = m * max(1, _COLUMNS_INNER // m)
     outer = inner * max(1, _COLUMNS // inner)
     columns = len(left)
 
-    def mask(start: int, end: int) -> None:
-        scores = (left[start:end] / upper.diagonal()[start:end, None]) ** 2
-        scores = (scores if before is None else scores.masked_fill(before[start:end], -1.0)).t()
+    def choose_from(start: int, end: int) -> Tensor:
+        scores = (left[start:end] / diagonal[start:end, None]).square_()
+        scores = (scores if before is None else scores.masked_fill_(before[start:end], -1.0)).t().contiguous()
         masks = [c(s, start / columns, end / columns) for c, s in zip(choose, scores.split(sizes), strict=True)]
-        keep[start:end] = torch.cat(masks).t()
+        goes[start:end] = ~torch.cat(masks).t()
+        return goes[start:end]
 
     for start in range(0, columns, outer):
         end = min(start + outer, columns)
+        lost = torch.empty_like(left[start:end])  # first which weights go, as ones, then what they were
         if m == 1:
-            mask(start, end)
-        errors = torch.zeros_like(left[start:end])
+            lost.copy_(choose_from(start, end))
         for a in range(start, end, inner):
             b = min(a + inner, end)
             for j in range(a, b):
                 if m > 1 and j % m == 0:
-                    mask(j, j + m)
-                error = left[j].masked_fill(keep[j], 0) / upper[j, j]
-                errors[j - start] = error
-                left[j].masked_fill_(~keep[j], 0)
-                if j + 1 < b:
-                    left[j + 1 : b].addcmul_(upper[j, j + 1 : b, None], error[None], value=-1)
-            if b < end:
-                left[b:end].addmm_(upper[a:b, b:end].t(), errors[a - start : b - start], alpha=-1)
-        if end < columns:
-            left[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-    return list(zip(left.t().split(sizes), keep.t().split(sizes), strict=True)), damping
+                    lost[j - start : j - start + m] = choose_from(j, j + m)
+                row = lost[j - start].mul_(left[j])
+                left[j + 1 : b].addr_(share[j, j + 1 : b], row)
+            left[b:end].addmm_(share[a:b, b:end].t(), lost[a - start : b - start])
+        left[end:].addmm_(share[start:end, end:].t(), lost)
+    left.masked_fill_(goes, 0)
+    return list(zip(left.t().split(sizes), (~goes).t().split(sizes), strict=True)), damping
 
 
 def alps(
@@ -162,6 +161,22 @@ def _inverse(hessian: Tensor, rho: float) -> Tensor:
     raised = hessian.clone()
     raised.diagonal().add_(rho)
     return torch.cholesky_inverse(torch.linalg.cholesky(raised))
+
+
+def _inverse_of_lower(factor: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: twice as fast as to solve for the columns of an identity.
+
+    [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]
+    """
+    size, half = len(factor), len(factor) // 2
+    if size <= _SOLVED:
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False)
+    inverse = torch.zeros_like(factor)
+    first = inverse[:half, :half] = _inverse_of_lower(factor[:half, :half])
+    second = inverse[half:, half:] = _inverse_of_lower(factor[half:, half:])
+    inverse[half:, :half] = second @ (factor[half:, :half] @ first).neg_()
+    return inverse
 
 
 def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ T tokens; a part is one block's output matrix with its units (see units.Part).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep.calibrate import inputs_observed
+from sweep.config import LABELS
 from sweep.unit_scores import Statistics
 
 BATCH = 4  # sequences in one forward pass
@@ -77,6 +78,16 @@ def gather(
                 wanted = torch.multinomial(logits.detach().softmax(1), 1, generator=draw).squeeze(1)
             nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
     return found
+
+
+def for_criteria(
+    criteria: Iterable[str], model: PreTrainedModel, outputs: Sequence[nn.Module], tokens: Tensor, seed: int
+) -> dict[str, list[Statistics]]:
+    """What each criterion reads of units of one column, on the same text, which is read once for each kind of labels."""
+    labels = {criterion: LABELS.get(criterion, "text") for criterion in criteria}
+    found = {kind: gather(model, outputs, [1] * len(outputs), tokens, labels=kind, seed=seed)
+             for kind in sorted(set(labels.values()))}  # fmt: skip
+    return {criterion: found[kind] for criterion, kind in labels.items()}
 
 
 def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -351,13 +351,15 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
     for name, weight in outside.items():
         if not job.method.head or head is None or name != _name(model, head):
             yield "", {name: weight}, {}
+    prunes_head = job.method.head and head is not None and _name(model, head) in job.shapes
     text = calibrate.enter(model, job.text())
     for index, (name, block) in enumerate(
         zip(tqdm(names, desc="pruning", unit="block", leave=False), models.blocks(model), strict=True)
     ):
         home = next(block.parameters()).device
         block.to(job.device or home)
-        inputs = calibrate.inputs_of(text, index, block, name, hessian=hessian, advance=not job.sequential)
+        read_on = index + 1 < len(names) or prunes_head
+        inputs = calibrate.inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not job.sequential)
         weights = {n: weight for n, weight in models.matrices(block, name).items() if n in job.shapes}
         missing = [n for n in weights if n not in inputs]
         if missing:
@@ -365,11 +367,11 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
                                "reads no text, such as magnitude")  # fmt: skip
         yield name, weights, inputs
         del inputs
-        if job.sequential:
+        if job.sequential and read_on:
             calibrate.through(text, index, block, advance=True)
         del weights
         block.to(home)
-    if job.method.head and head is not None and _name(model, head) in job.shapes:
+    if prunes_head:
         name = _name(model, head)
         yield "", {name: outside[name]}, {name: calibrate.head_inputs(model, text, hessian=hessian)}
 
