@@ -35,6 +35,15 @@ def test_seeds_become_one_point_with_an_interval_and_failures_none() -> None:
     assert np.isnan(frontier.points(frame[:1], "cost", "acc").y_low[0])
 
 
+def test_numbered_rows_give_the_same_points_in_the_same_order() -> None:
+    frame = rows(method=["weight", "dense", "neuron", "weight"], criterion=["wanda", None, "random", "wanda"],
+                 sparsity=[0.5, 0.0, 0.3, 0.5], seed=[0, 0, 0, 1], cost=[1.0, 2.0, 3.0, 4.0], acc=[0.4, 0.5, 0.6, 0.8])  # fmt: skip
+    found = frontier.points(frontier.numbered(frame)[::-1], "cost", "acc")
+    pd.testing.assert_frame_equal(found, frontier.points(frame, "cost", "acc"))
+    assert found.method.tolist() == ["dense", "neuron", "weight"]
+    assert found.x.tolist() == [2.0, 3.0, 2.5] and found.seeds.tolist() == [1, 1, 2]
+
+
 def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> None:
     frame = rows(
         method=["dense", "weight", "weight"],

@@ -119,7 +119,7 @@ def _named(rows: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
 def _knee(x: np.ndarray, y: np.ndarray, cost: str, metric: str) -> int | None:
     """The index of the frontier point farthest from the chord between the frontier's ends, both axes scaled to 1."""
     loss = frontier.is_loss(metric)
-    on = frontier.pareto(pd.Series(x), pd.Series(y), x_is_loss=frontier.is_loss(cost), y_is_loss=loss).to_numpy()
+    on = frontier.undominated(x if frontier.is_loss(cost) else -x, y if loss else -y)
     index = np.flatnonzero(on)[np.argsort(x[on], kind="stable")]
     if len(index) < 3:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 # Rows that agree in these differ in the seed alone; sweep.knobs adds variant and setting.
@@ -35,6 +36,12 @@ def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def numbered(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `point`, the same number for those that agree in SAME_POINT: what points() would else find each time."""
+    rows = rows.assign(**{name: "" for name in ("variant", "setting") if name not in rows})
+    return rows.assign(point=rows.groupby(SAME_POINT, dropna=False, sort=True).ngroup())
+
+
 def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """One line a point of the plane: the mean of x and y over seeds, each with a 95 % interval where one is known.
 
@@ -43,11 +50,11 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
               task's own standard error), `repeats` (one seed: the paired timings), or `none`, with NaN: never a guess
     Failed cells and rows that lack x or y are left out.
     """
+    rows = rows if "point" in rows else numbered(rows)
     ok = rows[(rows.status == "ok") & rows[x].notna() & rows[y].notna()]
-    ok = ok.assign(**{name: "" for name in ("variant", "setting") if name not in ok})
     bounds = [f"{x}_low", f"{x}_high", f"{y}_stderr", f"{y}_low", f"{y}_high"]
     wanted = pd.DataFrame({"x": ok[x], "y": ok[y]} | {name: ok.get(name, np.nan) for name in bounds}, index=ok.index)
-    grouped = wanted.astype(float).groupby([ok[name] for name in SAME_POINT], dropna=False, sort=True)
+    grouped = wanted.astype(float).groupby(ok.point)
     mean, seeds = grouped.mean(), grouped.size()
     half = pd.Series(student.ppf(0.975, seeds.clip(lower=2) - 1), seeds.index) * grouped.y.std(ddof=1) / np.sqrt(seeds)
     several, documents = seeds > 1, mean[f"{y}_stderr"].notna()
@@ -60,7 +67,8 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
         "y_high": (mean.y + half).where(centred, mean[f"{y}_high"]),
         "seeds": seeds, "interval": interval,
     })  # fmt: skip
-    return found.reset_index()
+    named = ok.drop_duplicates("point").set_index("point")[SAME_POINT]
+    return named.join(found, how="right").reset_index(drop=True)
 
 
 def membership(points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool) -> pd.Series:
@@ -96,12 +104,16 @@ def pareto(x: pd.Series, y: pd.Series, *, x_is_loss: bool, y_is_loss: bool) -> p
 
     Of points that are equal in both, all are on the frontier.
     """
-    a = np.asarray(x if x_is_loss else -x, dtype=float)
-    b = np.asarray(y if y_is_loss else -y, dtype=float)
+    return pd.Series(undominated(*(v if loss else -v for v, loss in ((x, x_is_loss), (y, y_is_loss)))), index=x.index)
+
+
+def undominated(a: ArrayLike, b: ArrayLike) -> NDArray[np.bool_]:
+    """`pareto` of two arrays in both of which lower is better."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     order = np.lexsort((b, a))
     costs, first, group = np.unique(a[order], return_index=True, return_inverse=True)
     lowest = b[order][first]  # of each cost: a group is sorted by b
     before = np.minimum.accumulate(np.concatenate([[np.inf], lowest]))[: len(costs)]
     on = np.zeros(len(a), dtype=bool)
     on[order] = (b[order] == lowest[group]) & (lowest < before)[group]
-    return pd.Series(on, index=x.index)
+    return on

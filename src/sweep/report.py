@@ -94,7 +94,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     wanted = wanted or Wanted()
     rows = select(read(results), wanted.filters)
     everything = knobs.with_variant(rows)
-    ok = frontier.with_paired_latency(everything[everything.status == "ok"])
+    ok = frontier.numbered(frontier.with_paired_latency(everything[everything.status == "ok"]))
     if ok.empty:
         raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
     metrics = [_column(ok, name, "--y") for name in wanted.y] or quality_metrics(ok)
@@ -126,7 +126,9 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
         (out / name).write_text(text)
         files.append(out / name)
     if wanted.html:
-        (out / "report.html").write_text(page.render(everything, ok, metrics, costs, advised, failed))
+        (out / "report.html").write_text(
+            page.render(everything, ok.drop(columns="point"), metrics, costs, advised, failed)
+        )
         files.append(out / "report.html")
     return files
 

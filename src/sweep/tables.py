@@ -108,14 +108,14 @@ def number(value: float) -> str:
 
 def _texts(table: pd.DataFrame, column: str, bold: str, near: str, interval: str) -> dict[int, str]:
     """Each line's number in the unit of its label, with half its interval, marked."""
-    marked = marks(table, column)
+    unit = plot.scale(column)
+    numbers = (table[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
     found = {}
-    for i in table.index:
-        value, low, high = (table[name][i] / plot.scale(column) for name in (column, f"{column}_low", f"{column}_high"))
+    for i, mark, value, low, high in zip(table.index, marks(table, column), *numbers, strict=True):
         text = number(value)
         if text and pd.notna(low) and high > low:
             text = interval.format(text, number((high - low) / 2))
-        shape = {"best": bold, "within noise": near}.get(marked[i], "{}")
+        shape = {"best": bold, "within noise": near}.get(mark, "{}")
         found[i] = shape.format(text)
     return found
 
