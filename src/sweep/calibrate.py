@@ -42,7 +42,7 @@ class Inputs:
     """Sums over the calibration tokens of what a linear layer reads; layers with the same input share one object."""
 
     squares: Tensor  # (in,) float64
-    lower: Tensor | None  # (in, in) float32, the lower triangle of X^T X; None where it is not asked for
+    lower: Tensor | None  # (in, in) float32, X^T X on and below the diagonal; None where it is not asked for
     tokens: int = 0
 
     @classmethod
