@@ -40,7 +40,8 @@ def test_forward_passes_are_those_of_the_calibration_text(family: str) -> None:
         passes[criterion, sequential] = counted.of(tokens.numel())
         model(tokens)  # counted no more
         assert counted.of(tokens.numel()) == passes[criterion, sequential] and counted.of(0) is None
-    assert passes == {("magnitude", True): 0, ("wanda", False): 1, ("wanda", True): 2}
+    # twice through the first block; through the second, the last, once: nobody reads what its pruned form puts out
+    assert passes == {("magnitude", True): 0, ("wanda", False): 1, ("wanda", True): 1.5}
     model = tiny_model(family)
     with efficiency.ForwardPasses(model) as counted:
         copy.deepcopy(model)(tokens)
