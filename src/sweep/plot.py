@@ -109,11 +109,11 @@ def cost_figure(rows: pd.DataFrame, cost: str, metric: str, width: str = "column
     points["standing"] = frontier.membership(points, **losses)
     figure, axes = _new(width)
     _draw_frontier(axes, points, **losses)
-    handles = _draw_series(axes, points, joined=False)
+    _draw_series(axes, points, joined=False)
     _finish(axes, points, cost, metric)
     if len(points) <= _LABELLED:
         _draw_sparsities(axes, points)
-    _legend(axes, handles | _hollow(points, "within noise of the frontier"))
+    _legend(axes, _hollow(points, "within noise of the frontier"))
     return figure
 
 
@@ -130,9 +130,9 @@ def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column") -> F
         overlap = (points.y_low <= high) & (points.y_high >= low) & (points.method != "dense")
         points.loc[overlap, "standing"] = frontier.WITHIN_NOISE
     figure, axes = _new(width)
-    handles = _draw_series(axes, points, joined=True)
+    _draw_series(axes, points, joined=True)
     _finish(axes, points, "sparsity", metric)
-    _legend(axes, handles | _hollow(points, "within noise of dense"))
+    _legend(axes, _hollow(points, "within noise of dense"))
     return figure
 
 
@@ -142,7 +142,7 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     points = _prepared(rows, "sparsity", column)
     points["standing"] = frontier.ON
     figure, axes = _new(width)
-    handles = _draw_series(axes, points, joined=True)
+    _draw_series(axes, points, joined=True)
     counted = _prepared(with_counted_speedup(rows), "sparsity", "counted_speedup")
     counted = counted[counted.method != "dense"]
     styles = _styles(points)
@@ -153,8 +153,7 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     axes.axhline(1.0, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
     axes.set_xlabel(label("sparsity"))
     axes.set_ylabel(f"{phase} speed-up over dense (measured)")
-    dotted = Line2D([], [], color="0.3", linestyle=(0, (1, 2)))
-    _legend(axes, handles | {"counted: dense MACs / non-zero MACs": dotted})
+    _legend(axes, {"counted: dense MACs / non-zero MACs": Line2D([], [], color="0.3", linestyle=(0, (1, 2)))})
     return figure
 
 
@@ -357,13 +356,12 @@ def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
             for i, name in enumerate(names)}  # fmt: skip
 
 
-def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> dict[str, Line2D]:
-    """Every method's marks, intervals and, where joined, line. Returns what stands for each in a legend."""
+def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
+    """Every method's marks, intervals and, where joined, line."""
     pruned = points[points.method != "dense"].sort_values(["sparsity", "x"])
     styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
     x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
     bars = [bar for along in ("x", "y") if (bar := _bars(pruned, along)) is not None]
-    handles = {}
     for name in sorted(set(names)):
         colour, mark, dashes = styles[name]
         own = names == name
@@ -377,8 +375,7 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> dict[str,
             if part.any():
                 axes.plot(x[part], y[part], linestyle="none", marker=mark, color=colour, markerfacecolor=face,
                           alpha=alpha, zorder=3)  # fmt: skip
-        handles[name] = Line2D([], [], color=colour, marker=mark, linestyle=dashes if joined else "none")
-    return handles
+        axes.add_line(Line2D([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name))
 
 
 def _hollow(points: pd.DataFrame, words: str) -> dict[str, Line2D]:

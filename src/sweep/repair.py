@@ -8,16 +8,14 @@ each sees what the cut and refitted ones before it give, so that errors are met 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import models, surgery
-from sweep.calibrate import inputs_observed
-from sweep.unit_statistics import BATCH, first_tensor
+from sweep import calibrate, models, surgery
+from sweep.calibrate import Inputs, Text, inputs_observed
 
 DAMPING = 0.3  # of the mean diagonal of the Gram matrix; 0.01 fits the calibration text and no other
 
@@ -30,18 +28,18 @@ def cut_and_refit(model: PreTrainedModel, cuts: Sequence[Cut], tokens: Tensor) -
 
     tokens  (sequences, length) calibration text
     """
-    hidden, calls = block_inputs(model, tokens)
+    text = calibrate.enter(model, tokens)
     blocks = models.blocks(model)
     pending = {block: [cut for cut in cuts if cut[0] == block] for block in range(len(blocks))}
     last = max(block for block, *_ in cuts)
     for index in tqdm(range(last + 1), desc="refitting", unit="block", leave=False):
         for _, output, remove, keep in pending[index]:
             if not keep.all():
-                weight = refit(models.weight(output), _gram(blocks[index], output, hidden, calls[index]), keep)
+                weight = refit(models.weight(output), _gram(text, index, blocks[index], output), keep)
                 remove(keep)
                 surgery.set_weights(output, weight)
         if index < last:
-            hidden = [_run(blocks[index], batch, calls[index]) for batch in hidden]
+            calibrate.through(text, index, blocks[index], advance=True)
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
@@ -63,54 +61,10 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     return kept + change.t().float()
 
 
-def block_inputs(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """(what enters the first block, one tensor a batch; the other arguments with which each block is called).
-
-    The arguments are those for a single sequence: masks and positions are the same for all, as none is padded.
-    """
-    blocks = models.blocks(model)
-    calls: list[dict[str, Any]] = []
-    entering: list[Tensor] = []
-
-    def on_first(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        entering.append(first_tensor(args, kwargs))
-
-    def on_any(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.append({"args": args[1:], "kwargs": {k: v for k, v in kwargs.items() if k != "hidden_states"}})
-
-    handles = [block.register_forward_pre_hook(on_any, with_kwargs=True) for block in blocks]
-    try:
-        model(input_ids=tokens[:1].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    handle = blocks[0].register_forward_pre_hook(on_first, with_kwargs=True)
-    try:
-        for block in blocks:  # what comes after the embedding is not wanted: every block passes on what it gets
-            block.forward = lambda *args, **kwargs: first_tensor(args, kwargs)
-        for batch in tokens.split(BATCH):
-            model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-        for block in blocks:
-            del block.forward  # the class's own is seen again
-    return entering, calls
-
-
-def _gram(block: nn.Module, output: models.Linear, hidden: list[Tensor], call: dict[str, Any]) -> Tensor:
-    """X^T X over all batches, (columns, columns) float32."""
-    columns = models.weight(output).shape[1]
-    gram = torch.zeros(columns, columns, device=output.weight.device)
-
-    def observe(_: int, x: Tensor) -> None:
-        rows = x.flatten(0, -2).float()
-        gram.addmm_(rows.t(), rows)
-
-    with inputs_observed([output], observe):
-        for batch in hidden:
-            _run(block, batch, call)
-    return gram
-
-
-def _run(block: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-    return first_tensor((block(hidden, *call["args"], **call["kwargs"]),), {})
+def _gram(text: Text, index: int, block: nn.Module, output: models.Linear) -> Tensor:
+    """X^T X of what `output` reads in block `index`, (columns, columns) float32."""
+    inputs = Inputs.none(models.weight(output).shape[1], output.weight.device, hessian=True)
+    with inputs_observed([output], lambda _, x: inputs.add(x)):
+        calibrate.through(text, index, block, advance=False)
+    assert inputs.hessian is not None
+    return inputs.hessian

@@ -348,17 +348,17 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
     inside = tuple(f"{name}." for name in names)
     outside = {name: weight for name, weight in job.weights().items() if not name.startswith(inside)}
     head = model.get_output_embeddings()
+    last = _name(model, head) if job.method.head and head is not None else None
     for name, weight in outside.items():
-        if not job.method.head or head is None or name != _name(model, head):
+        if name != last:
             yield "", {name: weight}, {}
-    prunes_head = job.method.head and head is not None and _name(model, head) in job.shapes
     text = calibrate.enter(model, job.text())
     for index, (name, block) in enumerate(
         zip(tqdm(names, desc="pruning", unit="block", leave=False), models.blocks(model), strict=True)
     ):
         home = next(block.parameters()).device
         block.to(job.device or home)
-        read_on = index + 1 < len(names) or prunes_head
+        read_on = index + 1 < len(names) or last in outside  # somebody reads what the block puts out
         inputs = calibrate.inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not job.sequential)
         weights = {n: weight for n, weight in models.matrices(block, name).items() if n in job.shapes}
         missing = [n for n in weights if n not in inputs]
@@ -371,9 +371,8 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
             calibrate.through(text, index, block, advance=True)
         del weights
         block.to(home)
-    if prunes_head:
-        name = _name(model, head)
-        yield "", {name: outside[name]}, {name: calibrate.head_inputs(model, text, hessian=hessian)}
+    if last is not None and last in outside:
+        yield "", {last: outside[last]}, {last: calibrate.head_inputs(model, text, hessian=hessian)}
 
 
 def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict[str, int]) -> tuple[int, float]:
