@@ -60,17 +60,17 @@ template <class T>
 Tensor by_products(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias) {
   const int64_t tokens = x.numel() / m.columns, each = sweep::prepared_bytes(version, m);
   const Tensor input = x.contiguous();
-  std::vector<char> prepared(static_cast<size_t>(tokens * each));
+  const Tensor prepared = at::empty({tokens * each}, at::kByte);  // which is aligned: no load crosses a cache line
+  char* const place = static_cast<char*>(prepared.mutable_data_ptr());
   for (int64_t n = 0; n < tokens; ++n)
-    sweep::prepare(version, m, static_cast<const T*>(input.const_data_ptr()) + n * m.columns,
-                   static_cast<void*>(prepared.data() + n * each));
+    sweep::prepare(version, m, static_cast<const T*>(input.const_data_ptr()) + n * m.columns, place + n * each);
   Tensor out = at::empty({tokens, m.rows}, x.options());
   T* result = static_cast<T*>(out.mutable_data_ptr());
   const T* add = bias.defined() ? static_cast<const T*>(bias.const_data_ptr()) : nullptr;
   std::vector<float> sums(static_cast<size_t>(std::min<int64_t>(tokens, sweep::MAX_TOKENS) * m.rows));
   for (int64_t done = 0; done < tokens; done += sweep::MAX_TOKENS) {
     const int now = static_cast<int>(std::min<int64_t>(tokens - done, sweep::MAX_TOKENS));
-    const char* from = prepared.data() + done * each;
+    const char* from = place + done * each;
     over_rows(m, 0, m.rows, [&](int64_t begin, int64_t end) {
       sweep::products(version, now, m, from, sums.data(), begin, end);
       for (int n = 0; n < now; ++n)

@@ -99,8 +99,9 @@ struct Portable {
 // ---- AVX2: eight columns at a time; a table turns eight mask bits into the shuffle that spreads the values -----------
 
 struct Spread {
-  uint8_t words[256][16];  // byte shuffle for eight 16-bit values; 0x80 gives zero
-  int8_t lanes[256][8];    // lane of each of eight 32-bit values; -1 for zero
+  alignas(32) uint8_t widened[256][32];  // byte shuffle that puts eight 16-bit values into the upper halves of 32 bits
+  alignas(16) uint8_t words[256][16];    // byte shuffle for eight 16-bit values; 0x80 gives zero, here and above
+  int8_t lanes[256][8];                  // lane of each of eight 32-bit values; -1 for zero
 };
 
 constexpr Spread make_spread() {
@@ -109,8 +110,12 @@ constexpr Spread make_spread() {
     int next = 0;
     for (int j = 0; j < 8; ++j) {
       const bool there = (bits >> j) & 1;
-      s.words[bits][2 * j] = there ? static_cast<uint8_t>(2 * next) : 0x80;
-      s.words[bits][2 * j + 1] = there ? static_cast<uint8_t>(2 * next + 1) : 0x80;
+      for (int k = 0; k < 2; ++k) {
+        const uint8_t byte = there ? static_cast<uint8_t>(2 * next + k) : 0x80;
+        s.words[bits][2 * j + k] = byte;
+        s.widened[bits][4 * j + k] = 0x80;
+        s.widened[bits][4 * j + 2 + k] = byte;
+      }
       s.lanes[bits][j] = there ? static_cast<int8_t>(next) : static_cast<int8_t>(-1);
       next += there;
     }
@@ -123,7 +128,7 @@ inline constexpr Spread SPREAD = make_spread();
 
 SWEEP_AVX2 inline __m128i spread(const bf16* value, unsigned bits) {
   const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
-  return _mm_shuffle_epi8(packed, _mm_loadu_si128(reinterpret_cast<const __m128i*>(SPREAD.words[bits])));
+  return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD.words[bits])));
 }
 
 SWEEP_AVX2 inline __m256 spread(const float* value, unsigned bits) {
@@ -134,7 +139,9 @@ SWEEP_AVX2 inline __m256 spread(const float* value, unsigned bits) {
 
 SWEEP_AVX2 inline __m256 spread_wide(const float* value, unsigned bits) { return spread(value, bits); }
 SWEEP_AVX2 inline __m256 spread_wide(const bf16* value, unsigned bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(spread(value, bits)), 16));
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(value)));
+  const __m256i shuffle = _mm256_load_si256(reinterpret_cast<const __m256i*>(SPREAD.widened[bits]));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, shuffle));
 }
 
 SWEEP_AVX2 inline void store8(bf16* to, __m128i eight) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), eight); }
@@ -160,17 +167,17 @@ struct Avx2 {
         for (int i = 0; i < WAYS; ++i) sum[n][i] = _mm256_setzero_ps();
       for (int64_t w = 0; w < m.words; ++w) {
         const uint64_t bits = mask[w];
-        if (bits == 0) continue;
         const float* at = x + w * WORD;
         _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0);
+        if (sizeof(T) == sizeof(float)) _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD + 64, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 8; ++j) {  // each finds its values by itself and need not wait for the one before
           const unsigned eight = (bits >> (8 * j)) & 0xff;
-          const __m256 weight = spread_wide(value, eight);
-          value += _mm_popcnt_u32(eight);
+          const __m256 weight = spread_wide(value + _mm_popcnt_u64(bits & ((uint64_t{1} << (8 * j)) - 1)), eight);
           for (int n = 0; n < N; ++n)
             sum[n][j % WAYS] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(at + n * stride + 8 * j), sum[n][j % WAYS]);
         }
+        value += _mm_popcnt_u64(bits);
       }
       for (int n = 0; n < N; ++n) {
         for (int i = 1; i < WAYS; ++i) sum[n][0] = _mm256_add_ps(sum[n][0], sum[n][i]);
