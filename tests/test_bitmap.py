@@ -89,6 +89,15 @@ def test_any_number_of_inputs(kernel: str, tokens: int) -> None:
         assert_multiplies(matrix(40, 130, 0.6, torch.float32), kernel, tokens)
 
 
+def test_vector_versions_multiply_a_weight_that_is_not_there_as_zero(kernel: str) -> None:
+    x = torch.ones(1, 200, dtype=torch.bfloat16)
+    x[0, 150] = torch.inf
+    with torch.no_grad():
+        got = layer(torch.zeros(3, 200, dtype=torch.bfloat16), kernel)(x)
+    assert bool(got.isnan().all()) is (kernel != "portable")
+    assert bool((got == 0).all()) is (kernel == "portable")
+
+
 def test_a_matrix_larger_than_a_panel_and_several_threads(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(300, 200, 0.5, torch.bfloat16)
     weight[:120] = 0  # the first half of the rows has none of the bytes
