@@ -49,6 +49,10 @@ long compare(sweep::Version version, double tolerance) {
         sweep::expand(version, held.matrix, dense.data(), 0, rows);
         sweep::expand(sweep::Version::portable, held.matrix, expected.data(), 0, rows);
         if (dense != expected) return -1;
+        std::vector<float> wide(dense.size());
+        sweep::expand(version, held.matrix, wide.data(), 0, rows);
+        for (size_t i = 0; i < wide.size(); ++i)
+          if (wide[i] != sweep::widen(expected[i])) return -1;
         for (int tokens = 1; tokens <= sweep::MAX_TOKENS; ++tokens) {
           const int64_t each = sweep::prepared_bytes(version, held.matrix);
           std::vector<T> x(static_cast<size_t>(columns));

@@ -14,6 +14,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "bitmap.h"
@@ -93,19 +94,17 @@ char* scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Many inputs: a panel of rows at a time is expanded and multiplied by the dense product of PyTorch. Where the processor
-// has no instructions for bfloat16 that product takes many times as long as float32's, and the panel is widened first.
-template <class T>
+// Many inputs: a panel of rows at a time is expanded, as elements of type To, and multiplied by PyTorch's dense product.
+template <class T, class To>
 Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias, int64_t panel_bytes) {
-  const bool widened = sizeof(T) == sizeof(sweep::bf16) && !sweep::available(Version::avx512_bf16);
-  const auto type = widened ? at::kFloat : x.scalar_type();
+  const auto type = std::is_same_v<T, To> ? x.scalar_type() : at::kFloat;
   const Tensor input = x.reshape({-1, m.columns}).to(type);
   const Tensor added = bias.defined() ? bias.to(type) : bias;
-  const int64_t row_bytes = m.columns * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = m.columns * static_cast<int64_t>(sizeof(To));
   const int64_t panels = std::max<int64_t>((m.rows * row_bytes + panel_bytes - 1) / panel_bytes, 1);
   const int64_t tiles = (m.rows + panels * TILE - 1) / (panels * TILE);
   const int64_t panel = std::clamp<int64_t>(tiles * TILE, 1, std::max<int64_t>(m.rows, 1));
-  T* dense = reinterpret_cast<T*>(scratch(panel * row_bytes));
+  To* dense = reinterpret_cast<To*>(scratch(panel * row_bytes));
   Tensor out;
   if (panel < m.rows) out = at::empty({input.size(0), m.rows}, x.options());
   for (int64_t begin = 0; begin < m.rows; begin += panel) {
@@ -113,12 +112,18 @@ Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, co
     over_rows(m, begin, end, [&](int64_t from, int64_t to) {
       sweep::expand(version, m, dense + (from - begin) * m.columns, from, to);
     });
-    const Tensor weight = at::from_blob(dense, {end - begin, m.columns}, x.options()).to(type);
+    const Tensor weight = at::from_blob(dense, {end - begin, m.columns}, input.options());
     const Tensor part = at::linear(input, weight, added.defined() ? added.narrow(0, begin, end - begin) : added);
     if (!out.defined()) return part.to(x.scalar_type());
     out.narrow(1, begin, end - begin).copy_(part);
   }
   return out.defined() ? out : at::empty({input.size(0), 0}, x.options());
+}
+
+// Where the processor has no instructions for bfloat16, its dense product takes many times as long as float32's.
+template <class T>
+bool widened() {
+  return sizeof(T) == sizeof(sweep::bf16) && !sweep::available(Version::avx512_bf16);
 }
 
 template <class T>
@@ -130,7 +135,10 @@ Tensor dispatch(Version version, const Tensor& x, const Tensor& mask, const Tens
   const int64_t tokens = x.numel() / columns;
   auto shape = x.sizes().vec();
   shape.back() = m.rows;
-  return (tokens <= few ? by_products(version, m, x, bias) : by_panels(version, m, x, bias, panel_bytes)).view(shape);
+  const Tensor out = tokens <= few  ? by_products(version, m, x, bias)
+                     : widened<T>() ? by_panels<T, float>(version, m, x, bias, panel_bytes)
+                                    : by_panels<T, T>(version, m, x, bias, panel_bytes);
+  return out.view(shape);
 }
 
 Version checked(int64_t version) {

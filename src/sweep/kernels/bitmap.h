@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SWEEP_X86 1
@@ -59,9 +60,16 @@ inline void narrow(float value, bf16* result) {
 }
 inline void narrow(float value, float* result) { *result = value; }
 
+// A weight as it is, or as a float.
+inline void put(bf16 value, bf16* to) { *to = value; }
+template <class T>
+void put(T value, float* to) {
+  *to = widen(value);
+}
+
 // products(matrix, x, out, begin, end): out[n * rows + r] = sum over columns of W[r, c] * x[n, c] in float, for N inputs
 // x as `prepare` leaves them (words * 64 elements each) and rows begin <= r < end.
-// expand(matrix, dense, begin, end): the rows as a dense matrix of `columns` columns.
+// expand(matrix, dense, begin, end): the rows as a dense matrix of `columns` columns, in the type of the values or float.
 
 template <class T>
 struct Portable {
@@ -82,14 +90,15 @@ struct Portable {
     }
   }
 
-  static void expand(const Matrix<T>& m, T* dense, int64_t begin, int64_t end) {
+  template <class To>
+  static void expand(const Matrix<T>& m, To* dense, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const uint64_t* mask = m.mask + r * m.words;
       const T* value = m.values + m.offsets[r];
-      T* row = dense + (r - begin) * m.columns;
-      std::fill(row, row + m.columns, T(0));
+      To* row = dense + (r - begin) * m.columns;
+      std::fill(row, row + m.columns, To(0));
       for (int64_t w = 0; w < m.words; ++w)
-        for (uint64_t bits = mask[w]; bits; bits &= bits - 1) row[w * WORD + __builtin_ctzll(bits)] = *value++;
+        for (uint64_t bits = mask[w]; bits; bits &= bits - 1) put(*value++, row + w * WORD + __builtin_ctzll(bits));
     }
   }
 };
@@ -144,8 +153,13 @@ SWEEP_AVX2 inline __m256 spread_wide(const bf16* value, unsigned bits) {
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, shuffle));
 }
 
-SWEEP_AVX2 inline void store8(bf16* to, __m128i eight) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), eight); }
-SWEEP_AVX2 inline void store8(float* to, __m256 eight) { _mm256_storeu_ps(to, eight); }
+SWEEP_AVX2 inline void store8(bf16* to, const bf16* value, unsigned bits) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), spread(value, bits));
+}
+template <class T>
+SWEEP_AVX2 void store8(float* to, const T* value, unsigned bits) {
+  _mm256_storeu_ps(to, spread_wide(value, bits));
+}
 
 SWEEP_AVX2 inline float total(__m256 v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -186,18 +200,19 @@ struct Avx2 {
     }
   }
 
-  SWEEP_AVX2 static void expand(const Matrix<T>& m, T* dense, int64_t begin, int64_t end) {
+  template <class To>
+  SWEEP_AVX2 static void expand(const Matrix<T>& m, To* dense, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const uint64_t* mask = m.mask + r * m.words;
       const T* value = m.values + m.offsets[r];
-      T* row = dense + (r - begin) * m.columns;
+      To* row = dense + (r - begin) * m.columns;
       for (int64_t c = 0; c < m.columns; c += 8) {
         const unsigned eight = (mask[c / WORD] >> (c % WORD)) & 0xff;
         if (c + 8 <= m.columns) {
-          store8(row + c, spread(value, eight));
+          store8(row + c, value, eight);
         } else {
-          T last[8];
-          store8(last, spread(value, eight));
+          To last[8];
+          store8(last, value, eight);
           std::copy(last, last + (m.columns - c), row + c);
         }
         value += _mm_popcnt_u32(eight);
@@ -459,11 +474,12 @@ void products(Version version, int tokens, const Matrix<T>& m, const void* x, fl
   }
 }
 
-template <class T>
-void expand(Version version, const Matrix<T>& m, T* dense, int64_t begin, int64_t end) {
+template <class T, class To>
+void expand(Version version, const Matrix<T>& m, To* dense, int64_t begin, int64_t end) {
 #ifdef SWEEP_X86
-  if (version >= Version::avx512) return Avx512<T>::expand(m, dense, begin, end);
-  if (version == Version::avx2) return Avx2<T>::expand(m, dense, begin, end);
+  if constexpr (std::is_same_v<T, To>)
+    if (version >= Version::avx512) return Avx512<T>::expand(m, dense, begin, end);
+  if (version >= Version::avx2) return Avx2<T>::expand(m, dense, begin, end);
 #endif
   Portable<T>::expand(m, dense, begin, end);
 }
