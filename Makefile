@@ -1,14 +1,15 @@
 # Set-up, the first sweep, and the tests. Each target says what it does; nothing else is needed.
-PYTHON ?= python3.11
-VENV   ?= .venv
-PY     := $(VENV)/bin/python
-READY  := $(VENV)/.ready
+PYTHON  ?= python3.11
+VENV    ?= .venv
+WORKERS ?= 2
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.ready
 
 .PHONY: help setup sweep test style benchmark reference clean
 
 help:
 	@echo "make sweep      set up, run the first sweep (about four minutes on two cores), draw the figures"
-	@echo "make test       set up, run the tests"
+	@echo "make test       set up, run the tests in WORKERS=2 processes"
 	@echo "make style      set up, run ruff and mypy"
 	@echo "make benchmark  set up, time what a user waits for"
 	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
@@ -37,7 +38,7 @@ sweep: setup
 	@$(PY) -m sweep.report results
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 style: setup
 	$(VENV)/bin/ruff check .
