@@ -200,7 +200,15 @@ def test_shell_completion_of_the_console_script(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_first_sweep_on_the_embedded_model_makes_sense(tmp_path: Path) -> None:
-    run("+method=weight,neuron", "sparsity=0.5", "benchmarks=pydoc", "-m", cwd=tmp_path)
+    run(
+        "+method=weight,neuron",
+        "sparsity=0.5",
+        "benchmarks=pydoc",
+        "benchmarks.limit=6",
+        "efficiency.repeats=6",
+        "-m",
+        cwd=tmp_path,
+    )
     rows = sweep.load(tmp_path / "results").set_index("method")
     perplexity = rows["pydoc/token_perplexity"]
     assert 14 < perplexity["dense"] < 20 < perplexity["neuron"] < 50 < perplexity["weight"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
+
+import pytest
 
 from sweep import turns
 
@@ -36,6 +41,38 @@ def test_no_cell_works_or_is_timed_while_another_is_timed(tmp_path: Path) -> Non
             if i != j:
                 assert ended <= started or worked <= begun  # the other was not at work
                 assert ended <= other_begun + 0.01 or other_ended <= begun + 0.01  # nor being timed
+
+
+def test_the_last_cell_to_leave_removes_the_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    results = str(tmp_path / "results")
+    with turns.working(results):
+        (file,) = tmp_path.glob("*.turns")
+        with turns.working(results):
+            assert list(tmp_path.glob("*.turns")) == [file]
+        assert file.exists()
+        file.unlink()  # as if the last cell had left between another's opening of the file and its lock
+        with turns.working(results):
+            newer = file.stat().st_ino
+            with turns.working(results):
+                assert file.stat().st_ino == newer
+        file.touch()  # another cell's: not ours to remove
+    assert list(tmp_path.glob("*.turns")) == [file]
+
+
+def test_a_removed_file_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock, removals = fcntl.flock, iter([True, False])
+
+    def removed_before(handle: IO[str], how: int) -> None:
+        if how == fcntl.LOCK_SH and next(removals):
+            next(tmp_path.glob("*.turns")).unlink()
+        lock(handle, how)
+
+    monkeypatch.setattr(turns.fcntl, "flock", removed_before)
+    with turns.working("results"):
+        assert list(tmp_path.glob("*.turns"))
+    assert not list(tmp_path.glob("*.turns"))
 
 
 def test_what_others_do_meanwhile_is_measured(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,38 @@ def working(results: str) -> Iterator[None]:
     """While open, no cell of the same results folder on this machine is timed."""
     folder = results if "://" in results else str(Path(results).absolute())
     name = f"sweep-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.turns"
-    with (Path(tempfile.gettempdir()) / name).open("a") as handle:  # of this machine: a shared folder spans several
-        fcntl.flock(handle, fcntl.LOCK_SH)
+    path = Path(tempfile.gettempdir()) / name  # of this machine: a shared folder spans several
+    with _entered(path) as handle:
         token = _lock.set(handle)
         try:
             yield
         finally:
             _lock.reset(token)
+            _leave(path, handle)
+
+
+def _entered(path: Path) -> IO[str]:
+    """The file at `path`, made if need be, locked shared."""
+    while True:
+        handle = path.open("a")
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if _lies_at(path, handle):
+            return handle
+        handle.close()  # the last cell has left and removed it between the two lines above
+
+
+def _leave(path: Path, handle: IO[str]) -> None:
+    """Remove the file if no other cell is there."""
+    with suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _lies_at(path, handle):
+            path.unlink()
+
+
+def _lies_at(path: Path, handle: IO[str]) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    return False
 
 
 @contextmanager

@@ -135,30 +135,26 @@ inline constexpr Spread SPREAD = make_spread();
 
 #define SWEEP_AVX2 __attribute__((target("avx2,fma,popcnt")))
 
-SWEEP_AVX2 inline __m128i spread(const bf16* value, unsigned bits) {
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
-  return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD.words[bits])));
-}
-
+// Eight weights as floats.
 SWEEP_AVX2 inline __m256 spread(const float* value, unsigned bits) {
   const __m256i lane = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(SPREAD.lanes[bits])));
   const __m256 there = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), lane);
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), there);
 }
-
-SWEEP_AVX2 inline __m256 spread_wide(const float* value, unsigned bits) { return spread(value, bits); }
-SWEEP_AVX2 inline __m256 spread_wide(const bf16* value, unsigned bits) {
+SWEEP_AVX2 inline __m256 spread(const bf16* value, unsigned bits) {
   const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(value)));
   const __m256i shuffle = _mm256_load_si256(reinterpret_cast<const __m256i*>(SPREAD.widened[bits]));
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, shuffle));
 }
 
-SWEEP_AVX2 inline void store8(bf16* to, const bf16* value, unsigned bits) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), spread(value, bits));
-}
 template <class T>
 SWEEP_AVX2 void store8(float* to, const T* value, unsigned bits) {
-  _mm256_storeu_ps(to, spread_wide(value, bits));
+  _mm256_storeu_ps(to, spread(value, bits));
+}
+SWEEP_AVX2 inline void store8(bf16* to, const bf16* value, unsigned bits) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
+  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD.words[bits]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(packed, shuffle));
 }
 
 SWEEP_AVX2 inline float total(__m256 v) {
@@ -187,7 +183,7 @@ struct Avx2 {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {  // each finds its values by itself and need not wait for the one before
           const unsigned eight = (bits >> (8 * j)) & 0xff;
-          const __m256 weight = spread_wide(value + _mm_popcnt_u64(bits & ((uint64_t{1} << (8 * j)) - 1)), eight);
+          const __m256 weight = spread(value + _mm_popcnt_u64(bits & ((uint64_t{1} << (8 * j)) - 1)), eight);
           for (int n = 0; n < N; ++n)
             sum[n][j % WAYS] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(at + n * stride + 8 * j), sum[n][j % WAYS]);
         }
