@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 .PHONY: help setup sweep test style benchmark reference clean
 
 help:
-	@echo "make sweep      set up, run the first sweep (about four minutes on two cores), draw the figures"
+	@echo "make sweep      set up, run the first sweep (five to eight minutes on two cores), draw the figures"
 	@echo "make test       set up, run the tests in WORKERS=2 processes"
 	@echo "make style      set up, run ruff and mypy"
 	@echo "make benchmark  set up, time what a user waits for"
