@@ -1,38 +1,40 @@
 """Perplexity after removing FFN neurons of the embedded model, by criterion: python benchmarks/neuron_criteria.py
 
-Mean over calibration seeds of the perplexity per token on the first tokens of the held-out pydoc pages, and the bars
-that the default criterion is to meet. Arguments name criteria (`taylor_abs+repair` with the repair); none = all.
+Mean over calibration seeds of the perplexity per token on the first tokens of every development page of pydoc: studies
+report the test pages, on which nothing is chosen. Arguments name criteria (`taylor_abs+repair` with the repair); none =
+all. Two constants are tuned here, each value a line beside the others:
+
+    python benchmarks/neuron_criteria.py taylor_sampled --balance 0.3 0 0.15 0.45 0.6
+    python benchmarks/neuron_criteria.py taylor_sampled+repair --damping 0.3 0.03 0.1 1
+
+`range` is that over seeds. `gap` is the loss above the first line's, nats a token, with its standard error over pages:
+both lines have read the same calibration texts and are evaluated on the same pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
+import itertools
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from embedded import EMBEDDED
 from tabulate import tabulate
-from torch import nn
 from transformers import PreTrainedModel
 
-from sweep import models, text, unit_statistics, units
+from sweep import models, repair, scorer, text, unit_scores, unit_statistics, units, words
 from sweep.config import PROXIES, Calibration, Neuron
 from sweep.unit_scores import Statistics
 
 CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
-BARS = {0.1: 16.0, 0.3: 21.0, 0.5: 33.0}
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, tokens: torch.Tensor, window: int = 512) -> float:
-    """Per token, over windows without overlap; the first token of a window has no context and is not scored."""
-    loss, count = 0.0, 0
-    for ids in tokens.split(window):
-        logits = model(input_ids=ids[None]).logits[0, :-1].float()
-        loss += float(nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-        count += len(ids) - 1
-    return math.exp(loss / count)
+def losses(model: PreTrainedModel, pages: list[list[int]]) -> np.ndarray:
+    """The summed loss of each page in nats; its first token has no context and is not scored."""
+    found = scorer.score(model, [(page, len(page) - 1) for page in pages], 4 * scorer.TOKENS_PER_ROW, widest=0)
+    return np.array([-scores.log_probs.sum(dtype=np.float64) for scores in found])
 
 
 def pruned(
@@ -58,43 +60,50 @@ def pruned(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("criteria", nargs="*", default=CRITERIA, help="criteria, `+repair` with the repair")
-    parser.add_argument("--sparsity", type=float, nargs="*", default=list(BARS))
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.3, 0.5])
+    parser.add_argument("--balance", type=float, nargs="*", default=[unit_scores.BALANCE])
+    parser.add_argument("--damping", type=float, nargs="*", default=[repair.DAMPING])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16, help="calibration sequences of --length tokens")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--scope", default="global")
-    parser.add_argument("--tokens", type=int, default=2048, help="evaluated")
+    parser.add_argument("--tokens", type=int, default=128, help="of each page")
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
     dense, tokenizer = models.load(EMBEDDED, asked.dtype, "cpu")
-    pages = "\n\n".join(document["page"] for document in text.pydoc_documents())
-    evaluated = tokenizer(pages, return_tensors="pt", verbose=False).input_ids[0, : asked.tokens]
-    print(f"dense: {perplexity(dense, evaluated):.2f}", flush=True)
+    pages = [tokenizer(document["page"]).input_ids[: asked.tokens] for document in text.development_documents()]
+    counts = np.array([len(page) - 1 for page in pages])
+    print(f"dense: {np.exp(losses(dense, pages).sum() / counts.sum()):.2f} on {counts.sum()} tokens", flush=True)
     calibration = [
         text.calibration_tokens(Calibration("pydoc", asked.sequences, asked.length), tokenizer, seed)
         for seed in range(asked.seeds)
     ]
-    lines = []
     outputs = [ffn.output for ffn in models.ffns(dense)]
+    criteria = {name: name.partition("+")[0] for name in asked.criteria}
     read = [
-        unit_statistics.for_criteria(PROXIES, dense, outputs, tokens, seed) for seed, tokens in enumerate(calibration)
+        unit_statistics.for_criteria(set(criteria.values()), dense, outputs, tokens, seed)
+        for seed, tokens in enumerate(calibration)
     ]
     print(f"read {calibration[0].numel()} tokens a seed", flush=True)
-    for name in asked.criteria:
-        criterion, _, mend = name.partition("+")
-        method = Neuron(criterion=criterion, scope=asked.scope)  # type: ignore[arg-type]
-        line: list[object] = [name]
+    lines: list[list[object]] = []
+    first: dict[float, np.ndarray] = {}  # by sparsity, the first line's loss of each page
+    for name, balance, damping in itertools.product(criteria, asked.balance, asked.damping):
+        method = Neuron(criterion=criteria[name], scope=asked.scope)  # type: ignore[arg-type]
+        line: list[object] = [name, balance, damping]
         for sparsity in asked.sparsity:
-            found = [
-                perplexity(pruned(dense, method, sparsity, seed, tokens, seen[criterion], mend == "repair"), evaluated)
-                for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
-            ]
-            line += [sum(found) / len(found), max(found) - min(found)]
+            with patch.object(unit_scores, "BALANCE", balance), patch.object(repair, "DAMPING", damping):
+                found = np.array([  # (seeds, pages)
+                    losses(pruned(dense, method, sparsity, seed, tokens, seen[method.criterion], "+" in name), pages)
+                    for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
+                ])  # fmt: skip
+            perplexities = np.exp(found.sum(1) / counts.sum())
+            page_losses = found.mean(0)
+            gap, error = words.per_token(page_losses - first.setdefault(sparsity, page_losses), counts)
+            line += [f"{perplexities.mean():.2f}", f"{np.ptp(perplexities):.2f}", f"{gap:+.3f} ± {error:.3f}"]
         print(line, flush=True)
         lines.append(line)
-    lines.append(["bar", *[x for s in asked.sparsity for x in (BARS.get(s), None)]])
-    headers = ["criterion", *[x for s in asked.sparsity for x in (f"{s:.0%}", "range")]]
-    print(tabulate(lines, headers=headers, floatfmt=".1f"))
+    headers = ["criterion", "balance", "damping", *[x for s in asked.sparsity for x in (f"{s:.0%}", "range", "gap")]]
+    print(tabulate(lines, headers=headers, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,32 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sweep import text
+from sweep import catalogue, text
 from sweep.config import Calibration, RequestError
 
 
-def test_calibration_text_stands_nowhere_in_the_evaluated_text() -> None:
-    evaluation, calibration = text.pydoc_split()
-    assert len(evaluation) >= 10 and len(calibration) >= 500
-    evaluated = "\n".join(evaluation.values())
-    assert not [p for p in calibration if f"\n{p}\n" in f"\n{evaluated}\n" and len(p) > 80]
+def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:
+    from pydoc_data.topics import topics
+
+    split = text.pydoc_split()
+    assert len(split.test) >= 20 and len(split.development) >= 17 and len(split.calibration) >= 500
+    assert not set(split.test) & set(split.development)
+    tested, developed = (
+        {paragraph.strip() for page in part.values() for paragraph in page.split("\n\n")}
+        for part in (split.test, split.development)
+    )
+    assert not tested & developed - {""}
+    whole = "\n\n".join(topics[name] for name in [*split.test, *split.development])
+    assert not [p for p in split.calibration if f"\n\n{p}\n\n" in f"\n\n{whole}\n\n"]
+
+
+def test_the_tasks_evaluate_the_test_topics_and_development_is_a_task_of_its_own() -> None:
+    split = text.pydoc_split()
+    tasks = catalogue.load(("pydoc", "pydoc_cloze", "pydoc_development"))["tasks"]
+    pages = {name: {d["topic"]: d.get("page") for d in task.eval_docs} for name, task in tasks.items()}
+    assert pages["pydoc"] == split.test and pages["pydoc_development"] == split.development
+    assert set(pages["pydoc_cloze"]) <= set(split.test)
+    assert all(d["context"] in split.test[d["topic"]] for d in tasks["pydoc_cloze"].eval_docs)
 
 
 def test_documents_are_the_same_every_time_and_well_formed() -> None:

