@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import classification, quality, surgery, text, vocabulary, words
+from sweep import catalogue, classification, quality, surgery, text, vocabulary, words
 from sweep.config import Benchmarks
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -134,3 +135,43 @@ def test_papers_tasks_run_offline_with_examples_shown(loaded: Loaded, data_root:
     assert samples.groupby("task").document.nunique().to_dict() == dict.fromkeys(settings.tasks, 2)
     shown = Benchmarks(("arc_easy",), limit=2, num_fewshot=3)
     assert quality.evaluate(*loaded, shown, str(data_root))[0].keys() >= {"arc_easy/acc"}
+
+
+TWO_FILTERS = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list:
+  - {metric: exact_match, higher_is_better: true}
+  - {metric: ter, higher_is_better: false}
+filter_list:
+  - {name: strict-match, filter: [{function: take_first}]}
+  - {name: flexible-extract, filter: [{function: regex, regex_pattern: "(nothing)", fallback: "4"}, {function: take_first}]}
+"""
+
+
+def test_what_two_answer_filters_find_stays_apart_and_carries_its_direction(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "sums.json").write_text(
+        '{"question": "2 + 2 =", "answer": "4"}\n{"question": "1 + 2 =", "answer": "3"}'
+    )
+    (tmp_path / "sums.yaml").write_text(TWO_FILTERS.replace("DATA", str(tmp_path / "sums.json")))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(catalogue, "load", lambda names, data_root: manager.load(list(names)))
+    metrics, samples = quality.evaluate(*loaded, Benchmarks(("sums",)), None)
+    assert metrics["sums/exact_match,strict-match"] == 0  # a random model
+    assert metrics["sums/exact_match,flexible-extract"] == 0.5  # whatever it says, 4 is taken
+    assert not samples.duplicated(["task", "document", "metric"]).any()
+    assert wide(samples, "sums")["exact_match,flexible-extract"].tolist() == [1, 0]
+    assert wide(samples, "sums")["exact_match,strict-match"].tolist() == [0, 0]
+    better = json.loads(metrics["higher_is_better"])
+    assert better == {f"sums/{metric},{name}": metric == "exact_match"
+                      for metric in ("exact_match", "ter") for name in ("strict-match", "flexible-extract")}  # fmt: skip

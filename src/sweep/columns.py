@@ -90,6 +90,8 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "other_cores_busy": (MEASURED, "cores that other processes kept busy meanwhile, on average: high means that timings are contended"),
     "model_fingerprint": (ORIGIN, "hash of the model's file, or its revision"),
     "data_fingerprints": (ORIGIN, "hashes of the texts that were read, as JSON"),
+    "measuring_version": (ORIGIN, "version of the measuring code: rows of different versions are never averaged or compared"),
+    "higher_is_better": (ORIGIN, "what lm-eval says of its metrics, `{column: true or false}` as JSON"),
 }  # fmt: skip
 
 _HEADER = """# Columns of a row
@@ -105,6 +107,8 @@ _TASKS = """
 
 After these come two columns for each metric of each task, `task/metric` and `task/metric_stderr`, as lm-eval reports
 them, and for tasks that score whole texts `task/token_perplexity`: exp of the mean negative log-likelihood a token.
+Where a task filters answers by a named filter, the filter is part of the metric's name, in columns, in `samples` and in
+every option: `gsm8k/exact_match,strict-match` and `gsm8k/exact_match,flexible-extract`.
 
 By how rare a word is (Zipf frequency from wordfreq: `zipf5up`, `zipf4to5`, `zipf3to4`, `zipf0to3`, and `no_word` for
 tokens without letters), for each band B: `task/loss_band_B` (nats a token) with `_stderr`, `task/perplexity_band_B`,

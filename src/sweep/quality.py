@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import math
 import os
 import re
@@ -41,10 +42,11 @@ def evaluate(
     settings: Benchmarks,
     data_root: str | None,
     dense: Distributions | None = None,
-) -> tuple[dict[str, float | None], Samples]:
-    """(metrics as `task/metric` and `task/metric_stderr`, the outcome of every example).
+) -> tuple[dict[str, Any], Samples]:
+    """(columns of the row, the outcome of every example).
 
-    Raises RequestError when a task's data cannot be found. NaN and infinite metrics are kept, with a warning.
+    Columns are `task/metric` and `task/metric_stderr`, with `,FILTER` behind where a task filters answers by a named
+    filter, and `higher_is_better`, what lm-eval says of its metrics. Raises RequestError when a task's data cannot be found. NaN and infinite metrics are kept, with a warning.
     """
     if not settings.tasks:
         return {}, _frame([])
@@ -58,7 +60,7 @@ def _evaluate(
     settings: Benchmarks,
     data_root: str | None,
     dense: Distributions | None,
-) -> tuple[dict[str, float | None], Samples]:
+) -> tuple[dict[str, Any], Samples]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
     import lm_eval
 
@@ -81,15 +83,21 @@ def _evaluate(
             confirm_run_unsafe_code=settings.unsafe_code,
         )
     metrics: dict[str, float | None] = {}
+    better: dict[str, bool] = {}
     for task, values in results["results"].items():
+        directions = results["higher_is_better"].get(task, {})
         for name, value in values.items():
-            column = _column(task, name)
-            if column is not None:
-                metrics[column] = float(value) if isinstance(value, int | float) else None
+            metric, comma, filter_name = name.partition(",")
+            if not comma:
+                continue
+            column = f"{task}/{_keyed(metric, filter_name)}"
+            metrics[column] = float(value) if isinstance(value, int | float) else None
+            if isinstance(directions.get(metric), bool):  # None where the parts of a group disagree
+                better[column] = directions[metric]
     rows: list[tuple[str, str, str, float]] = []
     for task, examples in results["samples"].items():
         kind = tasks["tasks"][task].OUTPUT_TYPE
-        outcomes = [_outcome(example) for example in examples]
+        examples, outcomes = _by_document(examples)
         if kind == "loglikelihood_rolling":
             for example, outcome in zip(examples, outcomes, strict=True):
                 (page,) = example["arguments"][0]
@@ -120,7 +128,7 @@ def _evaluate(
                if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)]  # fmt: skip
     if strange:
         warnings.warn(", ".join(strange), stacklevel=2)
-    return metrics, _frame(rows)
+    return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
 
 
 def token_rows(model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -146,10 +154,20 @@ def rows_by_band(
             for name, value in words.rows_by_band(bands[: len(norms)], norms[: len(bands)], kept).items()}  # fmt: skip
 
 
-def _outcome(example: dict[str, Any]) -> dict[str, float]:
-    """What an example's metrics are, and the log-likelihood of what it asks for; of its first choice, if it has any."""
-    outcome = {name: _number(example[name]) for name in example["metrics"]}
-    return outcome | {"log_likelihood": _number(example["filtered_resps"][0])}
+def _by_document(examples: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """(each document's example under the task's first filter, its metrics under every filter and its log-likelihood).
+
+    The log-likelihood is that of what the example asks for; of its first choice, if it has any.
+    """
+    first: dict[int, dict[str, Any]] = {}
+    outcomes: dict[int, dict[str, float]] = {}
+    for example in examples:
+        document = example["doc_id"]
+        if document not in first:
+            first[document] = example
+            outcomes[document] = {"log_likelihood": _number(example["filtered_resps"][0])}
+        outcomes[document] |= {_keyed(name, example["filter"]): _number(example[name]) for name in example["metrics"]}
+    return list(first.values()), list(outcomes.values())
 
 
 def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
@@ -256,12 +274,9 @@ def _lm_eval_silent() -> Iterator[None]:
             module.tqdm = bar
 
 
-def _column(task: str, name: str) -> str | None:
-    """lm-eval's `acc_stderr,none` as the column `task/acc_stderr`; a filter's name stays, and other keys are None."""
-    metric, comma, filter_name = name.partition(",")
-    if not comma:
-        return None
-    return f"{task}/{metric}" if filter_name == "none" else f"{task}/{metric},{filter_name}"
+def _keyed(metric: str, filter_name: str) -> str:
+    """What a metric is called in columns and samples: `exact_match,strict-match`; lm-eval's plain filter goes unsaid."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _number(value: Any) -> float:

@@ -27,6 +27,7 @@ def describe(cell: Cell, command: str) -> dict[str, Any]:
         "command": command,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_fingerprint": sources.fingerprint(cell.model),
+        "measuring_version": identity.MEASURING_VERSION,
         "data_fingerprints": json.dumps(identity.data_fingerprints(cell), sort_keys=True),
         **machine.provenance(),
     }

@@ -67,6 +67,7 @@ COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of whi
     "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
     "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
+    "measuring_version": _INT, "higher_is_better": _TEXT,
 }  # fmt: skip
 TABLES = ("samples", "latency", "layers", "units")
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
