@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,29 @@ def test_losses_that_are_no_numbers_are_recorded_with_a_warning(tiny_checkpoint:
     outcomes = wide(samples, "continents")
     assert (outcomes.chosen == -1).all() and outcomes.confidence.isna().all()
     assert wide(samples, "pydoc").log_likelihood.isna().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize(("scale", "infinite"), [(300, False), (1e5, True), (1e30, True)])
+def test_a_metric_that_overflows_is_infinite_and_the_others_stand(
+    tiny_checkpoint: Path, scale: float, infinite: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, tokenizer = (c.from_pretrained(tiny_checkpoint) for c in (AutoModelForCausalLM, AutoTokenizer))
+    model.lm_head.weight.data.mul_(scale)
+    tasks = ("pydoc", "pydoc_cloze", "continents")
+    metrics, samples = quality.evaluate(model, tokenizer, Benchmarks(tasks, limit=3, max_length=128), None)
+    pages, endings = wide(samples, "pydoc"), wide(samples, "pydoc_cloze")
+    counted = sum(len(document["page"].split()) for document in text.pydoc_documents()[:3])
+    losses = {"pydoc/token_perplexity": -pages.log_likelihood.sum() / pages.tokens.sum(),
+              "pydoc/word_perplexity": -pages.log_likelihood.sum() / counted,
+              "pydoc_cloze/perplexity": -endings.log_likelihood.mean()}  # fmt: skip
+    with np.errstate(over="ignore"):
+        assert [metrics[name] for name in losses] == pytest.approx(np.exp(list(losses.values())), rel=1e-9)
+    assert [math.isinf(metrics[name]) for name in losses] == [infinite] * 3
+    said = " ".join(str(warning.message) for warning in recwarn)
+    assert all((f"{name} is inf" in said) == infinite for name in losses)
+    assert metrics["pydoc_cloze/perplexity_stderr"] == math.inf  # 1e241 can be held, its square cannot
+    assert np.isfinite([metrics["pydoc/bits_per_byte"], metrics["pydoc_cloze/acc"], metrics["continents/acc"]]).all()
 
 
 @pytest.mark.data

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sweep import hub, sources, text
+from sweep import hub, sources, text, words
 from sweep.config import Model, Perplexity, RequestError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def measure(
                           batch_size * scorer.TOKENS_PER_ROW, widest=0)  # fmt: skip
     losses = np.array([-scores.log_probs.mean(dtype=np.float64) for scores in scored])
     mean, called = float(losses.mean()), name(settings)
-    value = math.inf if mean > 700 else math.exp(mean)
+    value = words.exp(mean)
     if not math.isfinite(value):
         warnings.warn(f"{called}/perplexity is {value}", stacklevel=2)
     error = float(losses.std(ddof=1) / math.sqrt(count) * value) if count > 1 else None  # by the delta method

@@ -17,6 +17,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -73,7 +74,7 @@ def _evaluate(
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
     if dense is not None:
         lm.ids = {page: _own_ids(tokenizer, ids) for page, ids in dense.ids.items()}
-    with _lm_eval_silent():
+    with _lm_eval_silent(), _overflow_is_infinite():
         results = lm_eval.evaluate(
             lm,
             tasks,
@@ -108,7 +109,7 @@ def _evaluate(
             log_likelihood, tokens = (
                 sum(outcome[name] for outcome in outcomes) for name in ("log_likelihood", "tokens")
             )
-            metrics[f"{task}/token_perplexity"] = _exp(-log_likelihood / tokens)
+            metrics[f"{task}/token_perplexity"] = words.exp(-log_likelihood / tokens)
             metrics |= {f"{task}/{name}": value for name, value in words.pooled(outcomes).items()}
             if "kl_from_dense" in outcomes[0]:
                 mean, error = words.per_token([o["kl_from_dense"] for o in outcomes], [o["tokens"] for o in outcomes])
@@ -274,6 +275,27 @@ def _lm_eval_silent() -> Iterator[None]:
             module.tqdm = bar
 
 
+@contextlib.contextmanager
+def _overflow_is_infinite() -> Iterator[None]:
+    """A perplexity or standard error beyond what a float holds is infinite, where lm-eval raises and all is lost."""
+    from lm_eval.api import metrics
+
+    deviation = metrics.sample_stddev
+
+    def unbounded(values: Sequence[float]) -> float:
+        try:
+            return math.inf if any(map(math.isinf, values)) else deviation(values)
+        except OverflowError:  # Python's floats raise it when they are squared
+            return math.inf
+
+    try:
+        metrics.math = SimpleNamespace(**vars(math) | {"exp": words.exp})
+        metrics.sample_stddev = unbounded
+        yield
+    finally:
+        metrics.math, metrics.sample_stddev = math, deviation
+
+
 def _keyed(metric: str, filter_name: str) -> str:
     """What a metric is called in columns and samples: `exact_match,strict-match`; lm-eval's plain filter goes unsaid."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
@@ -284,10 +306,6 @@ def _number(value: Any) -> float:
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _exp(value: float) -> float:
-    return math.inf if value > 700 else math.exp(value)  # written so that NaN stays NaN
 
 
 def _frame(rows: list[tuple[str, str, str, float]]) -> Samples:

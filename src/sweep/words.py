@@ -125,7 +125,7 @@ def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
         found[f"loss_band_{name}"] = mean
         if error is not None:
             found[f"loss_band_{name}_stderr"] = error
-        found[f"perplexity_band_{name}"] = math.inf if mean > 700 else math.exp(mean)
+        found[f"perplexity_band_{name}"] = exp(mean)
         words = sum(t.get(f"words_band_{name}", 0.0) for t in texts)
         if words:
             found[f"word_loss_band_{name}"] = float(losses.sum() / words)
@@ -141,6 +141,14 @@ def per_token(sums: Sequence[float] | NDArray, tokens: Sequence[float] | NDArray
         return mean, None
     variance = ((values - mean * counts) ** 2).sum() * n / (n - 1)
     return mean, float(math.sqrt(variance) / counts.sum())
+
+
+def exp(loss: float) -> float:
+    """The perplexity of a loss in nats, infinite where a float cannot hold it; NaN stays NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def accuracy_by_band(bands: Sequence[int], right: Sequence[float]) -> dict[str, float]:
