@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import catalogue, classification, quality, surgery, text, vocabulary, words
@@ -58,6 +59,24 @@ def test_perplexity_follows_from_the_examples(loaded: Loaded) -> None:
     outcomes = wide(samples, "pydoc")
     expected = np.exp(-outcomes.log_likelihood.sum() / outcomes.tokens.sum())
     assert metrics["pydoc/token_perplexity"] == pytest.approx(expected)
+
+
+def test_metrics_of_log_likelihoods_follow_from_the_examples_and_their_weights(loaded: Loaded) -> None:
+    metrics, samples = quality.evaluate(*loaded, Benchmarks(("pydoc", "pydoc_cloze"), limit=4, max_length=128), None)
+    pages, endings = wide(samples, "pydoc"), wide(samples, "pydoc_cloze")
+    assert pages.byte_perplexity_weight.tolist() == [len(d["page"].encode()) for d in text.pydoc_documents()[:4]]
+    for name in ("word_perplexity", "byte_perplexity"):
+        expected = np.exp(-pages[name].sum() / pages[f"{name}_weight"].sum())
+        assert metrics[f"pydoc/{name}"] == pytest.approx(expected)
+    assert (endings.perplexity_weight == 1).all()
+    assert metrics["pydoc_cloze/perplexity"] == pytest.approx(np.exp(-endings.perplexity.mean()))
+
+
+def test_of_a_metric_of_the_whole_alone_no_document_has_a_value() -> None:
+    examples = [{"doc_id": i, "filter": "none", "metrics": ["acc", "f1"], "acc": 1.0, "f1": (i, 1), "filtered_resps": [(-1.0, True)]}
+                for i in range(2)]  # fmt: skip
+    _, outcomes = quality._by_document(examples, {"acc": aggregations.mean, "f1": aggregations.f1_score})
+    assert outcomes == [{"log_likelihood": -1.0, "acc": 1.0}] * 2  # and not the right answers, equal for every model
 
 
 def test_losses_by_frequency_band_add_up_to_the_whole(loaded: Loaded) -> None:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sweep.divergence import Distributions
     from sweep.scorer import Scorer
 
+_SPREAD = ("perplexity", "weighted_perplexity", "bits_per_byte")  # lm-eval's aggregations of log-likelihoods
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
 
 Samples: TypeAlias = pd.DataFrame  # task, document, metric, value
@@ -98,7 +99,7 @@ def _evaluate(
     rows: list[tuple[str, str, str, float]] = []
     for task, examples in results["samples"].items():
         kind = tasks["tasks"][task].OUTPUT_TYPE
-        examples, outcomes = _by_document(examples)
+        examples, outcomes = _by_document(examples, tasks["tasks"][task].aggregation())
         if kind == "loglikelihood_rolling":
             for example, outcome in zip(examples, outcomes, strict=True):
                 (page,) = example["arguments"][0]
@@ -155,10 +156,13 @@ def rows_by_band(
             for name, value in words.rows_by_band(bands[: len(norms)], norms[: len(bands)], kept).items()}  # fmt: skip
 
 
-def _by_document(examples: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+def _by_document(
+    examples: Iterable[dict[str, Any]], aggregation: Mapping[str, Callable[..., Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
     """(each document's example under the task's first filter, its metrics under every filter and its log-likelihood).
 
     The log-likelihood is that of what the example asks for; of its first choice, if it has any.
+    aggregation  lm-eval's functions from the documents' values to the metrics
     """
     first: dict[int, dict[str, Any]] = {}
     outcomes: dict[int, dict[str, float]] = {}
@@ -167,8 +171,21 @@ def _by_document(examples: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any
         if document not in first:
             first[document] = example
             outcomes[document] = {"log_likelihood": _number(example["filtered_resps"][0])}
-        outcomes[document] |= {_keyed(name, example["filter"]): _number(example[name]) for name in example["metrics"]}
+        for name in example["metrics"]:
+            kind = getattr(aggregation.get(name), "__name__", "")
+            outcomes[document] |= _values(_keyed(name, example["filter"]), example[name], kind)
     return list(first.values()), list(outcomes.values())
+
+
+def _values(metric: str, value: Any, aggregation: str) -> dict[str, float]:
+    """What a document adds to a metric: its number, or a log-likelihood and what it is spread over (`METRIC_weight`).
+
+    Empty where it is no number but, say, the answer with the right one (F1, BLEU): of such the whole alone has a metric.
+    """
+    if aggregation in _SPREAD:
+        log_likelihood, weight = value if isinstance(value, list | tuple) else (value, 1)
+        return {metric: float(log_likelihood), f"{metric}_weight": float(weight)}
+    return {metric: float(value)} if isinstance(value, int | float) else {}
 
 
 def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
@@ -302,7 +319,7 @@ def _keyed(metric: str, filter_name: str) -> str:
 
 
 def _number(value: Any) -> float:
-    """The number in an example's metric: the value itself, or the first of a (value, weight) pair; else NaN."""
+    """The log-likelihood in a response, which may be the first of a pair; NaN for a text."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return float(value) if isinstance(value, int | float) else math.nan
