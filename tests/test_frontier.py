@@ -54,11 +54,3 @@ def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> No
     )
     paired = frontier.with_paired_latency(frame)
     assert paired.decode_ms_paired.tolist() == [20.0, 20.0, 10.0]
-
-
-@pytest.mark.parametrize(
-    "metric", ["pydoc/token_perplexity", "x/bits_per_byte", "decode_ms_paired", "peak_memory_bytes"]
-)
-def test_losses_are_told_from_gains(metric: str) -> None:
-    assert frontier.is_loss(metric)
-    assert not frontier.is_loss("arc_easy/acc") and not frontier.is_loss("boolq/f1")

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sweep import frontier, plot, tables
+from sweep.columns import is_loss
 
 _DRAWS = 500  # resamplings of the knee
 
@@ -21,14 +22,14 @@ def cheapest_within(rows: pd.DataFrame, cost: str, metric: str, max_drop: float,
     start = f"At most {limit_text} worse than dense on {plot.label(metric)}: "
     if dense.empty:
         return f"{start}cannot be told, since the rows hold no dense cell."
-    sign = 1 if frontier.is_loss(metric) else -1
+    sign = 1 if is_loss(metric, rows) else -1
     reference = dense.groupby(["model", "setting"]).y.mean()
     per_row = points.set_index(["model", "setting"]).index.map(reference).to_numpy(dtype=float)
     allowance = max_drop * abs(per_row) if relative else np.full(len(points), max_drop)
     drop = sign * (points.y - per_row)
     worst = sign * ((points.y_high if sign > 0 else points.y_low) - per_row)
     kept = points[(points.method != "dense") & (drop <= allowance)]
-    cheaper = _cheapest_first(kept, cost)
+    cheaper = kept.sort_values("x", ascending=is_loss(cost, rows), kind="stable")
     if cheaper.empty:
         return f"{start}no pruned cell."
     best = cheaper.iloc[0]
@@ -54,7 +55,7 @@ def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float) -> str
     if affordable.empty:
         cheapest = points.x.min() / plot.scale(cost)
         return f"{start}no cell; the cheapest needs {tables.number(cheapest)}."
-    best = _best_first(affordable, metric).iloc[0]
+    best = affordable.sort_values("y", ascending=is_loss(metric, rows), kind="stable").iloc[0]
     others = affordable.drop(best.name)
     tied = others[(others.y_low <= best.y_high) & (others.y_high >= best.y_low)]
     text = f"{start}{_describe(best, cost, metric)}."
@@ -75,7 +76,8 @@ def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
     """
     points = _named(rows, cost, metric).reset_index(drop=True)
     start = f"Knee of {plot.label(metric)} against {plot.label(cost)}: "
-    at = _knee(points.x.to_numpy(), points.y.to_numpy(), cost, metric)
+    losses = {"x_is_loss": is_loss(cost, rows), "y_is_loss": is_loss(metric, rows)}
+    at = _knee(points.x.to_numpy(), points.y.to_numpy(), **losses)
     if at is None:
         return f"{start}none; the frontier has fewer than three points."
     if points.y_low.isna().all():
@@ -86,7 +88,7 @@ def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
     same = 0
     for _ in range(_DRAWS):
         x, y = (middle[n] + deviation[n] * draw.standard_normal(len(points)) for n in ("x", "y"))
-        same += _knee(x, np.maximum(y, middle["y"].min() * 1e-3), cost, metric) == at
+        same += _knee(x, np.maximum(y, middle["y"].min() * 1e-3), **losses) == at
     return f"{start}{_describe(points.loc[at], cost, metric)} (in {100 * same / _DRAWS:.0f} % of {_DRAWS} redraws)."
 
 
@@ -116,28 +118,19 @@ def _named(rows: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
     return points.assign(name_=plot.series(points))[np.isfinite(points.x) & np.isfinite(points.y)]
 
 
-def _knee(x: np.ndarray, y: np.ndarray, cost: str, metric: str) -> int | None:
+def _knee(x: np.ndarray, y: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> int | None:
     """The index of the frontier point farthest from the chord between the frontier's ends, both axes scaled to 1."""
-    loss = frontier.is_loss(metric)
-    on = frontier.undominated(x if frontier.is_loss(cost) else -x, y if loss else -y)
+    on = frontier.undominated(x if x_is_loss else -x, y if y_is_loss else -y)
     index = np.flatnonzero(on)[np.argsort(x[on], kind="stable")]
     if len(index) < 3:
         return None
     a, b = x[index], y[index]
-    if loss and b.min() > 0 and b.max() > 10 * b.min():
+    if y_is_loss and b.min() > 0 and b.max() > 10 * b.min():
         b = np.log(b)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     a, b = (a - a[0]) / (a[-1] - a[0]), (b - b[0]) / (b[-1] - b[0])
     return int(index[1:-1][np.argmax(np.abs(a - b)[1:-1])])
-
-
-def _cheapest_first(points: pd.DataFrame, cost: str) -> pd.DataFrame:
-    return points.sort_values("x", ascending=frontier.is_loss(cost), kind="stable")
-
-
-def _best_first(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return points.sort_values("y", ascending=frontier.is_loss(metric), kind="stable")
 
 
 def _describe(point: pd.Series, cost: str, metric: str) -> str:

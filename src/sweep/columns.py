@@ -1,11 +1,17 @@
-"""What each column of a row means: the source of docs/metrics.md, made by `python -m sweep.columns > docs/metrics.md`.
+"""What each column of a row means, and which way it points: the source of docs/metrics.md, which is made by
+`python -m sweep.columns > docs/metrics.md`.
 
 Units are in the names: `_bytes`, `_seconds`, `_ms`, `_joules`; a name without a unit is a count, a fraction or a word.
+What has the unit of a cost is better low, and a task's metric points where lm-eval says.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+
+import pandas as pd
 
 from sweep import store
 
@@ -94,6 +100,26 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "higher_is_better": (ORIGIN, "what lm-eval says of its metrics, `{column: true or false}` as JSON"),
 }  # fmt: skip
 
+_COSTS = {"bytes", "seconds", "milliseconds", "joules", "MACs", "parameters", "passes"}  # units that are better low
+
+OURS: dict[str, bool] = {  # our own metrics of a task, and whether higher is better
+    "token_perplexity": False, "kl_from_dense": False, "loss": False, "loss_band": False, "word_loss_band": False,
+    "perplexity_band": False, "acc_band": True, "removed_share_band": False, "told": True, "log_likelihood": True,
+    "precision": True, "recall": True, "f1": True, "precision_macro": True, "recall_macro": True, "f1_macro": True,
+    "precision_weighted": True, "recall_weighted": True, "f1_weighted": True, "matthews": True,
+    "calibration_error": False,
+}  # fmt: skip
+# Of rows from before lm-eval's word was kept: its metrics of which lower is better, by their exact names.
+LM_EVAL_LOSSES = {
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer", "likelihood_diff",
+    "difference_male_female", "pct_female_preferred", "pct_male_preferred", "pct_stereotype", "pct_invalid",
+    "perspective_api_toxicity_score", "bias_score_ambig", "bias_score_disambig", "age_bias", "asian_bias", "black_bias",
+    "female_bias", "hispanic_bias", "native_american_bias", "non_binary_bias",
+    *(f"{which}_bias_score{of}" for which in ("amb", "disamb") for of in (
+        "", "_Age", "_Disability_status", "_Gender_identity", "_Nationality", "_Physical_appearance", "_Race_ethnicity",
+        "_Race_x_SES", "_Race_x_gender", "_Religion", "_SES", "_Sexual_orientation")),
+}  # fmt: skip
+
 _HEADER = """# Columns of a row
 
 Made from the schema by `python -m sweep.columns > docs/metrics.md`; a test fails when it is stale.
@@ -136,6 +162,28 @@ def unit(column: str) -> str:
         if column.removesuffix("_low").removesuffix("_high").endswith(ending):
             return name
     return "milliseconds" if "_ms_" in column or column.endswith("_ms") else ""
+
+
+def metric(column: str) -> str:
+    """The metric in a task's column, without the answer filter: `exact_match` of `gsm8k/exact_match,strict-match`."""
+    return column.rpartition("/")[2].partition(",")[0]
+
+
+def is_loss(column: str, rows: pd.DataFrame | None = None) -> bool:
+    """Whether lower is better.
+
+    rows  that hold the column: what lm-eval said of a task's metric stands in them. Of a metric that they say nothing
+          of, which is one of ours or comes from an older row, the metric's exact name decides; a task's name never does.
+    """
+    if "/" not in column:
+        return unit(column) in _COSTS
+    told = rows["higher_is_better"].dropna().unique() if rows is not None and "higher_is_better" in rows else ()
+    said = [better[column] for better in map(json.loads, told) if column in better]
+    if said:
+        return not said[-1]
+    name = metric(column)
+    ours = OURS.get(re.sub(r"_band_\w+$", "_band", name))
+    return name in LM_EVAL_LOSSES if ours is None else not ours
 
 
 def markdown() -> str:

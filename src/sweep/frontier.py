@@ -12,12 +12,6 @@ SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting",
 ON, OFF, WITHIN_NOISE = "on", "off", "within noise"
 
 
-def is_loss(metric: str) -> bool:
-    """Whether lower is better, told from the metric's name."""
-    return any(word in metric for word in ("perplexity", "bits_per_byte", "loss", "_ms", "bytes", "seconds", "macs",
-                                           "parameters", "joules", "energy", "kl_", "flips", "error"))  # fmt: skip
-
-
 def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `prefill_ms_paired` and `decode_ms_paired`: a reference latency divided by the paired speed-up.
 

@@ -13,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sweep import frontier, plot
+from sweep import plot
+from sweep.columns import is_loss
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
@@ -42,7 +43,7 @@ def render(
         "y": list(metrics) + [c for c in numeric if c not in metrics],
         "labels": {c: plot.label(c) for c in numeric},
         "scales": {c: plot.scale(c) for c in numeric if plot.scale(c) != 1},
-        "losses": [c for c in numeric if frontier.is_loss(c)],
+        "losses": [c for c in numeric if is_loss(c, ok)],
         "colours": plot.COLOURS,
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True,

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
 from sweep import classification, frontier, store
+from sweep.columns import is_loss
 from sweep.config import RequestError, did_you_mean
 
 Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
@@ -192,7 +193,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     if found.empty:
         return found
     found["p_holm"] = holm(found.p)
-    worse = (found.difference > 0) == found.metric.map(frontier.is_loss)
+    worse = (found.difference > 0) == [is_loss(name, rows) for name in found.metric]
     verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
     return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
 

@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sweep import frontier
+from sweep.columns import is_loss
 
 AXES = {  # what is typed after --x, and the column it stands for
     "latency": "decode_ms_paired",
@@ -105,12 +106,12 @@ def cost_figure(rows: pd.DataFrame, cost: str, metric: str, width: str = "column
     Filled: on the frontier for certain. Hollow: within noise of it. Pale: certainly off it.
     """
     points = _prepared(rows, cost, metric)
-    losses = {"x_is_loss": frontier.is_loss(cost), "y_is_loss": frontier.is_loss(metric)}
+    losses = {"x_is_loss": is_loss(cost, rows), "y_is_loss": is_loss(metric, rows)}
     points["standing"] = frontier.membership(points, **losses)
     figure, axes = _new(width)
     _draw_frontier(axes, points, **losses)
     _draw_series(axes, points, joined=False)
-    _finish(axes, points, cost, metric)
+    _finish(axes, points, cost, metric, y_is_loss=losses["y_is_loss"])
     if len(points) <= _LABELLED:
         _draw_sparsities(axes, points)
     _legend(axes, _hollow(points, "within noise of the frontier"))
@@ -131,7 +132,7 @@ def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column") -> F
         points.loc[overlap, "standing"] = frontier.WITHIN_NOISE
     figure, axes = _new(width)
     _draw_series(axes, points, joined=True)
-    _finish(axes, points, "sparsity", metric)
+    _finish(axes, points, "sparsity", metric, y_is_loss=is_loss(metric, rows))
     _legend(axes, _hollow(points, "within noise of dense"))
     return figure
 
@@ -176,7 +177,7 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
         pruned = points[points.method != "dense"]
         reference = pd.Series([dense.get(key, np.nan) for key in zip(pruned.model, pruned.setting, strict=True)],
                               index=pruned.index)  # fmt: skip
-        sign = 1 if frontier.is_loss(metric) else -1
+        sign = 1 if is_loss(metric, rows) else -1
         drop = sign * (pruned.y - reference)
         if relative:
             drop = 100 * drop / reference.where(reference != 0)
@@ -442,7 +443,7 @@ def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
                 break
 
 
-def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
+def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool) -> None:
     for dense in points[points.method == "dense"].itertuples():
         axes.axhline(dense.y, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
         if x != "sparsity":
@@ -451,11 +452,11 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
                       marker="*", color="black", markersize=8, elinewidth=0.8, capsize=1.5, linestyle="none", zorder=4)  # fmt: skip
     if (points.method == "dense").any():
         axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
-    if frontier.is_loss(y) and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
+    if y_is_loss and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter(_plain)  # 200, and not 2 times a power of ten, which takes more room
         axes.yaxis.set_minor_formatter(_plain if points.y.max() < 1000 * points.y.min() else "")
-    better = "lower" if frontier.is_loss(y) else "higher"
+    better = "lower" if y_is_loss else "higher"
     axes.set_xlabel(label(x))
     axes.set_ylabel(f"{label(y)}\n({better} is better)")
     _pin_label(axes)

@@ -6,7 +6,7 @@ import argparse
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sweep import advice, frontier, knobs, messages, page, paired, plot, published, store, tables
+from sweep.columns import is_loss
 from sweep.config import RequestError, did_you_mean
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -114,13 +115,14 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     drops = plot.drop_table(ok, metrics)
     files = list(save.files)
     shown = [*metrics, *costs]
+    losses = {column for column in shown if is_loss(column, ok)}
     failed = tables.failures(rows)
     texts = {
-        "table.md": tables.markdown(summary, shown),
-        "table.tex": tables.latex(summary, shown, f"{len(ok)} cells; ± half a 95 % interval."),
+        "table.md": tables.markdown(summary, shown, losses),
+        "table.tex": tables.latex(summary, shown, losses, f"{len(ok)} cells; ± half a 95 % interval."),
         "table.csv": summary.to_csv(index=False),
         "drop-by-benchmark.csv": drops.to_csv(),
-        "README.md": _readme(results, rows, failed, advised, files, out, summary, shown),
+        "README.md": _readme(results, rows, failed, advised, files, summary, shown, losses),
     }
     for name, text in texts.items():
         (out / name).write_text(text)
@@ -210,7 +212,7 @@ def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], dr
 
 
 def _readme(results: Sequence[str], rows: pd.DataFrame, failed: Sequence[str], advised: Sequence[str],
-            files: Sequence[Path], out: Path, summary: pd.DataFrame, shown: Sequence[str]) -> str:  # fmt: skip
+            files: Sequence[Path], summary: pd.DataFrame, shown: Sequence[str], losses: Collection[str]) -> str:  # fmt: skip
     """The report's front page: answers first, then what failed, the table, and the figures."""
     counts = f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok"
     parts = [f"# Report on {', '.join(results)}\n\n{counts}.\n", "## Which should I use\n",
@@ -219,7 +221,7 @@ def _readme(results: Sequence[str], rows: pd.DataFrame, failed: Sequence[str], a
         parts += ["## Cells that are not ok, and in no figure\n", "\n".join(f"- {line}" for line in failed) + "\n"]
     if len(summary) <= 200:
         parts += ["## Table\n", "Bold: the best at its sparsity. ~: within noise of it. ±: half a 95 % interval.\n",
-                  tables.markdown(summary, shown)]  # fmt: skip
+                  tables.markdown(summary, shown, losses)]  # fmt: skip
     else:
         parts += [f"The table has {len(summary)} lines: see table.csv.\n"]
     shown_as = next((s for s in (".png", ".svg") if any(file.suffix == s for file in files)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
@@ -34,7 +34,7 @@ def summary(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) ->
     return joined.assign(_order=order).sort_values(["_order", "name", "sparsity"]).drop(columns="_order")
 
 
-def marks(table: pd.DataFrame, column: str) -> pd.Series:
+def marks(table: pd.DataFrame, column: str, *, loss: bool) -> pd.Series:
     """`best`, `within noise` of the best, or nothing, among the pruned lines of one sparsity and model.
 
     Within noise: the intervals overlap. A line without an interval can be the best, and is never within noise.
@@ -44,7 +44,6 @@ def marks(table: pd.DataFrame, column: str) -> pd.Series:
     for _, group in pruned.groupby(["model", "setting", "sparsity"], dropna=False):
         if len(group) < 2:
             continue
-        loss = frontier.is_loss(column)
         winner = group[column].idxmin() if loss else group[column].idxmax()
         overlap = (group[f"{column}_low"] <= group[f"{column}_high"][winner]) & (
             group[f"{column}_high"] >= group[f"{column}_low"][winner]
@@ -54,11 +53,14 @@ def marks(table: pd.DataFrame, column: str) -> pd.Series:
     return found
 
 
-def markdown(table: pd.DataFrame, columns: Sequence[str]) -> str:
-    """The summary as a Markdown table: the best of each sparsity bold, what is within noise of it marked with ~."""
+def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str]) -> str:
+    """The summary as a Markdown table: the best of each sparsity bold, what is within noise of it marked with ~.
+
+    losses  the columns of which lower is better
+    """
     header = ["method", "sparsity", "seeds", *map(plot.label, columns)]
     lines = [header, ["---"] * len(header)]
-    texts = {column: _texts(table, column, "**{}**", "{} ~", "{} ± {}") for column in columns}
+    texts = {column: _texts(table, column, column in losses, "**{}**", "{} ~", "{} ± {}") for column in columns}
     for i, row in table.iterrows():
         lines.append(
             [row["name"].replace("|", "\\|"), f"{row.sparsity:g}", f"{row.seeds:g}", *(texts[c][i] for c in columns)]
@@ -66,7 +68,7 @@ def markdown(table: pd.DataFrame, columns: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def latex(table: pd.DataFrame, columns: Sequence[str], caption: str) -> str:
+def latex(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str], caption: str) -> str:
     """The summary as a LaTeX table for booktabs: best in bold, within noise of the best with a dagger."""
     lines = [
         r"% needs \usepackage{booktabs}",
@@ -78,7 +80,10 @@ def latex(table: pd.DataFrame, columns: Sequence[str], caption: str) -> str:
         " & ".join(["method", "sparsity", *(_escape(plot.label(c)) for c in columns)]) + r" \\",
         r"\midrule",
     ]
-    texts = {column: _texts(table, column, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$") for column in columns}
+    texts = {
+        column: _texts(table, column, column in losses, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
+        for column in columns
+    }
     for i, row in table.iterrows():
         lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in columns)]) + r" \\")
         if row.method == "dense":
@@ -106,12 +111,12 @@ def number(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _texts(table: pd.DataFrame, column: str, bold: str, near: str, interval: str) -> dict[int, str]:
+def _texts(table: pd.DataFrame, column: str, loss: bool, bold: str, near: str, interval: str) -> dict[int, str]:
     """Each line's number in the unit of its label, with half its interval, marked."""
     unit = plot.scale(column)
     numbers = (table[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
     found = {}
-    for i, mark, value, low, high in zip(table.index, marks(table, column), *numbers, strict=True):
+    for i, mark, value, low, high in zip(table.index, marks(table, column, loss=loss), *numbers, strict=True):
         text = number(value)
         if text and pd.notna(low) and high > low:
             text = interval.format(text, number((high - low) / 2))
