@@ -69,6 +69,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def turns_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests' cells wait for each other, and not for those that somebody measures on this machine meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWEEP_TURNS", str(tmp_path_factory.mktemp("turns")))
+        yield
+
+
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import sweep
-from sweep import isolate
+from sweep import isolate, locks, store
 from sweep.isolate import Limits
 
 CELL: Any = None  # what the child gets; these children never look at it
@@ -98,8 +101,8 @@ def what_it_sees(cell: Any) -> Any:
 def test_every_way_to_die_becomes_a_status_with_its_reason(
     work: isolate.Work, status: str, words: list[str], tmp_path: Path
 ) -> None:
-    row, unstored = isolate.run(CELL, DESCRIBED, str(tmp_path), work=work)
-    assert unstored is None
+    row, unstored, outdone = isolate.run(CELL, DESCRIBED, str(tmp_path), work=work)
+    assert unstored is None and not outdone
     stored = sweep.load(tmp_path).iloc[0]
     assert stored.status == row["status"] == status
     for word in words:
@@ -109,14 +112,14 @@ def test_every_way_to_die_becomes_a_status_with_its_reason(
 
 
 def test_a_hang_ends_at_the_timeout_and_says_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(timeout=2), work=hangs)
+    row = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(timeout=2), work=hangs).row
     assert row["status"] == "timeout"
     assert "not finished after timeout=2 seconds" in row["error"] and "in hangs" in row["error"]
     assert "deciding" not in row["error"] and "deciding" not in capfd.readouterr().err  # no progress bar in a log
 
 
 def test_a_cell_that_takes_more_memory_than_it_may_is_ended(tmp_path: Path) -> None:
-    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(memory=2**30), work=grows)
+    row = isolate.run(CELL, DESCRIBED, str(tmp_path), Limits(memory=2**30), work=grows).row
     assert row["status"] == "out_of_memory"
     assert "ended at memory_limit=1.00 GiB" in row["error"] and "in grows" in row["error"]
 
@@ -124,12 +127,126 @@ def test_a_cell_that_takes_more_memory_than_it_may_is_ended(tmp_path: Path) -> N
 def test_a_kill_by_the_kernel_for_memory_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = iter([3, 4])
     monkeypatch.setattr(isolate, "_oom_kills", lambda: next(kills))
-    row, _ = isolate.run(CELL, DESCRIBED, str(tmp_path), work=killed)
+    row = isolate.run(CELL, DESCRIBED, str(tmp_path), work=killed).row
     assert row["status"] == "out_of_memory" and "killed by the kernel" in row["error"]
+
+
+def measured(cell: Any) -> Any:
+    return {"status": "ok", "t/acc": 0.5}, {"samples": pd.DataFrame({"task": ["t"], "value": [0.5]})}
+
+
+def killed_between_its_row_and_its_report(cell: Any) -> Any:
+    stores = store.write
+
+    def stores_and_dies(*asked: Any) -> None:
+        stores(*asked)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store.write = stores_and_dies
+    return measured(cell)
+
+
+def hangs_between_its_row_and_its_report(cell: Any) -> Any:
+    stores = store.write
+
+    def stores_and_hangs(*asked: Any) -> None:
+        stores(*asked)
+        time.sleep(600)
+
+    store.write = stores_and_hangs
+    return measured(cell)
+
+
+def described(second: int) -> dict[str, str]:
+    return DESCRIBED | {"started_at": f"2026-01-01T00:00:0{second}+00:00"}
+
+
+@pytest.mark.parametrize("work", [killed_between_its_row_and_its_report, hangs_between_its_row_and_its_report])
+def test_a_row_that_is_stored_is_the_cells_outcome_whatever_becomes_of_its_process(
+    work: isolate.Work, tmp_path: Path
+) -> None:
+    row, unstored, outdone = isolate.run(CELL, described(1), str(tmp_path), Limits(timeout=3), work=work)
+    assert (row["status"], row["t/acc"], unstored, outdone) == ("ok", 0.5, None, False)
+    assert sweep.load(tmp_path).status.tolist() == ["ok"]
+    assert store.table(tmp_path, "samples").value.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("work", [raises, killed, exits_at_once])
+def test_a_run_that_fails_leaves_the_ok_row_of_an_earlier_one(
+    work: isolate.Work, compacted: bool, tmp_path: Path
+) -> None:
+    isolate.run(CELL, described(1), str(tmp_path), work=measured)
+    if compacted:
+        store.compact(tmp_path)
+    before = sweep.load(tmp_path)
+    row, unstored, outdone = isolate.run(CELL, described(2), str(tmp_path), work=work)
+    assert row["status"] in ("failed", "crashed") and unstored is None and outdone
+    pd.testing.assert_frame_equal(sweep.load(tmp_path), before)
+    assert store.table(tmp_path, "samples").value.tolist() == [0.5]
+
+
+def waits_and_works(cell: Any) -> Any:
+    with locks.lock(Path(os.environ["WAITED_FOR"])):
+        time.sleep(1)
+    return {"status": "ok", "cell_seconds": 1.0}, {}
+
+
+def waits_and_hangs(cell: Any) -> Any:
+    waits_and_works(cell)
+    hangs(cell)
+
+
+def test_waiting_for_another_cell_is_in_no_timeout_and_in_a_column_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell holds something that this one needs, as a cell does that measures shared statistics."""
+    held = tmp_path / "held"
+    work = functools.partial(with_environment, {"WAITED_FOR": str(held)})
+    for does, status in ((waits_and_works, "ok"), (waits_and_hangs, "timeout")):
+        with ExitStack() as other:
+            other.enter_context(locks.lock(held))
+            threading.Timer(4, other.pop_all().close).start()
+            started = time.monotonic()
+            found = isolate.run(
+                CELL, DESCRIBED, str(tmp_path / status), Limits(timeout=3), work=functools.partial(work, does)
+            )
+        assert found.row["status"] == status
+        assert time.monotonic() - started > (4 if status == "ok" else 7)
+    assert 2 < sweep.load(tmp_path / "ok").waited_seconds.item() < 5
+
+
+def with_environment(environment: dict[str, str], work: isolate.Work, cell: Any) -> Any:
+    os.environ.update(environment)  # a child has that of the server, which may be older than the test
+    return work(cell)
 
 
 def test_the_child_sees_the_device_that_it_is_given(tmp_path: Path) -> None:
     assert isolate.run(CELL, DESCRIBED, str(tmp_path), gpu="3", work=what_it_sees).row["gpu"] == "3"
+
+
+def how_its_threads_wait(cell: Any) -> Any:
+    """What libgomp says of itself when it is loaded, in a process that starts as the cell's server has."""
+    variables = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\0") if entry)
+    asked = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True,
+                           env=variables | {"OMP_DISPLAY_ENV": "verbose"})  # fmt: skip
+    return {"status": "ok", "gpu": asked.stderr}, {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")
+def test_idle_threads_of_a_cell_leave_the_cores_to_other_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    script = tmp_path / "cell.py"  # apart: the server of the tests runs already
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_isolate as t\n"
+        f"if __name__ == '__main__': t.isolate.run(None, t.DESCRIBED, {str(tmp_path)!r}, work=t.how_its_threads_wait)"
+    )
+    subprocess.run([sys.executable, str(script)], check=True)
+    assert "GOMP_SPINCOUNT = '10000'" in sweep.load(tmp_path).gpu.item()
 
 
 def test_stop_ends_the_child_and_writes_no_row(tmp_path: Path) -> None:
@@ -144,7 +261,7 @@ def test_stop_ends_the_child_and_writes_no_row(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.write_text("a file stands where the folder should be")
-    row, unstored = isolate.run(CELL, DESCRIBED, str(results), work=fine)
+    row, unstored, _ = isolate.run(CELL, DESCRIBED, str(results), work=fine)
     assert row["status"] == "failed" and "could not be written" in row["error"]
     assert unstored is not None and "NotADirectoryError" in unstored
 

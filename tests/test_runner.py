@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import sweep
@@ -56,6 +57,20 @@ def test_ctrl_c_ends_the_running_cell_keeps_rows_and_says_how_to_go_on(tmp_path:
         time.sleep(0.1)
     assert not descendants_of_session(running.pid)
     assert f"{len(rows)} already done, {10 - len(rows)} to run" in run(*words, "plan=true", cwd=tmp_path)
+
+
+def test_a_run_again_that_fails_is_told_and_leaves_the_row_it_had(tmp_path: Path, tiny: list[str]) -> None:
+    long = ["efficiency.precision=0.0001", "efficiency.seconds=4"]  # the cell takes so long at least
+    words = ["+method=weight", "sparsity=0.1", *tiny, *long]
+    run(*words, cwd=tmp_path)
+    before = sweep.load(tmp_path / "results")
+    output = run(*words, "resume=false", "timeout=2", cwd=tmp_path, code=1)
+    assert "timeout: not finished after timeout=2 seconds. The row of its earlier run, which is ok, stands" in output
+    assert "in run_cell" in output  # the whole error: no row keeps it
+    assert "2 of 2 cells were run again and are not ok; the rows above are of their earlier runs: dense (" in output
+    pd.testing.assert_frame_equal(sweep.load(tmp_path / "results"), before)
+    assert len(store.table(tmp_path / "results", "latency")) > 0
+    assert "2 already done, 0 to run" in run(*words, cwd=tmp_path)
 
 
 def test_a_plan_says_what_its_cells_will_take(tmp_path: Path, tiny: list[str]) -> None:

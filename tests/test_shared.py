@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from conftest import random_tokens, tiny_model
-from sweep import cache, methods, run, shared
+from sweep import cache, locks, methods, run, shared
 from sweep.config import (
     Benchmarks,
     Calibration,
@@ -105,3 +107,30 @@ def test_a_second_sparsity_measures_nothing_and_its_row_says_what_it_costs(
     other = row(sparsity=0.5, seed=1)  # another draw of the text
     assert other.prune_seconds < 1000
     assert len([e for e in cache.entries() if e.name.startswith("statistics/")]) == 2
+
+
+def test_waiting_for_what_another_cell_measures_is_in_no_column_of_work(
+    tiny_checkpoint: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    run.run_cell(cell(tiny_checkpoint, 0.25))
+    (entry,) = [e.path for e in cache.entries() if e.name.startswith("statistics/")]
+    (entry / "cost.json").write_text('{"seconds": 2.0, "forward_passes": 1.0, "peak_bytes": 1}')
+    entry.rename(tmp_path / "measured")
+    begun, waited = threading.Event(), locks.waited_seconds()
+
+    def another_cell() -> None:
+        with locks.lock(entry.with_name(f".{entry.name}.lock")):
+            begun.set()
+            time.sleep(8)
+            (tmp_path / "measured").rename(entry)
+
+    other = threading.Thread(target=another_cell)
+    other.start()
+    begun.wait()
+    started = time.perf_counter()
+    row, _ = run.run_cell(cell(tiny_checkpoint, 0.5))
+    seconds, waited = time.perf_counter() - started, locks.waited_seconds() - waited
+    other.join()
+    assert waited > 2  # else the cell took so long to get there that it needed not wait
+    assert 2 <= row["prune_seconds"] < 2 + waited / 2
+    assert row["cell_seconds"] == pytest.approx(seconds - waited, abs=0.3)

@@ -43,11 +43,54 @@ def test_a_cell_written_again_replaces_its_row_and_its_tables(tmp_path: Path) ->
     samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
     store.write(tmp_path, row("aa"), {"samples": samples})
     assert store.table(tmp_path, "samples").cell.tolist() == ["aa"]
-    store.write(tmp_path, {"cell": "aa", "status": "timeout"}, {})
-    assert sweep.load(tmp_path).status.tolist() == ["timeout"]
+    assert store.write(tmp_path, row("aa", seed=7), {}) is None
+    assert sweep.load(tmp_path).seed.tolist() == [7]
     assert store.table(tmp_path, "samples").empty
     assert store.read_row(tmp_path, "aa")["schema_version"] == store.SCHEMA_VERSION
     assert store.read_row(tmp_path, "bb") is None
+
+
+@pytest.mark.parametrize("status", ["failed", "out_of_memory", "crashed", "timeout"])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_an_ok_row_and_its_tables_are_never_replaced_by_one_that_is_not(
+    status: str, compacted: bool, tmp_path: Path
+) -> None:
+    samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
+    failure = {"cell": cell_name(0), "status": status, "error": "because", "started_at": "2026-01-02T00:00:00+00:00"}
+    assert store.write(tmp_path, failure, {}) is None
+    store.write(tmp_path, row(cell_name(0), seed=7, started_at="2026-01-01T00:00:00+00:00"), {"samples": samples})
+    if compacted:
+        store.compact(tmp_path)
+    standing = store.write(tmp_path, failure | {"new/acc": None}, {"samples": samples.assign(value=0.0)})
+    assert standing is not None and (standing["status"], standing["seed"]) == ("ok", 7)
+    for rows in (sweep.load(tmp_path), pd.read_parquet(tmp_path / "cells")):
+        assert rows.status.tolist() == ["ok"] and rows.seed.tolist() == [7]
+    assert store.table(tmp_path, "samples").value.tolist() == [1.0]
+
+
+def test_of_two_writers_of_one_cell_the_one_that_is_ok_wins(tmp_path: Path) -> None:
+    samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
+    for i in range(20):
+        asked = [(row(cell_name(i)), {"samples": samples}), ({"cell": cell_name(i), "status": "crashed"}, {})]
+        writers = [threading.Thread(target=store.write, args=(tmp_path, *each)) for each in asked]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+    assert sweep.load(tmp_path).status.tolist() == ["ok"] * 20
+    assert len(store.table(tmp_path, "samples")) == 20
+
+
+def test_where_files_of_both_kinds_lie_the_ok_row_is_read(tmp_path: Path) -> None:
+    """As older versions, or copies from another folder, leave them."""
+    store.write(tmp_path, row(cell_name(0), started_at="2026-01-01T00:00:00+00:00"), {})
+    store.compact(tmp_path)
+    store.write(
+        tmp_path / "other", {"cell": cell_name(0), "status": "failed", "started_at": "2026-01-02T00:00:00+00:00"}, {}
+    )
+    (tmp_path / "other" / "cells" / f"{cell_name(0)}.parquet").rename(tmp_path / "cells" / f"{cell_name(0)}.parquet")
+    assert sweep.load(tmp_path).status.tolist() == ["ok"]
+    assert store.statuses(tmp_path, [cell_name(0)]) == {cell_name(0): "ok"}
 
 
 def test_a_column_outside_the_schema_is_refused(tmp_path: Path) -> None:

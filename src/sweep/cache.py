@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +27,7 @@ import platformdirs
 from tabulate import tabulate
 
 from sweep.config import RequestError, byte_size
+from sweep.locks import lock
 
 _MANIFEST = ".sweep-entry.json"  # of each file its size and SHA-256, written when the entry was complete
 _IN_USE = 3600.0  # seconds after its last use in which an entry may still be being read
@@ -139,22 +137,6 @@ def _contents(path: Path) -> dict[str, list[int | str]]:
                 hashlib.file_digest(handle, "sha256").hexdigest(),
             ]
     return found
-
-
-@contextmanager
-def lock(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold `path` among all processes of this machine, exclusively or shared; released even when the holder is killed.
-
-    A network file system without locks gives none: what is guarded must then be right by its renames alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sweep import cache
 from sweep.config import RequestError
+from sweep.locks import lock
 
 STALE = 3600.0  # seconds after which a half-written file has no writer any more
 _EXTRAS = {"s3": "s3", "s3a": "s3"}  # URL scheme: the extra of pyproject.toml that installs its fsspec driver
@@ -111,7 +111,7 @@ class Folder:
         if self.is_remote:
             yield
         else:
-            with cache.lock(Path(self._at(name)), shared=shared):
+            with lock(Path(self._at(name)), shared=shared):
                 yield
 
     def remove_half_written(self) -> None:

@@ -1,8 +1,9 @@
 """One child process a cell, so that whatever happens in a cell happens to that cell alone.
 
 The children come from a forkserver that has the heavy imports loaded: a cell starts in hundredths of a second. The
-child writes its row itself and reports it; the parent writes one only for a child that died without. A child's standard
-error passes through the parent, which keeps its end: what C code said before it died is part of the reason.
+child writes its row itself and reports it; the parent writes one only for a child that died without. On its way there it
+says when it begins to wait for other cells and when it goes on, since that is in no limit. A child's standard error
+passes through the parent, which keeps its end: what C code said before it died is part of the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sweep import store, turns
+from sweep import locks, machine, store, turns
 from sweep.config import Cell
 
 # None of them starts CUDA. The last is what a child imports first, being the program that its parent runs.
@@ -43,11 +44,12 @@ Work = Callable[[Cell], tuple[dict[str, Any], dict[str, Any]]]  # a cell's measu
 
 class Outcome(NamedTuple):
     row: dict[str, Any]
-    unstored: str | None  # why the row is not in the results folder; None when it is
+    unstored: str | None = None  # why the results folder did not take the row
+    outdone: bool = False  # the row is not stored, because it is not ok and one that is stands there
 
 
 class Limits(NamedTuple):
-    timeout: float | None = None  # seconds
+    timeout: float | None = None  # seconds of work, not of waiting for other cells
     memory: int | None = None  # resident bytes
 
 
@@ -103,17 +105,20 @@ def _watch(
     child: BaseProcess, reports: Connection, limits: Limits, stop: threading.Event | None
 ) -> tuple[Outcome | None, tuple[Status, str] | None]:
     """(what the child reported, why it had to be ended); both None when it died by itself."""
-    deadline = time.monotonic() + (limits.timeout or float("inf"))
+    work = _Stopwatch()
     poll = _POLL if limits.memory else 0.2 if stop else None
     while True:
-        left = deadline - time.monotonic()
-        pause = min((p for p in (poll, max(left, 0.0)) if p is not None), default=None)
-        ready = wait([child.sentinel, reports], None if pause == float("inf") else pause)
+        left = limits.timeout - work.seconds() if limits.timeout and work.runs else None
+        pause = min((p for p in (poll, left) if p is not None), default=None)
+        ready = wait([child.sentinel, reports], None if pause is None else max(pause, 0.0))
         if reports in ready:
             with contextlib.suppress(EOFError):  # it died, as the sentinel says
-                outcome = reports.recv()
-                child.join(_GRACE)
-                return outcome, None
+                said = reports.recv()
+                if isinstance(said, Outcome):
+                    child.join(_GRACE)
+                    return said, None
+                work.run(not said)  # it waits for other cells, or goes on
+                continue
         if child.sentinel in ready:
             return None, None
         if stop is not None and stop.is_set():
@@ -123,7 +128,7 @@ def _watch(
             _ask_where(child)
             took = f"it held {resident / 2**30:.2f} GiB"
             return None, ("out_of_memory", f"ended at memory_limit={limits.memory / 2**30:.2f} GiB: {took}")
-        if time.monotonic() >= deadline:
+        if limits.timeout and work.seconds() >= limits.timeout:
             _ask_where(child)
             return None, ("timeout", f"not finished after timeout={limits.timeout:g} seconds")
 
@@ -147,6 +152,7 @@ def _context() -> ForkServerContext:
     context.set_forkserver_preload(_PRELOAD)
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # a progress bar in a log file is noise; tqdm reads this when it is imported
+    os.environ.update(machine.thread_settings())  # read when the server loads torch
     # Ctrl-C is the parent's matter. What the server blocks, its children block from their first moment on; before it,
     # the resource tracker is started, since that would unblock the signal here.
     resource_tracker.ensure_running()
@@ -174,20 +180,18 @@ def _child(
     _die_with_the_sweep()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    tables: dict[str, Any] = {}
-    try:
-        with turns.working(results):
+    locks.on_wait(reports.send)
+    with turns.working():
+        tables: dict[str, Any] = {}
+        try:
             row, tables = work(cell)
-        row = described | row
-    except BaseException as error:
-        status = "out_of_memory" if is_out_of_memory(error) else "failed"
-        row = described | {"status": status, "error": traceback.format_exc(limit=-8)}
-    try:
-        store.write(results, row, tables)
-        outcome = Outcome(row, None)
-    except Exception as error:
-        problem = f"the row could not be written to {results}: {type(error).__name__}: {error}"
-        outcome = record(described, results, "failed", problem) if row["status"] == "ok" else Outcome(row, problem)
+            row = described | row
+        except BaseException as error:
+            status = "out_of_memory" if is_out_of_memory(error) else "failed"
+            row = described | {"status": status, "error": traceback.format_exc(limit=-8)}
+        outcome = _stored(results, row | {"waited_seconds": locks.waited_seconds()}, tables)
+        if outcome.unstored and row["status"] == "ok":
+            outcome = record(described, results, "failed", outcome.unstored)
     reports.send(outcome)
 
 
@@ -214,13 +218,19 @@ def _die_with_the_sweep() -> None:
 
 
 def record(described: dict[str, Any], results: str, status: Status, error: str) -> Outcome:
-    """Write the row of a cell that has no numbers."""
-    row = described | {"status": status, "error": error}
+    """Write the row of a cell that has no numbers, unless it has them: a child may die after it has stored its row."""
+    return _stored(results, described | {"status": status, "error": error}, {})
+
+
+def _stored(results: str, row: dict[str, Any], tables: dict[str, Any]) -> Outcome:
     try:
-        store.write(results, row, {})
+        standing = store.write(results, row, tables)
     except Exception as problem:
         return Outcome(row, f"the row could not be written to {results}: {type(problem).__name__}: {problem}")
-    return Outcome(row, None)
+    if standing is None:
+        return Outcome(row)
+    same_run = standing["started_at"] is not None and standing["started_at"] == row.get("started_at")
+    return Outcome(standing) if same_run else Outcome(row, outdone=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -230,6 +240,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases)
     )  # fmt: skip
+
+
+class _Stopwatch:
+    """Seconds that a child has worked, without those in which it has waited."""
+
+    def __init__(self) -> None:
+        self.runs, self.before, self.since = True, 0.0, time.monotonic()
+
+    def run(self, runs: bool) -> None:
+        self.before, self.since, self.runs = self.seconds(), time.monotonic(), runs
+
+    def seconds(self) -> float:
+        return self.before + (time.monotonic() - self.since if self.runs else 0.0)
 
 
 class _Tail:

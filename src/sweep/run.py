@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import pandas as pd
@@ -27,6 +26,7 @@ from sweep import (
     turns,
 )
 from sweep.config import Cell, Dense, Vocab, as_dict
+from sweep.locks import working_seconds
 
 
 def run_cell(
@@ -44,10 +44,10 @@ def run_cell(
     if cell.threads:
         torch.set_num_threads(cell.threads)
     row: dict[str, Any] = {"status": "ok", "gpu": machine.gpu_name(cell.device)}
-    started = time.perf_counter()
+    started = working_seconds()
 
     model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
-    row["load_seconds"] = time.perf_counter() - started
+    row["load_seconds"] = working_seconds() - started
     efficiency.check_fits(model, cell.efficiency)
     dense_parameters = sum(p.numel() for p in model.parameters())
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
@@ -62,7 +62,7 @@ def run_cell(
     unpruned = layer_sparsity.sizes(model)
     with efficiency.PeakMemory(cell.device) as memory, efficiency.ForwardPasses(model) as passes:
         share = None if tokens is None else shared.Shared(cell, tokens, passes)
-        before = time.perf_counter()
+        before = working_seconds()
         outcome = methods.prune(
             model,
             cell.method,
@@ -74,7 +74,7 @@ def run_cell(
             share=share or shared.alone,
         )
         tokenizer = outcome.tokenizer or tokenizer
-        row["prune_seconds"] = time.perf_counter() - before
+        row["prune_seconds"] = working_seconds() - before
     row["prune_peak_memory_bytes"] = memory.peak
     row["calibration_tokens"] = outcome.calibration_tokens
     row["prune_forward_passes"] = passes.of(outcome.calibration_tokens)
@@ -124,7 +124,7 @@ def run_cell(
         read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
         row |= columns | efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
         row["other_cores_busy"] = others.cores
-    return row | {"cell_seconds": time.perf_counter() - started} | metrics, tables
+    return row | {"cell_seconds": working_seconds() - started} | metrics, tables
 
 
 def _quiet() -> None:

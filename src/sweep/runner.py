@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import textwrap
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -17,11 +18,13 @@ from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Outcome
 from sweep.plan import Plan, Step
 
-Launch = Callable[[list[Step]], None]  # hands cells to an engine; returns, or raises, when it is through with them
+_STOPPED = "a cell failed (on_failure=stop)"
+Launch = Callable[[list[Step]], list[Outcome | Exception]]  # hands cells to an engine; returns what became of each
 
 
 def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
-    """Run what is to be done, print the outcome, and return the exit code: 1 when a cell has no row of status ok.
+    """Run what is to be done, print the outcome, and return the exit code: 1 when a cell has no row of status ok, or was
+    run again and failed.
 
     launch  by default cells run in children of this process, one after the other, or one to each GPU
     """
@@ -35,8 +38,10 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         store.check_writable(options.results)
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
+    outcomes: dict[str, Outcome] = {}  # of this run, by cell
     for batch in _batches(plan.todo):
-        problem = _run_there(batch, options, launch) if launch else _run_here(batch, options)
+        run, problem = _run_there(batch, options, launch) if launch else _run_here(batch, options)
+        outcomes |= run
         if problem:
             print(f"stopped: {problem}; the same command goes on from here")
             break
@@ -46,9 +51,13 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         store.widen_schema(options.results, {name for row in rows.values() for name in row if "/" in name})
     print("\n" + table(rows.values()) + f"\nrows: {options.results}/cells")
     not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
+    outdone = [step for step in plan.todo if step.name in outcomes and outcomes[step.name].outdone]
     if not_ok:
         print(f"{len(not_ok)} of {len(names)} cells are not ok; the same command runs them again")
-    return 1 if not_ok or plan.left else 0
+    if outdone:
+        print(f"{len(outdone)} of {len(names)} cells were run again and are not ok; the rows above are of their earlier runs: "
+              + ", ".join(step.cell.label() for step in outdone))  # fmt: skip
+    return 1 if not_ok or outdone or plan.left else 0
 
 
 def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
@@ -59,13 +68,17 @@ def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
     return [batch for batch in (baselines, rest) if batch]
 
 
-def _run_here(batch: list[tuple[str, Step]], options: Options) -> str | None:
-    """Run cells in children of this process, one to a GPU where there are several. Returns why the sweep must stop."""
+def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str, Outcome], str | None]:
+    """Run cells in children of this process, one to a GPU where there are several.
+
+    Returns the outcomes by cell, and why the sweep must stop.
+    """
+    outcomes: dict[str, Outcome] = {}
     on_cuda = any(step.cell.device == "cuda" for _, step in batch)
     gpus = machine.gpus() if on_cuda else []
     free: list[str | None] = [*gpus] if len(gpus) > 1 else [None]
     stop = threading.Event()  # ends the children
-    running: dict[Future[Outcome], str | None] = {}
+    running: dict[Future[Outcome], tuple[str, str | None]] = {}  # which cell, on which GPU
     with ThreadPoolExecutor(len(free)) as pool:
         try:
             while batch or running:
@@ -73,51 +86,78 @@ def _run_here(batch: list[tuple[str, Step]], options: Options) -> str | None:
                     (number, step), gpu = batch[0], free.pop()
                     batch = batch[1:]
                     print(f"[{number}] {step.cell.label()}" + (f" on GPU {gpu}" if gpu else ""), flush=True)
-                    running[pool.submit(run_one, step.cell, options, step.overrides, gpu, stop)] = gpu
+                    running[pool.submit(run_one, step.cell, options, step.overrides, gpu, stop)] = step.name, gpu
                 for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                    free.append(running.pop(finished))
-                    outcome = finished.result()
+                    name, gpu = running.pop(finished)
+                    free.append(gpu)
+                    outcomes[name] = outcome = finished.result()
                     if outcome.unstored:
-                        return outcome.unstored
+                        return outcomes, outcome.unstored
                     if outcome.row["status"] != "ok" and options.on_failure == "stop":
-                        return "a cell failed (on_failure=stop)"
+                        return outcomes, _STOPPED
         finally:  # nothing is running unless the sweep is interrupted or stops
             stop.set()
-    return None
+    return outcomes, None
 
 
-def _run_there(batch: list[tuple[str, Step]], options: Options, launch: Launch) -> str | None:
-    """Hand cells to an engine. Returns why the sweep must stop.
+def _run_there(
+    batch: list[tuple[str, Step]], options: Options, launch: Launch
+) -> tuple[dict[str, Outcome], str | None]:
+    """Hand cells to an engine. Returns the outcomes by cell, and why the sweep must stop.
 
-    What the engine loses (a worker killed, a job cancelled) is handed over once more if the engine itself gave up, and
-    else becomes a row that says so: no cell is waited for in vain, and none goes without a row.
+    What the engine loses (a worker killed, a job cancelled) is handed over once more, and else becomes a row that says
+    so: no cell is waited for in vain, and none goes without a row.
     """
     for number, step in batch:
         print(f"[{number}] {step.cell.label()}", flush=True)
     steps = [step for _, step in batch]
     before = store.read_rows(options.results, [step.name for step in steps])
-    problem = "its job ended without leaving a row"
-    for _ in range(2):
-        try:
-            launch(steps)
-            gave_up = False
-        except Exception as error:
-            gave_up, problem = True, f"{type(error).__name__}: {error}"
-        after = store.read_rows(options.results, [step.name for step in steps])
-        steps = [step for step in steps if after.get(step.name) == before.get(step.name)]
-        if not gave_up or not steps:
+    outcomes: dict[str, Outcome] = {}
+    lost, gave_up = steps, list[Exception]()
+    for tries in range(2):
+        if tries:
+            print(
+                f"the launcher gave up ({_words(gave_up[0]).splitlines()[0]}); handing over {len(lost)} cells again",
+                flush=True,
+            )
+        became = dict(zip([step.name for step in lost], _launched(launch, lost), strict=True))
+        found = store.read_rows(options.results, list(became))
+        for name, outcome in became.items():
+            if _started(found, name) != _started(before, name):  # also by a job that died afterwards
+                outcomes[name] = Outcome(found[name])
+            elif isinstance(outcome, Outcome) and (outcome.outdone or outcome.unstored):
+                outcomes[name] = outcome
+        lost = [step for step in lost if step.name not in outcomes]
+        gave_up = [error for step in lost if isinstance(error := became[step.name], Exception)]
+        if not gave_up:
             break
-        print(f"the launcher gave up ({problem.splitlines()[0]}); handing over {len(steps)} cells again", flush=True)
-    for step in steps:
-        isolate.record(
-            _described(step.cell, step.overrides), options.results, "crashed", f"lost by the launcher: {problem}"
-        )
-    rows = store.read_rows(options.results, [step.name for _, step in batch])
+    for step in lost:
+        outcome = became[step.name]
+        problem = _words(outcome) if isinstance(outcome, Exception) else "its job ended without leaving a row here"
+        described = _described(step.cell, step.overrides)
+        outcomes[step.name] = isolate.record(described, options.results, "crashed", f"lost by the launcher: {problem}")
     for _, step in batch:
-        if step.name in rows and rows[step.name]["status"] != "ok":
-            print(f"      {step.cell.label()}: {headline(rows[step.name])}")
-    failed = len(rows) < len(batch) or any(row["status"] != "ok" for row in rows.values())
-    return "a cell failed (on_failure=stop)" if failed and options.on_failure == "stop" else None
+        if outcomes[step.name].row["status"] != "ok":
+            print(f"      {step.cell.label()}: {_told(outcomes[step.name])}")
+    unstored = next((outcome.unstored for outcome in outcomes.values() if outcome.unstored), None)
+    failed = any(outcome.row["status"] != "ok" for outcome in outcomes.values())
+    return outcomes, unstored or (_STOPPED if failed and options.on_failure == "stop" else None)
+
+
+def _launched(launch: Launch, steps: list[Step]) -> Sequence[Outcome | Exception]:
+    """What became of each step; an engine that gives up as a whole has lost them all."""
+    try:
+        return launch(steps)
+    except Exception as error:
+        return [error] * len(steps)
+
+
+def _started(rows: Mapping[str, Mapping[str, Any]], cell: str) -> str | None:
+    return rows[cell]["started_at"] if cell in rows else None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def run_one(
@@ -139,12 +179,20 @@ def run_one(
     limits = isolate.Limits(options.timeout, memory_bytes(options.memory_limit))
     checkpoint = options.checkpoint(cell.method, described["cell"])
     outcome = isolate.run(cell, described, options.results, limits, gpu, stop, checkpoint)
-    print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{headline(outcome.row)}", flush=True)
+    print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{_told(outcome)}", flush=True)
     return outcome
 
 
 def _described(cell: Cell, overrides: Iterable[str]) -> dict[str, Any]:
     return row.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
+
+
+def _told(outcome: Outcome) -> str:
+    """One line, and for a row that no file keeps all of its error."""
+    if not outcome.outdone:
+        return headline(outcome.row)
+    error = textwrap.indent(outcome.row["error"] or "", "      ")
+    return f"{headline(outcome.row)}. The row of its earlier run, which is ok, stands; the whole error is:\n{error}"
 
 
 def headline(outcome: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from sweep import cache, identity, sources, text
 from sweep.config import Cell
 from sweep.efficiency import ForwardPasses, PeakMemory
+from sweep.locks import working_seconds
 
 Tensors = dict[str, Tensor]
 Share = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it
@@ -65,9 +65,9 @@ class Shared:
         here: list[Tensors] = []
 
         def make(half: Path) -> None:
-            before, started = self._passes.of(self._tokens) or 0.0, time.perf_counter()
+            before, started = self._passes.of(self._tokens) or 0.0, working_seconds()
             here.append(measure())
-            cost = {"seconds": time.perf_counter() - started, "peak_bytes": PeakMemory.resident() or 0,
+            cost = {"seconds": working_seconds() - started, "peak_bytes": PeakMemory.resident() or 0,
                     "forward_passes": (self._passes.of(self._tokens) or 0.0) - before}  # fmt: skip
             save_file({name: t.cpu().contiguous() for name, t in here[0].items()}, half / "statistics.safetensors")
             (half / "cost.json").write_text(json.dumps(cost))

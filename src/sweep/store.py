@@ -64,9 +64,9 @@ COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of whi
     "prune_forward_passes": _FLOAT, "kv_cache_bytes": _INT, "calibration_tokens": _INT, "damping": _FLOAT,
     "units_measured": _INT,
     "perplexity_tokens": _INT, "perplexity_windows": _INT, "perplexity_join": _TEXT,
-    "cell_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
+    "cell_seconds": _FLOAT, "waited_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
     "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
-    "cpu": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
+    "cpu": _TEXT, "openmp_wait": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
     "measuring_version": _INT, "higher_is_better": _TEXT,
 }  # fmt: skip
 TABLES = ("samples", "latency", "layers", "units")
@@ -129,28 +129,35 @@ def table(results: Where, name: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def write(results: Where, row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
+def write(results: Where, row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
     """Write one cell: its tables first, its row last. A row of the same cell is replaced.
 
-    row     `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
-    tables  by name, of TABLES
+    row      `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
+    tables   by name, of TABLES
+    returns  None; or, with nothing changed, the row of status ok that stands there, which no other is to replace
     Raises OSError when the folder does not take it; what other cells have there stays as it is.
+
+    Object storage has no locks: of two processes that write one cell at the same moment the later wins there.
     """
     folder, cell = Folder(results), row["cell"]
     metrics = [name for name in row if name not in COLUMNS]
     for name in metrics:
         if "/" not in name:
             raise ValueError(f"{name} is no column of schema {SCHEMA_VERSION} and no task metric (task/metric)")
-    for name in TABLES:
-        if name in tables:
-            folder.put(f"{name}/{cell}.parquet", _bytes(pa.Table.from_pandas(tables[name], preserve_index=False)))
-        else:
-            folder.remove(f"{name}/{cell}.parquet")  # of an earlier run of the cell
     widen_schema(results, metrics)
     content = pa.Table.from_pylist([{"schema_version": SCHEMA_VERSION, **row}], schema=schema(metrics))
-    with folder.locked(_LOCK, shared=True):  # a compaction removes files, and must not remove this one
+    with folder.locked(_LOCK):  # no other row of this cell, and no compaction, comes in between
+        standing = read_row(results, cell) if row["status"] != "ok" else None
+        if standing is not None and standing["status"] == "ok":
+            return standing
+        for name in TABLES:
+            if name in tables:
+                folder.put(f"{name}/{cell}.parquet", _bytes(pa.Table.from_pandas(tables[name], preserve_index=False)))
+            else:
+                folder.remove(f"{name}/{cell}.parquet")  # of an earlier run of the cell
         folder.put(f"cells/{cell}.parquet", _bytes(content))
     _drop_from_compact(folder, cell)
+    return None
 
 
 def schema(metrics: Iterable[str]) -> pa.Schema:
@@ -329,7 +336,7 @@ def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | No
 
 
 def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
-    """Files of all versions as one table in this version's columns and types, the newest row of each cell, by name."""
+    """Files of all versions as one table in this version's columns and types, of each cell the newest row, an ok one if any, by name."""
     if not tables:
         return schema(()).empty_table()
     merged = pa.concat_tables([_typed(found) for found in tables.values()], promote_options="permissive")
@@ -342,12 +349,12 @@ def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
         merged = merged.append_column(name, nulls)
     merged = merged.select([*COLUMNS, *metrics]).replace_schema_metadata(schema(()).metadata)
     alone = [not name.startswith(_COMPACT) for name, found in tables.items() for _ in range(found.num_rows)]
-    newest: dict[str, tuple[str, bool, int]] = {}
-    for index, (cell, started) in enumerate(
-        zip(merged["cell"].to_pylist(), merged["started_at"].to_pylist(), strict=True)
-    ):
-        newest[cell] = max(newest.get(cell, ("", False, -1)), (started or "", alone[index], index))
-    return merged.take([newest[cell][2] for cell in sorted(newest)])
+    best: dict[str, tuple[bool, str, bool, int]] = {}
+    names, statuses, starts = (merged[column].to_pylist() for column in ("cell", "status", "started_at"))
+    for index, (cell, status, started) in enumerate(zip(names, statuses, starts, strict=True)):
+        found = (status == "ok", started or "", alone[index], index)
+        best[cell] = max(best.get(cell, found), found)
+    return merged.take([best[cell][-1] for cell in sorted(best)])
 
 
 def _typed(found: pa.Table) -> pa.Table:

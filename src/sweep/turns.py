@@ -1,25 +1,29 @@
-"""Cells of one sweep that run side by side on one machine work together but are timed alone.
+"""Cells that run side by side on one machine work together but are timed alone.
 
-A cell holds a lock shared while it works, and exclusively while it is timed: it then waits until the others are waiting
-too or between cells. What other programs do at that time cannot be prevented, so it is measured.
+There is one room, a lock that a working cell shares and a cell that is timed holds for itself, and a gate before it,
+which must be held to enter. A cell that is to be timed leaves the room, and takes the gate and then the room: those at
+work go on until they leave or are to be timed too, and nobody else enters meanwhile, so that it need not wait for ever.
+Whoever enters holds the gate, in whichever way, hence no order of any number of cells lets two in that may not meet.
+
+The room is one for all sweeps of a person on a machine, whatever their results folders: their cells share its cores. What
+other programs do while a cell is timed cannot be prevented, so it is measured.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-_lock: ContextVar[IO[str] | None] = ContextVar("lock", default=None)  # of the cell that this process runs
+from sweep.config import RequestError
+from sweep.locks import lock
+
+_presence: ContextVar[ExitStack | None] = ContextVar("presence", default=None)  # in the room, of this process's cell
 
 
 @dataclass
@@ -29,62 +33,72 @@ class Others:
     cores: float | None = None  # on average; None where the kernel does not tell
 
 
+def folder() -> Path:
+    """Where the lock files lie: on a disk of this machine, and the same for all cells, whatever a job's TMPDIR is."""
+    named = os.environ.get("SWEEP_TURNS")
+    return Path(named) if named else Path("/tmp") / f"sweep-{os.getuid()}"
+
+
+def check() -> None:
+    """Refuse a folder in which nothing can be locked. Raises RequestError."""
+    try:
+        with _lock("gate", shared=True):
+            pass
+    except OSError as error:
+        raise RequestError(f"{folder()}, where cells wait for their turn to be timed, cannot be written to: "
+                           f"{error.strerror}. Set SWEEP_TURNS=FOLDER, on a disk of this machine") from error  # fmt: skip
+
+
 @contextmanager
-def working(results: str) -> Iterator[None]:
-    """While open, no cell of the same results folder on this machine is timed."""
-    folder = results if "://" in results else str(Path(results).absolute())
-    name = f"sweep-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.turns"
-    path = Path(tempfile.gettempdir()) / name  # of this machine: a shared folder spans several
-    with _entered(path) as handle:
-        token = _lock.set(handle)
+def working() -> Iterator[None]:
+    """While open, no other cell on this machine is timed."""
+    with ExitStack() as presence:
+        with _lock("gate"):
+            presence.enter_context(_lock("room", shared=True))
+        token = _presence.set(presence)
         try:
             yield
         finally:
-            _lock.reset(token)
-            _leave(path, handle)
-
-
-def _entered(path: Path) -> IO[str]:
-    """The file at `path`, made if need be, locked shared."""
-    while True:
-        handle = path.open("a")
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        if _lies_at(path, handle):
-            return handle
-        handle.close()  # the last cell has left and removed it between the two lines above
-
-
-def _leave(path: Path, handle: IO[str]) -> None:
-    """Remove the file if no other cell is there."""
-    with suppress(BlockingIOError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _lies_at(path, handle):
-            path.unlink()
-
-
-def _lies_at(path: Path, handle: IO[str]) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
-    return False
+            _presence.reset(token)
 
 
 @contextmanager
 def alone() -> Iterator[Others]:
-    """While open, no other cell of the sweep works on this machine. Gives what other programs did meanwhile."""
-    handle, others = _lock.get(), Others()
-    if handle is not None:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # gives the shared lock up first, so that two cells cannot block each other
-    before = _busy_seconds()
-    started = time.perf_counter()
-    try:
-        yield others
-        after, seconds = _busy_seconds(), time.perf_counter() - started
-        if before and after and seconds > 0:
-            whole, own = (b - a for a, b in zip(before, after, strict=True))
-            others.cores = max(0.0, (whole - own) / seconds)
-    finally:
-        if handle is not None:
-            fcntl.flock(handle, fcntl.LOCK_SH)
+    """While open, no other cell on this machine works or is timed. Gives what other programs did meanwhile.
+
+    Outside of `working` it waits for nobody, and nobody waits for it.
+    """
+    presence = _presence.get()
+    if presence is None:
+        with _watched() as others:
+            yield others
+        return
+    presence.close()  # two cells that kept their places would wait for each other
+    with _lock("gate"):
+        try:
+            with _lock("room"), _watched() as others:
+                yield others
+        finally:  # goes on working; the gate is still held, so that nobody was let in between
+            presence.enter_context(_lock("room", shared=True))
+
+
+@contextmanager
+def _lock(name: str, *, shared: bool = False) -> Iterator[None]:
+    path = folder() / f"{name}.lock"
+    with lock(path, shared=shared):
+        os.utime(path)  # just used: what tidies /tmp removes old files
+        yield
+
+
+@contextmanager
+def _watched() -> Iterator[Others]:
+    others = Others()
+    before, started = _busy_seconds(), time.perf_counter()
+    yield others
+    after, seconds = _busy_seconds(), time.perf_counter() - started
+    if before and after and seconds > 0:
+        whole, own = (b - a for a, b in zip(before, after, strict=True))
+        others.cores = max(0.0, (whole - own) / seconds)
 
 
 def _busy_seconds() -> tuple[float, float] | None:
