@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from sweep import identity, machine, plan, row, store
+from sweep import identity, isolate, machine, plan, row, runner, store
 from sweep.config import (
     Benchmarks,
     Calibration,
@@ -23,6 +27,7 @@ from sweep.config import (
     Weight,
     memory_bytes,
 )
+from test_cli import ROOT
 
 
 @pytest.fixture
@@ -164,6 +169,14 @@ def test_identity_ignores_how_a_sweep_is_run(cell: Cell) -> None:
         assert identity.cell_name(other) != name
 
 
+def test_how_threads_wait_is_the_users_where_the_user_has_said_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert machine.provenance()["openmp_wait"] == "GOMP_SPINCOUNT=10000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert machine.thread_settings() == {} and machine.provenance()["openmp_wait"] == "OMP_WAIT_POLICY=active"
+
+
 def test_the_dtype_is_what_the_machine_multiplies(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     free, asked = replace(cell, dtype="auto"), replace(cell, dtype="float16")
     for able, expected in ((True, "bfloat16"), (False, "float32")):
@@ -181,3 +194,102 @@ def test_instructions_for_bfloat16_are_those_that_torch_finds() -> None:
 
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert machine.multiplies_bfloat16() == has
+
+
+def composed(*words: str) -> dict[str, Any]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        found = OmegaConf.to_container(compose("config", list(words)), resolve=True)
+    assert isinstance(found, dict)
+    return found
+
+
+JOBS = [
+    ["+method=weight"],
+    ["+method=wanda", "sparsity=0.5", "method.pattern=2:4", "method.exclude=[*.0.*]", "execution=bitmap"],
+    ["+method=neuron", "method.blocks=[0,1]", "calibration.sequences=2", "calibration.length=8", "baseline=true"],
+    ["+method=owl", "method.allocation=[0.25,0.75]", "seed=3", "efficiency=none", "perplexity.seqlen=64"],
+]
+
+
+@pytest.mark.parametrize("words", JOBS, ids=" ".join)
+def test_a_job_runs_the_cell_that_was_planned_whatever_its_machine_would_decide(
+    words: list[str], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*words, "model=local", f"model.path={tiny_checkpoint}", "results=elsewhere"]
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)  # the head's processor, and not the job's
+    planned, options = plan.prepare(composed(*asked), machine.Share(threads=1, elsewhere=True))
+    step = plan.Step(identity.cell_name(planned), planned, tuple(asked))
+    assert planned.dtype == "bfloat16" and planned.threads == 1
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "cores", lambda: 64)
+    words_of_the_job = step.words()
+    received, there = plan.received(composed(*words_of_the_job), words_of_the_job)
+    assert received.cell == planned and received.name == step.name
+    assert replace(there, planned=None) == options
+    assert not any("planned" in word for word in received.overrides)
+    assert plan.prepare(composed(*received.overrides))[0] == planned  # the row's command
+
+
+def test_a_job_whose_machine_would_measure_another_cell_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    asked = ("+method=weight", "model=local", f"model.path={there}")
+    cell, _ = plan.prepare(composed(*asked))
+    words = plan.Step(identity.cell_name(cell), cell, asked).words()
+    tensors = load_file(there / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, there / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RequestError, match="cell [0-9a-f]+ would be [0-9a-f]+ on .*are not those of the machine that planned"
+    ):
+        plan.received(composed(*words), words)
+    monkeypatch.setattr(machine, "cores", lambda: 0)
+    with pytest.raises(RequestError, match="threads=.* is more than the 0 that this process may use"):
+        plan.received(composed(*words), words)
+
+
+class Engine:
+    """Loses what it is told to lose; a class because it remembers what it was handed."""
+
+    def __init__(self, results: Path, **becomes: Any) -> None:
+        self.results, self.becomes, self.handed = results, becomes, list[list[float]]()
+
+    def __call__(self, steps: list[plan.Step]) -> list[Any]:
+        self.handed.append([step.cell.sparsity for step in steps])
+        return [self.one(step) for step in steps]
+
+    def one(self, step: plan.Step) -> Any:
+        becomes = self.becomes.get(step.cell.label().split()[0], "ok")
+        described = row.describe(step.cell, "command") | {"started_at": f"2026-01-01T00:00:{len(self.handed):02}+00:00"}
+        numbers = {"status": "ok", "cell_seconds": 1.0, "weights_bytes": 1}
+        if becomes == "ok" or becomes == "stored, then lost":
+            store.write(self.results, described | numbers, {})
+        if becomes == "outdone":
+            return isolate.Outcome(described | {"status": "failed", "error": "no luck"}, outdone=True)
+        return isolate.Outcome(described | numbers) if becomes == "ok" else RuntimeError(becomes)
+
+
+@pytest.mark.parametrize(
+    ("becomes", "status", "handed", "code", "words"),
+    [
+        ("ok", "ok", 1, 0, "1 to run"),
+        ("stored, then lost", "ok", 1, 0, "1 to run"),
+        ("killed", "crashed", 2, 1, "lost by the launcher: RuntimeError: killed"),
+        ("outdone", "ok", 1, 1, "were run again and are not ok; the rows above are of their earlier runs"),
+    ],
+)
+def test_what_an_engine_loses_is_handed_over_again_and_what_fails_is_told(
+    becomes: str, status: str, handed: int, code: int, words: str,
+    cell: Cell, tmp_path: Path, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    cell = replace(cell, dtype="float32")
+    stored(tmp_path, cell.dense(), weights_bytes=1)
+    if becomes == "outdone":
+        stored(tmp_path, cell, weights_bytes=1)
+    options = Options(results=str(tmp_path), resume=becomes != "outdone")
+    made = plan.make([(cell, ())], options)
+    engine = Engine(tmp_path, weight=becomes)
+    assert runner.run_plan(made, options, engine) == code
+    assert engine.handed.count([0.5]) == handed
+    assert store.read_row(tmp_path, identity.cell_name(cell))["status"] == status
+    assert words in capsys.readouterr().out

@@ -67,14 +67,10 @@ class SweepSweeper(BasicSweeper):
         options = plan.same_options(options for (_, options), _ in prepared).of_sweep()
         made = plan.make([(cell, overrides) for (cell, _), overrides in prepared], options)
 
-        def launch(steps: list[plan.Step]) -> None:
-            words = [[*s.overrides, f"threads={s.cell.threads}", f"device={s.cell.device}"] for s in steps]
+        def launch(steps: list[plan.Step]) -> list[Any]:
             with launchers.not_waiting_for_the_dead():
-                jobs = self.launcher.launch(words, initial_job_idx=0)
-            for job in jobs:
-                if isinstance(job, Exception):
-                    raise job
-                _ = job.return_value  # raises what the job raised
+                jobs = self.launcher.launch([step.words() for step in steps], initial_job_idx=0)
+            return [launchers.outcome(job) for job in jobs]
 
         if code := runner.run_plan(made, options, None if isinstance(self.launcher, BasicLauncher) else launch):
             sys.exit(code)

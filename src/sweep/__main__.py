@@ -22,15 +22,16 @@ def compose(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items() if key != "hydra"}
 
 
-def task(cfg: DictConfig) -> dict[str, Any] | None:
-    """One cell: within a sweep, run it and return its row; alone, run it with its baseline and exit."""
+def task(cfg: DictConfig) -> Any:
+    """One cell: within a sweep, run it and return its outcome; alone, run it with its baseline and exit."""
     from sweep import plan, runner  # here, because they take longer to import than --help may take
 
     overrides = list(HydraConfig.get().overrides.task)
     try:
-        cell, options = plan.prepare(compose(cfg))
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
-            return runner.run_one(cell, options.of_sweep(), overrides, beside_others=True).row
+            step, options = plan.received(compose(cfg), overrides)
+            return runner.run_one(step.cell, options.of_sweep(), step.overrides, beside_others=True)
+        cell, options = plan.prepare(compose(cfg))
         sys.exit(runner.run_plan(plan.make([(cell, overrides)], options), options))
     except RequestError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -257,6 +257,7 @@ class Options:
     plan: bool = False
     max_cells: int = _at_least(1, default=1000)
     baseline: bool = False
+    planned: str | None = None  # of a job of a launcher: its cell
 
     def of_sweep(self) -> Options:
         """The options of one among many cells: each saves its model to a folder of its own."""
@@ -271,31 +272,37 @@ class Options:
         return self.save_model.replace("{cell}", cell)
 
 
+def options(composed: Mapping[str, Any]) -> Options:
+    """The options in a composed configuration. Raises RequestError for a value out of range or of the wrong type."""
+    found = build(Options, {f.name: composed[f.name] for f in fields(Options) if f.name in composed}, "")
+    memory_bytes(found.memory_limit)  # raises when it is none
+    return found
+
+
 def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     """The composed configuration, as plain containers, made into a checked cell and its options.
 
     Raises RequestError for an unknown key, a value out of range or of the wrong type, or a missing method.
     """
-    composed = dict(composed)
-    option_names = [f.name for f in fields(Options)]
-    options = build(Options, {name: composed.pop(name) for name in option_names if name in composed}, "")
-    memory_bytes(options.memory_limit)  # raises when it is none
+    asked = options(composed)
+    names = [f.name for f in fields(Options)]
+    composed = {key: value for key, value in composed.items() if key not in names}
     method = composed.get("method")
     if method in (None, "???"):
         raise RequestError(f"no method given: add +method=NAME, with NAME one of {', '.join(FAMILIES)}")
     if not isinstance(method, Mapping):
         raise RequestError(f"method={method} replaces the whole group: write +method={method}, with the plus")
-    cell = build(Cell, composed, "", also=option_names)
+    cell = build(Cell, composed, "", also=names)
     if cell.dtype == "auto":  # the baseline, too, is measured in what the execution multiplies
         cell = replace(cell, dtype=_only_dtype(cell.execution))
-    if options.baseline:
+    if asked.baseline:
         cell = replace(cell, method=Dense())
     cell = _normalised(cell)
-    if options.save_model is not None and cell.execution.name in ("csr", "semi_structured"):
+    if asked.save_model is not None and cell.execution.name in ("csr", "semi_structured"):
         raise RequestError(
             f"save_model: safetensors holds no {cell.execution.name} matrices: use execution=dense or bitmap"
         )
-    return cell, options
+    return cell, asked
 
 
 def byte_size(name: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""What Hydra's launchers lack: a job that Slurm has killed must not be waited for."""
+"""What Hydra's launchers lack: one job's exception is not another's, and a job that Slurm has killed must not be waited for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 _UNSEEN = 30.0  # seconds that a job may be absent from the queue before its result counts as lost: files arrive late
+
+
+def outcome(job: Any) -> Any:
+    """What a job returned, or the exception that it raised or was lost by."""
+    if isinstance(job, Exception):
+        return job
+    try:
+        return job.return_value
+    except Exception as error:
+        return error
 
 
 @contextmanager

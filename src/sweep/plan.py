@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import platform
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +23,15 @@ class Step:
     name: str
     cell: Cell
     overrides: tuple[str, ...]
+
+    def words(self) -> list[str]:
+        """Words for a job of a launcher, of which `received` makes this very cell again, whatever its machine would decide.
+
+        In base64, since names and paths may hold what Hydra's grammar of values does not.
+        """
+        decided = [f"{key}={getattr(self.cell, key) or 'null'}" for key in ("device", "dtype", "threads")]
+        planned = json.dumps({"name": self.name, "cell": asdict(self.cell)}).encode()
+        return [*self.overrides, *decided, f"planned={base64.urlsafe_b64encode(planned).decode().rstrip('=')}"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,24 @@ class Plan:
         if self.todo and self.expected:
             lines.append(f"expected: {self.expected} (from rows like {self.expected.known} of the {len(self.todo)})")
         return "\n".join(lines)
+
+
+def received(composed: Mapping[str, Any], words: Iterable[str]) -> tuple[Step, Options]:
+    """The step that a job has been handed over as `Step.words`, and the options.
+
+    Raises RequestError when this machine does not offer what the cell needs, or would measure another cell.
+    """
+    options = config.options(composed)
+    assert options.planned is not None
+    planned = json.loads(base64.urlsafe_b64decode(options.planned + "=" * (-len(options.planned) % 4)))
+    cell = config.build(Cell, planned["cell"], "")
+    machine.resolve(cell)
+    step = Step(planned["name"], cell, tuple(word for word in words if not word.startswith("planned=")))
+    here = identity.cell_name(cell)
+    if here != step.name:
+        raise RequestError(f"cell {step.name} would be {here} on {platform.node()}: the model, the data or the packages there "
+                           "are not those of the machine that planned the sweep")  # fmt: skip
+    return step, options
 
 
 def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) -> tuple[Cell, Options]:  # noqa: B008
