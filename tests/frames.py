@@ -28,6 +28,13 @@ def rows(seeds: int = 3, sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7), m
     return frame
 
 
+def twice(rows_: pd.DataFrame, **changes: object) -> pd.DataFrame:
+    """The rows, and again under other names, measured a day later, with these columns changed."""
+    again = rows_.assign(cell=[f"{int(cell, 16) ^ 1:016x}" for cell in rows_.cell],
+                         started_at=rows_.started_at.str.replace("01-01T", "01-02T"), **changes)  # fmt: skip
+    return pd.concat([rows_, again], ignore_index=True)
+
+
 def _line(model: str, method: str, criterion: str | None, execution: str, sparsity: float, seed: int,
           draw: np.random.Generator) -> dict:  # fmt: skip
     harm = {"magnitude": 6.0, "wanda": 3.0, "taylor_abs": 2.0}.get(criterion or "", 1.0) * sparsity

@@ -23,9 +23,8 @@ def cheapest_within(rows: pd.DataFrame, cost: str, metric: str, max_drop: float,
     if dense.empty:
         return f"{start}cannot be told, since the rows hold no dense cell."
     sign = 1 if is_loss(metric, rows) else -1
-    reference = dense.groupby(["model", "setting"]).y.mean()
-    per_row = points.set_index(["model", "setting"]).index.map(reference).to_numpy(dtype=float)
-    allowance = max_drop * abs(per_row) if relative else np.full(len(points), max_drop)
+    per_row = frontier.dense_value(points, "y")
+    allowance = max_drop * abs(per_row) if relative else pd.Series(max_drop, index=points.index)
     drop = sign * (points.y - per_row)
     worst = sign * ((points.y_high if sign > 0 else points.y_low) - per_row)
     kept = points[(points.method != "dense") & (drop <= allowance)]

@@ -150,6 +150,7 @@ tokens without letters), for each band B: `task/loss_band_B` (nats a token) with
 | `decode_ms_paired`, `prefill_ms_paired` | milliseconds | the dense model's median over all cells of the setting, divided by the cell's paired speed-up: the latency that can be compared between cells |
 | `counted_speedup` | ratio | the dense model's MACs over this one's non-zero MACs: what counting promises |
 | `variant`, `setting` | words | knobs of the method, and of the measurement, that vary between the rows |
+| `version`, `machine` | words | the measuring version, and processor and GPU, where they vary between the rows |
 """
 
 

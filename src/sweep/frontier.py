@@ -7,8 +7,11 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-# Rows that agree in these differ in the seed alone; sweep.knobs adds variant and setting.
-SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting", "sparsity"]
+from sweep import knobs
+
+_WORDS = ["variant", "setting", "version", "machine"]  # which sweep.knobs adds
+# Rows that agree in these differ in the seed alone.
+SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting", "version", "machine", "sparsity"]
 ON, OFF, WITHIN_NOISE = "on", "off", "within noise"
 
 
@@ -17,23 +20,80 @@ def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
 
     Cells run at different times on a machine whose speed drifts, so their own medians cannot be compared; each cell's
     speed-up was measured against the dense model in turn and can. The reference is the dense model's median over all
-    cells of the same setting, in each of which it was timed, so that one slow moment does not scale the whole figure.
+    cells of the same setting on the same processor and GPU, in each of which it was timed, so that one slow moment does
+    not scale the whole figure.
     `_low` and `_high` follow the interval of the speed-up.
     """
-    setting = ["model", "dtype", "device", "threads", *(["setting"] if "setting" in rows else [])]
-    rows = rows.copy()
+    rows = with_words(rows)
+    alike = ["model", "dtype", "device", "threads", "setting", "version", *({"cpu", "gpu"} & set(rows))]
     for phase, measured in (("prefill", "dense_prefill_ms_p50"), ("decode", "dense_decode_ms_per_token_p50")):
-        reference = rows.groupby(setting, dropna=False)[measured].transform("median")
+        reference = rows.groupby(alike, dropna=False)[measured].transform("median")
         for end, opposite in (("", ""), ("_low", "_high"), ("_high", "_low")):  # the highest speed-up: the lowest time
             speedup = rows.get(f"{phase}_speedup{opposite}", pd.Series(np.nan, index=rows.index))
             rows[f"{phase}_ms_paired{end}"] = reference / speedup.where(rows.method != "dense", 1.0)
     return rows
 
 
+def with_words(rows: pd.DataFrame) -> pd.DataFrame:
+    """A copy of the rows with the words of `knobs.with_variant`, which are made where they are missing."""
+    return rows.copy() if set(_WORDS) <= set(rows) else knobs.with_variant(rows)
+
+
 def numbered(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with `point`, the same number for those that agree in SAME_POINT: what points() would else find each time."""
-    rows = rows.assign(**{name: "" for name in ("variant", "setting") if name not in rows})
-    return rows.assign(point=rows.groupby(SAME_POINT, dropna=False, sort=True).ngroup())
+    """The rows with `point`, the same number for those that agree in SAME_POINT, and of each seed of a point one row.
+
+    Of two rows of one seed the newer is kept, and one that is ok before one that is not: seeds are draws, and measuring
+    one of them twice makes no second one. points() would else number the rows each time.
+    """
+    rows = with_words(rows)
+    rows["point"] = rows.groupby(SAME_POINT, dropna=False, sort=True).ngroup()
+    return _oldest_first(rows).drop_duplicates(["point", "seed"], keep="last").sort_index()
+
+
+def _oldest_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that are not ok before those that are, and among these by their start."""
+    ok = rows["status"] == "ok" if "status" in rows else True
+    at = rows["started_at"].fillna("") if "started_at" in rows else ""
+    return rows.iloc[rows.assign(_ok=ok, _at=at).reset_index().sort_values(["_ok", "_at"], kind="stable").index]
+
+
+def newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """(the rows without those that a newer measuring version has measured again, sentences that say what was left out).
+
+    A dense row stays as long as a pruned row of its version does: else that one could be compared with nothing.
+    """
+    rows = with_words(rows)
+    version = knobs.versions(rows)
+    asked = [rows[name] for name in SAME_POINT if name not in ("version", "machine")]
+    old = version < version.groupby(asked, dropna=False).transform("max")
+    compared = dense_of(rows)[(~old & (rows.method != "dense")).to_numpy()]
+    old.iloc[compared[compared >= 0]] = False
+    left = version[old].value_counts().sort_index()
+    counts = [f"{count} of {'an unknown one' if v == knobs.UNKNOWN else f'version {v}'}" for v, count in left.items()]
+    said = [f"Left out, since a newer measuring version has measured the same again: {', '.join(counts)}."]
+    return rows[~old], said if counts else []
+
+
+def dense_of(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """For each row or point, the place of the dense one that it is compared with, or -1 where there is none.
+
+    It is of the same model, setting and version, and on the same machine where there is one; of several, the newest.
+    """
+    keys = ["model", "setting", "version", "machine"]
+    rows = rows.assign(place=np.arange(len(rows)), model=rows.model.fillna(""))
+    dense = rows[rows.method == "dense"]
+    known: dict[tuple, int] = {}
+    for *key, place in _oldest_first(dense)[[*keys, "place"]].itertuples(index=False):
+        known[tuple(key)] = known[tuple(key[:-1])] = place
+    return np.array([known.get(key, known.get(key[:-1], -1)) for key in rows[keys].itertuples(index=False, name=None)],
+                    dtype=np.int64)  # fmt: skip
+
+
+def dense_value(rows: pd.DataFrame, column: str) -> pd.Series:
+    """For each row or point, what `column` is in its dense one; NaN where there is none."""
+    place = dense_of(rows)
+    values = np.append(rows[column].to_numpy(dtype=float, na_value=np.nan), np.nan)
+    return pd.Series(values[place], index=rows.index)
 
 
 def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:

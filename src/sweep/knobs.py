@@ -1,37 +1,49 @@
-"""What tells rows apart beyond the named columns: the settings inside `config` that vary between them. No torch.
+"""What tells rows apart beyond the named columns: settings inside `config`, data, versions and machines. No torch.
 
-Without this a global and a per-matrix magnitude row of one sparsity would look like two seeds of one point.
+Without this a global and a per-matrix magnitude row of one sparsity would look like two seeds of one point, and so would
+one cell that two versions of the code have measured. What lies somewhere (a model, a task, a text) is told apart by its
+fingerprint and shown by a name: a folder may be called in many ways, and its content may change under one name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
-from sweep.config import BY_ROW, Head, Layer, Neuron, Vocab, Weight
+from sweep import config
 
 # Told by columns of their own, or no choice between methods.
-_NAMED = {"model.name", "method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
-_ASIDE = {"model.path", "model.revision", "model.file", "model.package", "model.source", "model.trust_remote_code",
-          "data_root", "calibration"}  # fmt: skip
+_NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
+# No number depends on them beyond what fingerprints and the names below say.
+_ASIDE = {"data_root", "calibration", "calibration.subset", "calibration.split", "calibration.column",
+          "benchmarks.include_path", "benchmarks.num_fewshot", "benchmarks.fewshot_seed", "benchmarks.unsafe_code"}  # fmt: skip
+_SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a task is
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    family: {f.name: f.default for f in fields(kind)}
-    for family, kind in (("weight", Weight), ("neuron", Neuron), ("head", Head), ("layer", Layer), ("vocab", Vocab))
-}
+    name: {f.name: f.default for f in fields(kind)}
+    for name, kind in {
+        **config.FAMILIES, "benchmarks": config.Benchmarks, "calibration": config.Calibration,
+        "efficiency": config.Efficiency, "execution": config.Execution, "perplexity": config.Perplexity}.items()
+}  # fmt: skip
+_SIX = 6  # from this measuring version on, a task's fingerprint says how many examples it shows, and which; before it,
+_FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}  # these were defaults
 _OF_THE_METHOD = ("method.", "calibration.", "execution.")
 _MEASUREMENT = ("benchmarks.", "efficiency.", "perplexity.")  # how, and on what, the cell is measured
+UNKNOWN = -1  # the measuring version of a row that cannot tell it: older than any other
 
 
-def flat(config: str | None) -> dict[str, Any]:
+def flat(text: str | None) -> dict[str, Any]:
     """The resolved configuration of a row as `{"method.scope": "matrix", …}`; empty when the row has none."""
-    if not isinstance(config, str):
+    if not isinstance(text, str):
         return {}
     found: dict[str, Any] = {}
-    stack: list[tuple[str, Any]] = [("", json.loads(config))]
+    stack: list[tuple[str, Any]] = [("", json.loads(text))]
     while stack:
         where, value = stack.pop()
         if isinstance(value, dict):
@@ -41,38 +53,118 @@ def flat(config: str | None) -> dict[str, Any]:
     return found
 
 
+def versions(rows: pd.DataFrame) -> pd.Series:
+    """The measuring version of each row, or UNKNOWN."""
+    known = rows.get("measuring_version", pd.Series(UNKNOWN, index=rows.index))
+    return pd.to_numeric(known).fillna(UNKNOWN).astype(int)
+
+
+def is_called(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Whether the model of each row goes by this name, in that row or in another of the same fingerprint."""
+    prints = _column(rows, "model_fingerprint")
+    named = rows.model == name
+    return named | prints.isin(set(prints[named].dropna()))
+
+
 def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with two columns of words.
+    """The rows with one name for each model, and with four columns of words, empty where all rows agree.
 
-    setting  how the cell is measured (benchmarks, timing, dtype, device, threads), where that varies between the rows
-    variant  the knobs of the method that vary between rows of one method and criterion, such as `scope=global`, where
-             they are not at their default
-    A dense row has the setting of what is compared with it, and no variant.
+    setting  how, and on what, the cell is measured: benchmarks, timing, dtype, device, threads
+    variant  the knobs of the method that vary between rows of one method and criterion, such as `scope=global`
+    version  the measuring version
+    machine  processor and GPU
+    Of setting and variant, what is at its default goes without saying. A dense row has the setting of what is compared
+    with it, and no variant.
     """
-    settings = [flat(config) for config in rows["config"]] if "config" in rows else [{} for _ in range(len(rows))]
-    measured = [{k: v for k, v in s.items() if _is_measurement(k)} for s in settings]
-    chosen = [{k: v for k, v in s.items() if k.startswith(_OF_THE_METHOD) and k not in _NAMED and not _is_default(k, s)}
-              for s in settings]  # fmt: skip
+    version = versions(rows).tolist()
+    settings = [flat(text) for text in _column(rows, "config")]
+    data = [json.loads(text) if isinstance(text, str) else {} for text in _column(rows, "data_fingerprints")]
+    for key, names, prints in (
+        ("benchmarks.tasks", [_tasks(*pair) for pair in zip(settings, version, strict=True)],
+         [_tasks_fingerprint(*row) for row in zip(settings, data, version, strict=True)]),
+        ("perplexity.source", [s.get("perplexity.source") for s in settings],
+         [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data]),
+        ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
+    ):  # fmt: skip
+        for setting, name in zip(settings, _names(names, prints, version), strict=True):
+            if key in setting:
+                setting[key] = name
+    measured = [{k: v for k, v in s.items() if _is_measurement(k) and not _is_default(k, s, of)}
+                for s, of in zip(settings, version, strict=True)]  # fmt: skip
+    chosen = [{k: v for k, v in s.items() if _is_choice(k) and not _is_default(k, s, of)}
+              for s, of in zip(settings, version, strict=True)]  # fmt: skip
+    machines = [{k: v for k, v in zip(("cpu", "gpu"), pair, strict=True) if isinstance(v, str)}
+                for pair in zip(_column(rows, "cpu"), _column(rows, "gpu"), strict=True)]  # fmt: skip
     everything = pd.Series("all", index=rows.index)
-    kind = rows.method.astype(str) + "/" + rows.criterion.astype(str)
-    return rows.assign(setting=_words(measured, everything), variant=_words(chosen, kind))
+    return rows.assign(
+        model=_names(rows.model.tolist(), _column(rows, "model_fingerprint").tolist(), version),
+        setting=_words(measured, everything),
+        variant=_words(chosen, rows.method.astype(str) + "/" + rows.criterion.astype(str)),
+        version=["unknown" if v == UNKNOWN else str(v) for v in version] if len(set(version)) > 1 else "",
+        machine=_words(machines, everything),
+    )
 
 
-def _is_default(key: str, setting: dict[str, Any]) -> bool:
+def _column(rows: pd.DataFrame, name: str) -> pd.Series:
+    return rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
+
+
+def _names(names: Sequence[Any], prints: Sequence[Any], version: Sequence[int]) -> list[Any]:
+    """One name for each fingerprint, with its beginning where another one of the same version goes by the same name.
+
+    The name is the one that most rows give it, the shortest of several. Without a fingerprint a name is what it is.
+    """
+    known = [isinstance(mark, str) and isinstance(name, str) for name, mark in zip(names, prints, strict=True)]
+    given: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, mark, is_known in zip(names, prints, known, strict=True):
+        if is_known:
+            given[mark][name] += 1
+    chosen = {mark: min(counts, key=lambda name: (-counts[name], len(name), name)) for mark, counts in given.items()}
+    holders: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for mark, of, is_known in zip(prints, version, known, strict=True):
+        if is_known:
+            holders[of, chosen[mark]].add(mark)
+    unclear = {mark for marks in holders.values() if len(marks) > 1 for mark in marks}
+    shown = {mark: f"{name} ({re.split('[:@]', mark)[-1][:8]})" if mark in unclear else name
+             for mark, name in chosen.items()}  # fmt: skip
+    return [shown[mark] if is_known else name for name, mark, is_known in zip(names, prints, known, strict=True)]
+
+
+def _tasks(setting: dict[str, Any], version: int) -> str | None:
+    """What a row's tasks are called: with the examples that are shown, where that is not as a task says."""
+    tasks = setting.get("benchmarks.tasks")
+    shots = [f"{key.rpartition('.')[2]}={setting[key]}" for key in _SHOTS
+             if key in setting and not _is_default(key, setting, version)]  # fmt: skip
+    return None if tasks is None else ", ".join([tasks, *shots])
+
+
+def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: int) -> str | None:
+    tasks = {name: mark for name, mark in data.items()
+             if name != "calibration" and not name.startswith("perplexity:") and not name.endswith(" of the drop")}  # fmt: skip
+    if not tasks:
+        return None
+    content = [tasks, None if version >= _SIX else setting.get("benchmarks.num_fewshot")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_default(key: str, setting: dict[str, Any], version: int) -> bool:
     """Whether a setting goes without saying. A scope does when it is the paper's, or when a pattern stands in its place."""
-    if setting[key] is None:
-        return True
-    if key == "method.scope" and setting.get("method.family") == "weight":
-        usual = "row" if setting.get("method.criterion") in BY_ROW else "matrix"
-        return setting[key] == usual or setting.get("method.pattern") is not None
     group, _, name = key.partition(".")
-    defaults = _DEFAULTS.get(setting.get("method.family", ""), {})
-    return group == "method" and name in defaults and setting[key] == defaults[name]
+    if key == "method.scope" and setting.get("method.family") == "weight":
+        usual = "row" if setting.get("method.criterion") in config.BY_ROW else "matrix"
+        return setting[key] in (None, usual) or setting.get("method.pattern") is not None
+    if key in _FORMERLY and version < _SIX:
+        return setting[key] == _FORMERLY[key]
+    defaults = _DEFAULTS.get(setting.get("method.family", "") if group == "method" else group, {})
+    return setting[key] == defaults.get(name)
+
+
+def _is_choice(key: str) -> bool:
+    return key.startswith(_OF_THE_METHOD) and key not in _NAMED and key not in _ASIDE
 
 
 def _is_measurement(key: str) -> bool:
-    known = key in _NAMED or key in _ASIDE or key.startswith(_OF_THE_METHOD)
-    return not known and (key.startswith(_MEASUREMENT) or "." not in key)
+    return key not in _NAMED and key not in _ASIDE and (key.startswith(_MEASUREMENT) or "." not in key)
 
 
 def _words(settings: list[dict[str, Any]], groups: pd.Series) -> list[str]:

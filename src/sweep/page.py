@@ -18,18 +18,18 @@ from sweep.columns import is_loss
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
-_FILTERS = ("model", "method", "criterion", "variant", "execution", "setting")
+_FILTERS = ("model", "method", "criterion", "variant", "execution", "setting", "version", "machine")
 
 
 def render(
-    rows: pd.DataFrame, ok: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], advised: Sequence[str],
-    failed: Sequence[str],
+    rows: pd.DataFrame, ok: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], left_out: Sequence[str],
+    advised: Sequence[str], failed: Sequence[str],
 ) -> str:  # fmt: skip
     """The page as text.
 
     rows     all rows, with variant and setting
     ok       those that are ok, with paired latencies: the ones that are drawn
-    advised, failed  sentences that stand above and below the figure
+    left_out, advised, failed  sentences that stand above and below the figure
     """
     ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
     numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].dtype != bool and ok[c].notna().any()
@@ -53,6 +53,7 @@ def render(
         data=Markup(
             json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         ),  # ends no element
+        left_out=list(left_out),
         advised=list(advised),
         failed=list(failed),
         cells=len(rows),

@@ -8,7 +8,7 @@ comparisons the p-values are Holm's, or one in twenty would be news by chance.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +20,8 @@ from scipy.stats import binomtest, norm
 from sweep import classification, frontier, store
 from sweep.columns import is_loss
 from sweep.config import RequestError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
 
@@ -168,14 +170,18 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     """Comparisons of a results folder, one line a pair and metric, with Holm's p-value and a verdict.
 
     metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`
-    pairs    (before, after) names of cells; without them, every pruned cell after its dense one
+    pairs    (before, after) names of cells; without them, every pruned cell after its dense one, but for those that a
+             newer measuring version has measured again
     Raises RequestError for a metric that a task's examples do not have. A task that no cell ran gives no line.
     verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
              a loss is no number
     """
     rows, samples = store.load(results), store.table(results, "samples")
     rows = rows[rows.status == "ok"].set_index("cell")
-    chosen = list(pairs) if pairs is not None else against_dense(rows)
+    current, left_out = frontier.newest(rows)
+    if pairs is None and left_out:
+        log.warning(*left_out)
+    chosen = list(pairs) if pairs is not None else against_dense(current)
     lines = []
     for before, after in chosen:
         for name in metrics:
@@ -228,13 +234,10 @@ def _check(name: str, found: Outcomes) -> None:
 
 
 def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """(dense cell, pruned cell) for every pruned row whose dense model was measured with the same settings."""
+    """(dense cell, pruned cell) for every pruned row whose dense model was measured with the same settings.
 
-    def setting(config: str) -> str:
-        measured = json.loads(config)
-        return json.dumps({key: measured.get(key) for key in ("model", "dtype", "device", "threads", "benchmarks")},
-                          sort_keys=True)  # fmt: skip
-
-    settings = rows.config.map(setting)
-    dense = {settings[cell]: cell for cell in rows.index[rows.method == "dense"]}
-    return [(dense[settings[cell]], cell) for cell in rows.index[rows.method != "dense"] if settings[cell] in dense]
+    rows  by cell
+    """
+    rows = frontier.with_words(rows)
+    pairs = zip(frontier.dense_of(rows), rows.index, rows.method, strict=True)
+    return [(rows.index[dense], cell) for dense, cell, method in pairs if method != "dense" and dense >= 0]

@@ -94,7 +94,10 @@ def series(points: pd.DataFrame) -> pd.Series:
     name += (" (" + points.variant + ")").where(points.variant != "", "")
     several = points.groupby(name).execution.transform("nunique") > 1
     name += (", " + points.execution.astype(str)).where(several | (points.execution == "bitmap"), "")
-    name += (" [" + points.setting + "]").where(points.setting != "", "")
+    for words in ("setting", "machine"):
+        name += (" [" + points[words] + "]").where(points[words] != "", "")
+    if points.version.nunique() > 1:
+        name += " (version " + points.version + ")"
     if points.model.nunique() > 1:
         name += ", " + points.model.astype(str)
     return name
@@ -160,8 +163,8 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
 
 def with_counted_speedup(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `counted_speedup`: the dense model's MACs over this one's non-zero MACs."""
-    dense = rows[rows.method == "dense"].groupby("model").macs_per_token.median()
-    return rows.assign(counted_speedup=rows.model.map(dense) / rows.nonzero_macs_per_token)
+    rows = frontier.with_words(rows)
+    return rows.assign(counted_speedup=frontier.dense_value(rows, "macs_per_token") / rows.nonzero_macs_per_token)
 
 
 def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = True) -> pd.DataFrame:
@@ -173,14 +176,12 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
     columns = []
     for metric in metrics:
         points = _points(rows, "sparsity", metric)
-        dense = points[points.method == "dense"].groupby(["model", "setting"]).y.mean()
+        points["dense"] = frontier.dense_value(points, "y")
         pruned = points[points.method != "dense"]
-        reference = pd.Series([dense.get(key, np.nan) for key in zip(pruned.model, pruned.setting, strict=True)],
-                              index=pruned.index)  # fmt: skip
         sign = 1 if is_loss(metric, rows) else -1
-        drop = sign * (pruned.y - reference)
+        drop = sign * (pruned.y - pruned.dense)
         if relative:
-            drop = 100 * drop / reference.where(reference != 0)
+            drop = 100 * drop / pruned.dense.where(pruned.dense != 0)
         index = pd.MultiIndex.from_arrays([series(pruned), pruned.sparsity], names=["method", "sparsity"])
         columns.append(pd.Series(drop.to_numpy(), index=index, name=metric))
     return pd.concat(columns, axis=1).sort_index() if columns else pd.DataFrame()

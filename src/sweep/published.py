@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from sweep import knobs, store
+from sweep import frontier, knobs, store
 from sweep.config import RequestError
 
 NEEDED = ("model", "method", "sparsity", "metric", "published", "source")
@@ -33,28 +33,40 @@ def compare(rows: pd.DataFrame, path: Path) -> tuple[str, bool]:
     """(the table as text, whether every dense number that we have agrees).
 
     A line of the file matches the rows that agree in model, method, sparsity and every further column that it fills: a
-    column of the rows, or a knob of the method or the calibration. Seeds are averaged.
+    column of the rows, or a knob of the method or the calibration. Seeds are averaged, and nothing else is: a line that
+    matches rows of several settings stands there once for each.
     """
     wanted = read(path)
-    ok = rows[rows.status == "ok"]
+    ok, left_out = frontier.newest(rows[rows.status == "ok"])
+    ok = frontier.numbered(ok)
     settings = pd.DataFrame([knobs.flat(config) for config in ok.config], index=ok.index) if len(ok) else pd.DataFrame()
     lines, verdicts = [], []
     for line in wanted.to_dict("records"):
-        found = _matching(ok, settings, line, path)
-        ours = found[line["metric"]].dropna() if line["metric"] in found else pd.Series(dtype=float)
-        value = float(ours.mean()) if len(ours) else None
-        ratio = value / line["published"] if value is not None else None
         dense = line["method"] == "dense"
-        if dense and value is not None and ratio is not None:
-            verdicts.append((line, value, abs(ratio - 1) <= DENSE_TOLERANCE))
         what = " ".join(str(line[k]) for k in line if k not in _ASIDE and pd.notna(line[k]) and str(line[k]) != "")
-        lines.append([line["model"], "dense" if dense else f"{line['method']} {what} {line['sparsity']:g}".replace("  ", " "),
-                      line["metric"], line["published"], value, ratio, line["source"]])  # fmt: skip
+        what = "dense" if dense else f"{line['method']} {what} {line['sparsity']:g}".replace("  ", " ")
+        found = _matching(ok, settings, line, path)
+        ours = found.dropna(subset=line["metric"]) if line["metric"] in found else found.iloc[:0]
+        values = ours.groupby("point")[line["metric"]].mean()
+        for point, value in values.items() if len(values) else [(None, None)]:
+            ratio = value / line["published"] if value is not None else None
+            if dense and value is not None and ratio is not None:
+                verdicts.append((line, value, abs(ratio - 1) <= DENSE_TOLERANCE))
+            told = _told_apart(ours, point) if len(values) > 1 else ""
+            lines.append([line["model"], what + told, line["metric"], line["published"], value, ratio, line["source"]])
     header = ["model", "what", "metric", "published", "ours", "ours / published", "source"]
     text = tabulate(
         lines, header, tablefmt="github", floatfmt=("", "", "", ".4g", ".4g", ".3f", ""), missingval="not run"
     )
-    return "\n".join([*_said(verdicts, wanted), "", text]), all(agrees for _, _, agrees in verdicts)
+    said = [*left_out, *_said(verdicts, wanted)]
+    return "\n".join([*said, "", text]), all(agrees for _, _, agrees in verdicts)
+
+
+def _told_apart(rows: pd.DataFrame, point: object) -> str:
+    """What tells a point from the others that match the same published number."""
+    names = ("model", "criterion", "variant", "execution", "setting", "version", "machine")
+    row = rows[rows.point == point].iloc[0]
+    return "".join(f" [{row[name]}]" for name in names if rows[name].nunique(dropna=False) > 1 and row[name])
 
 
 def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> list[str]:
@@ -71,7 +83,7 @@ def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> lis
 
 
 def _matching(rows: pd.DataFrame, settings: pd.DataFrame, line: dict, path: Path) -> pd.DataFrame:
-    keep = (rows.model == line["model"]) & (rows.method == line["method"])
+    keep = knobs.is_called(rows, line["model"]) & (rows.method == line["method"])
     if line["method"] != "dense":
         keep &= (rows.sparsity - line["sparsity"]).abs() < 1e-6
     for name, value in line.items():

@@ -78,6 +78,8 @@ def select(rows: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
         for choice in value.split(","):
             wanted = _typed(rows[column], choice, words)
             one = _OPERATORS[sign](rows[column], wanted)
+            if column == "model" and sign in ("=", "!="):  # it may go by another name elsewhere
+                one = knobs.is_called(rows, choice) == (sign == "=")
             meets = meets & one if sign == "!=" else meets | one
         if column in ("method", "criterion", "sparsity", "seed", "execution", "sparsity_achieved"):
             meets |= rows.method == "dense"
@@ -95,7 +97,8 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     wanted = wanted or Wanted()
     rows = select(read(results), wanted.filters)
     everything = knobs.with_variant(rows)
-    ok = frontier.numbered(frontier.with_paired_latency(everything[everything.status == "ok"]))
+    ok, left_out = frontier.newest(everything[everything.status == "ok"])
+    ok = frontier.numbered(frontier.with_paired_latency(ok))
     if ok.empty:
         raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
     metrics = [_column(ok, name, "--y") for name in wanted.y] or quality_metrics(ok)
@@ -122,14 +125,14 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
         "table.tex": tables.latex(summary, shown, losses, f"{len(ok)} cells; ± half a 95 % interval."),
         "table.csv": summary.to_csv(index=False),
         "drop-by-benchmark.csv": drops.to_csv(),
-        "README.md": _readme(results, rows, failed, advised, files, summary, shown, losses),
+        "README.md": _readme(results, rows, left_out, failed, advised, files, summary, shown, losses),
     }
     for name, text in texts.items():
         (out / name).write_text(text)
         files.append(out / name)
     if wanted.html:
         (out / "report.html").write_text(
-            page.render(everything, ok.drop(columns="point"), metrics, costs, advised, failed)
+            page.render(everything, ok.drop(columns="point"), metrics, costs, left_out, advised, failed)
         )
         files.append(out / "report.html")
     return files
@@ -211,11 +214,12 @@ def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], dr
     return sentences + advice.break_even(rows)
 
 
-def _readme(results: Sequence[str], rows: pd.DataFrame, failed: Sequence[str], advised: Sequence[str],
-            files: Sequence[Path], summary: pd.DataFrame, shown: Sequence[str], losses: Collection[str]) -> str:  # fmt: skip
+def _readme(results: Sequence[str], rows: pd.DataFrame, left_out: Sequence[str], failed: Sequence[str],
+            advised: Sequence[str], files: Sequence[Path], summary: pd.DataFrame, shown: Sequence[str],
+            losses: Collection[str]) -> str:  # fmt: skip
     """The report's front page: answers first, then what failed, the table, and the figures."""
-    counts = f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok"
-    parts = [f"# Report on {', '.join(results)}\n\n{counts}.\n", "## Which should I use\n",
+    counts = " ".join([f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok.", *left_out])
+    parts = [f"# Report on {', '.join(results)}\n\n{counts}\n", "## Which should I use\n",
              "\n".join(f"- {sentence}" for sentence in advised) + "\n"]  # fmt: skip
     if failed:
         parts += ["## Cells that are not ok, and in no figure\n", "\n".join(f"- {line}" for line in failed) + "\n"]

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import os
 import socket
@@ -74,6 +76,7 @@ UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
 _COMPACT = "0-table-"
 _VERSION = b"sweep_schema_version"
+_NAMELESS = range(1, 6)  # measuring versions whose rows do not tell it
 _ALWAYS = ["cell", "status", "started_at", "schema_version"]  # read with any selection of columns
 _LOCK, _COMPACTION_LOCK = "cells/.lock", "cells/.compaction"
 _PROBE = 65536  # bytes: on a full disk empty files can still be made
@@ -348,6 +351,7 @@ def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
     for name, nulls in missing.items():
         merged = merged.append_column(name, nulls)
     merged = merged.select([*COLUMNS, *metrics]).replace_schema_metadata(schema(()).metadata)
+    merged = _with_measuring_version(merged)
     alone = [not name.startswith(_COMPACT) for name, found in tables.items() for _ in range(found.num_rows)]
     best: dict[str, tuple[bool, str, bool, int]] = {}
     names, statuses, starts = (merged[column].to_pylist() for column in ("cell", "status", "started_at"))
@@ -361,6 +365,33 @@ def _typed(found: pa.Table) -> pa.Table:
     """The columns in this version's types, whichever version or program wrote the file."""
     wanted = [pa.field(f.name, COLUMNS.get(f.name, _FLOAT if "/" in f.name else f.type)) for f in found.schema]
     return found if [f.type for f in wanted] == found.schema.types else found.cast(pa.schema(wanted), safe=False)
+
+
+def _with_measuring_version(rows: pa.Table) -> pa.Table:
+    """The rows with the measuring version of those that were written before it had a column, where it can be told.
+
+    Until version 5 a cell's name was the hash of its configuration, fingerprints and version: one version gives the name.
+    """
+    known = rows["measuring_version"].to_pylist()
+    nameless = rows.filter(pc.is_null(rows["measuring_version"]))
+    if not nameless.num_rows:
+        return rows
+    columns = [nameless[name].to_pylist() for name in ("cell", "config", "model_fingerprint", "data_fingerprints")]
+    told = iter([_measuring_version(*row) for row in zip(*columns, strict=True)])
+    versions = pa.array([next(told) if version is None else version for version in known], _INT)
+    return rows.set_column(rows.column_names.index("measuring_version"), "measuring_version", versions)
+
+
+def _measuring_version(cell: str, config: str | None, model: str | None, data: str | None) -> int | None:
+    if not (config and model and data):
+        return None
+    content = {key: value for key, value in json.loads(config).items() if key != "data_root"}
+    content |= {"model": model, "data": json.loads(data)}
+    for version in reversed(_NAMELESS):
+        text = json.dumps(content | {"measuring_version": version}, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest()[:16] == cell:
+            return version
+    return None
 
 
 def _refuse_newer(results: Where, version: int) -> None:

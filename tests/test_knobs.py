@@ -1,0 +1,167 @@
+"""What is one point, what is another, and what is compared with what: seeds, versions, fingerprints and machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import frames
+from sweep import frontier, knobs, paired, plot, published, report, store
+from sweep.config import Benchmarks
+
+ONE = frames.METHODS[:1]
+
+
+def one_cell(**columns: object) -> pd.DataFrame:
+    """A dense row and one pruned row."""
+    return frames.rows(seeds=1, methods=ONE, sparsities=(0.5,)).assign(**columns)
+
+
+def two_versions() -> pd.DataFrame:
+    rows = frames.twice(one_cell(measuring_version=5), measuring_version=6)
+    return rows.assign(**{"pydoc/token_perplexity": [15.0, 16.0, 15.0, 19.0]})
+
+
+def test_two_versions_of_a_cell_are_never_two_seeds() -> None:
+    points = frontier.points(knobs.with_variant(two_versions()), "sparsity", "pydoc/token_perplexity")
+    pruned = points[points.method == "weight"].set_index("version")
+    assert pruned.seeds.tolist() == [1, 1] and pruned.y.to_dict() == {"5": 16, "6": 19} and pruned.y_low.isna().all()
+    assert sorted(plot.series(points[points.method == "weight"])) == [
+        "weight magnitude (version 5)", "weight magnitude (version 6)"]  # fmt: skip
+    drops = plot.drop_table(two_versions(), ["pydoc/token_perplexity"])["pydoc/token_perplexity"]
+    assert sorted(drops) == pytest.approx([100 / 15, 400 / 15])  # each after the dense row of its version
+
+
+def test_two_rows_of_one_seed_are_one_draw_and_the_newer_counts() -> None:
+    rows = frames.twice(one_cell()).assign(**{"capitals/acc": [0.8, 0.5, 0.8, 0.25]})
+    points = frontier.points(rows, "sparsity", "capitals/acc")
+    assert points.seeds.tolist() == [1, 1] and sorted(points.y) == [0.25, 0.8]
+    rows.loc[3, "status"] = "failed"
+    assert sorted(frontier.points(rows, "sparsity", "capitals/acc").y) == [0.5, 0.8]
+
+
+def test_the_report_leaves_older_versions_out_and_says_so(tmp_path: Path) -> None:
+    old = frames.rows(seeds=2, sparsities=(0.3, 0.5), methods=frames.METHODS[:2]).assign(measuring_version=4)
+    new = frames.twice(old, measuring_version=6)[len(old) :]
+    again = new[(new.method == "dense") | (new.criterion == "magnitude")]
+    (tmp_path / "cells").mkdir()
+    pd.concat([old, again], ignore_index=True).to_parquet(tmp_path / "cells" / "0-table-made.parquet")
+    report.report([str(tmp_path)], tmp_path / "out", report.Wanted(formats=("png",), html=False))
+    front = (tmp_path / "out" / "README.md").read_text()
+    assert "14 cells, 14 of them ok. Left out, since a newer measuring version has measured the same again: 4 of version 4." in front  # fmt: skip
+    table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("name")
+    assert (table.seeds[table.method != "dense"] == 2).all()
+    assert sorted(set(table.index)) == [  # Wanda's old rows stand, and with them the dense row that they go with
+        "dense (version 4)", "dense (version 6)", "weight magnitude (version 6)",
+        "weight wanda, bitmap (version 4)"]  # fmt: skip
+    assert len(table) == 6
+
+
+def test_a_row_that_cannot_tell_its_version_is_the_oldest() -> None:
+    rows = frames.twice(one_cell(measuring_version=np.nan), measuring_version=6)
+    kept, said = frontier.newest(rows)
+    assert kept.measuring_version.tolist() == [6, 6]
+    assert said == ["Left out, since a newer measuring version has measured the same again: 2 of an unknown one."]
+    assert frontier.newest(kept)[1] == frontier.newest(one_cell())[1] == []
+
+
+def test_a_default_that_changed_makes_no_other_setting() -> None:
+    rows = two_versions()
+    for version, shots in ((5, 0), (6, Benchmarks.num_fewshot)):
+        here = rows.measuring_version == version
+        rows.loc[here, "config"] = [json.dumps(json.loads(text) | {"benchmarks": {"tasks": ["pydoc"], "num_fewshot": shots}})
+                                    for text in rows.config[here]]  # fmt: skip
+    assert (knobs.with_variant(rows).setting == "").all()
+    assert frontier.newest(rows)[0].measuring_version.tolist() == [6, 6]
+
+
+def names_of_one_model() -> pd.DataFrame:
+    """Three pruned cells and the one dense cell of a model that went by three names."""
+    rows = frames.rows(seeds=1, methods=ONE, sparsities=(0.1, 0.3, 0.5))
+    return rows.assign(model=["opt", "opt", "opt/", "/models/opt"], model_fingerprint="folder:0123456789abcdef")
+
+
+def test_one_model_by_three_names_has_one_dense_row_and_one_name() -> None:
+    rows = names_of_one_model()
+    assert set(knobs.with_variant(rows).model) == {"opt"}
+    assert plot.drop_table(rows, ["capitals/acc"])["capitals/acc"].notna().sum() == 3
+    assert len(paired.against_dense(rows.set_index("cell"))) == 3
+    assert plot.with_counted_speedup(rows).counted_speedup.notna().all()
+    for name in ("opt", "opt/", "/models/opt"):
+        assert len(report.select(rows, [f"model={name}"])) == 4
+
+
+def test_a_folder_whose_content_changed_is_two_models() -> None:
+    rows = frames.twice(one_cell(model_fingerprint="folder:aaaaaaaaaaaa"), model_fingerprint="folder:bbbbbbbbbbbb")
+    assert sorted(set(knobs.with_variant(rows).model)) == ["m (aaaaaaaa)", "m (bbbbbbbb)"]
+    points = frontier.points(rows, "sparsity", "capitals/acc")
+    assert (points.seeds == 1).all() and len(points) == 4
+    assert len(report.select(rows, ["model=m"])) == 4
+
+
+def test_other_documents_under_one_name_are_another_setting() -> None:
+    data = [json.dumps({"pydoc": mark, "calibration": text}) for mark in ("a" * 16, "b" * 16) for text in "xy"]
+    rows = pd.concat([one_cell(data_fingerprints=text)[1:] for text in data], ignore_index=True)
+    points = frontier.points(rows, "sparsity", "capitals/acc")
+    assert (points.seeds == 1).all() and len(set(points.setting)) == 2 and set(points.variant) == {""}
+    moved = [json.loads(text) for text in rows.config]  # another text to calibrate on, in a file of the same name
+    rows["config"] = [json.dumps(c | {"calibration": {"source": "text.txt"}}) for c in moved]
+    assert sorted(set(knobs.with_variant(rows).variant)) == ["source=text.txt (x)", "source=text.txt (y)"]
+    rows["data_fingerprints"] = data[0]
+    rows["config"] = [json.dumps(c | {"calibration": {"source": f"{i}/text.txt"}}) for i, c in enumerate(moved)]
+    assert set(knobs.with_variant(rows).variant) == {""}  # one text, wherever it lies
+
+
+def test_paired_latency_is_never_pooled_over_processors() -> None:
+    rows = one_cell(cpu="slow", gpu=None, dense_decode_ms_per_token_p50=40.0)
+    rows = frames.twice(rows, cpu="fast", dense_decode_ms_per_token_p50=20.0, seed=1)
+    rows["decode_speedup"] = [1.0, 2.0, 1.0, 2.0]
+    timed = frontier.with_paired_latency(rows)
+    assert timed.decode_ms_paired.tolist() == [40, 20, 20, 10]
+    points = frontier.points(timed, "decode_ms_paired", "capitals/acc")
+    assert (points.seeds == 1).all() and sorted(points.x) == [10, 20, 20, 40]
+    assert set(points.machine) == {"cpu=slow", "cpu=fast"}
+    only = pd.concat([rows[:1], rows[3:]], ignore_index=True)  # a dense cell is measured once, on one of the machines
+    assert frontier.dense_of(knobs.with_variant(only)).tolist() == [0, 0]
+
+
+def test_older_rows_tell_their_version_by_their_name(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1] / "experiments"
+    recorded = {study.parent.name: store.load(study) for study in root.glob("*/results")}
+    assert all(rows.measuring_version.notna().all() for rows in recorded.values())
+    row = recorded["first_look"].iloc[0]
+    assert row.measuring_version == 4
+    store.write(tmp_path, {"cell": row.cell, "status": "ok", "config": row.config, "data_fingerprints": "{}",
+                           "model_fingerprint": row.model_fingerprint}, {})  # fmt: skip
+    assert store.load(tmp_path).measuring_version.isna().all()  # other data than the name was made of
+
+
+def test_published_numbers_stand_beside_one_setting_at_a_time(tmp_path: Path) -> None:
+    lines = "model,method,sparsity,metric,published,source\n"
+    lines += "m,dense,0,pydoc/token_perplexity,15,here\nm,weight,0.5,pydoc/token_perplexity,18,here\n"
+    (tmp_path / "published.csv").write_text(lines)
+    text, agrees = published.compare(two_versions(), tmp_path / "published.csv")
+    assert agrees and "Left out" in text and " 19 " in text and "17.5" not in text
+    text, _ = published.compare(names_of_one_model().assign(model=["opt", "m", "opt", "m"]), tmp_path / "published.csv")
+    assert "not run" not in text
+    apart = frames.twice(one_cell(cpu="slow"), cpu="fast", seed=1)
+    text, _ = published.compare(
+        apart.assign(**{"pydoc/token_perplexity": [15, 16, 15, 19]}), tmp_path / "published.csv"
+    )
+    assert "[cpu=slow]" in text and "[cpu=fast]" in text
+
+
+def test_a_comparison_leaves_older_versions_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = pd.DataFrame({"task": "capitals", "document": ["0", "1"], "metric": "acc", "value": [1.0, 0.0]})
+    for row in two_versions()[["cell", "status", "method", "config", "sparsity", "seed", "measuring_version"]].to_dict(
+        "records"
+    ):
+        store.write(tmp_path, row, {"samples": samples})
+    with caplog.at_level(logging.WARNING):
+        found = paired.table(tmp_path, ["capitals/acc"])
+    assert len(found) == 1 and "2 of version 5" in caplog.text
