@@ -51,7 +51,7 @@ def test_a_checkpoint_is_replaced_whole_and_nothing_else_is(
     def full(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(model, "save_pretrained", full)
+    monkeypatch.setattr(type(model), "save_pretrained", full)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(model, tokenizer, place, FACTS)
     assert [p.name for p in place.parent.iterdir()] == ["saved"] and checkpoint.is_checkpoint(place)

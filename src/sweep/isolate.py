@@ -26,10 +26,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sweep import locks, machine, store, turns
 from sweep.config import Cell
+
+T = TypeVar("T")
 
 # None of them starts CUDA. The last is what a child imports first, being the program that its parent runs.
 _PRELOAD = ["sweep.run", "lm_eval.models.huggingface", "lm_eval.tasks", "pandas", "pyarrow.parquet", "sweep.__main__"]
@@ -297,6 +299,39 @@ def without_bars(line: str) -> str:
     """A line of standard error without the progress bars that were drawn in it, and without faulthandler's list of
     every module there is."""
     return "" if line.startswith("Extension modules: ") else _BAR.sub("", line)
+
+
+def ask(question: Callable[..., T], *arguments: Any) -> T:
+    """What `question` answers in a child that has the heavy imports loaded, for a parent that is to load none.
+
+    Raises what it raises; RuntimeError when the child dies of it.
+    """
+    context = _context()
+    answers, answer = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(question, arguments, answer), name="question")
+    child.start()
+    answer.close()
+    try:
+        said, error = answers.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"a child process died with exit code {child.exitcode}") from None
+    finally:  # also on Ctrl-C
+        if child.is_alive():
+            child.kill()
+        child.join()
+        answers.close()
+    if error is not None:
+        raise error
+    return said
+
+
+def _answer(question: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
+    _die_with_the_sweep()
+    try:
+        answer.send((question(*arguments), None))
+    except Exception as error:
+        answer.send((None, error))
 
 
 def _ask_where(child: BaseProcess) -> None:

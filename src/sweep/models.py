@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from sweep import cache, sources
+from sweep import cache, headers, sources, stored
 from sweep.config import Model, RequestError
 
 log = logging.getLogger(__name__)
@@ -46,6 +55,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+_DECODERS = {"gpt_neox", "gpt_neox_japanese", "trocr"}  # whose configuration has an is_decoder that nothing reads
+
+
 @dataclass(frozen=True)
 class Ffn:
     """The feed-forward network of one block: neuron i is row i of each `inputs` and column i of `output`."""
@@ -63,7 +75,8 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     """The model in evaluation mode on `device`, and its tokenizer.
 
     A GGUF file is converted to safetensors once; afterwards the cached conversion is loaded.
-    Raises RequestError when the files are missing or damaged.
+    Raises RequestError when files are missing or damaged, when they do not hold the whole model, when its weights are
+    quantised or not finite, and when it is no decoder.
     """
     place: Path | str
     if model.source == "gguf":
@@ -73,18 +86,106 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     else:
         place = model.name
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if isinstance(place, Path) and (place / "sweep.json").is_file():
-        from sweep import shrunk  # here, since it needs this module to find the parts of a model
-
-        return shrunk.load_model(place, dtype, device, **options)
     if model.source == "hub":
         options["revision"] = model.revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+        check_decoder(AutoConfig.from_pretrained(place, **options), str(place))
+        if isinstance(place, Path) and (place / headers.SWEEP_FILE).is_file():
+            from sweep import shrunk  # here, since it needs this module to find the parts of a model
+
+            loaded, tokenizer = shrunk.load_model(place, dtype, **options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            loaded = stored.load(place, getattr(torch, dtype), **options)
+    except RequestError:
+        raise
     except (OSError, ValueError) as error:
-        raise RequestError(f"model {model.name} cannot be loaded from {place}: {error}") from error
-    return loaded.to(device).eval(), tokenizer
+        raise RequestError(f"model {model.name} cannot be loaded from {place}: {_first_line(error)}") from error
+    if tokenizer is None:
+        raise RequestError(f"model {model.name}: {place} holds no tokenizer: save the model with sweep.save")
+    loaded = loaded.to(device).eval()
+    if wrong := stored.not_finite(loaded.named_parameters()):
+        advice = "try dtype=bfloat16 or float32" if dtype == "float16" else "the checkpoint is damaged"
+        raise RequestError(f"{place} has NaN or infinite numbers in {len(wrong)} of its tensors ({headers.some(wrong)}) as "
+                           f"{dtype}: {advice}")  # fmt: skip
+    _check_causal(loaded, str(place))
+    return loaded, tokenizer
+
+
+def quiet() -> None:
+    """Have transformers speak up only when something is wrong: it says so in exceptions, and in `check` and `load`."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def check(model: Model, *, scores_text: bool) -> None:
+    """Refuse, from the headers of its files, a model that `load` would refuse; and a tokenizer that cannot begin a text,
+    where `scores_text`.
+
+    Raises RequestError. What is not on this machine yet, or runs code of its own, is left to loading.
+    """
+    folder = headers.folder_of(model)
+    if folder is None or model.trust_remote_code:
+        return
+    place, options = (
+        (str(folder), {}) if model.source == "local" else (model.name, {"revision": model.revision or "main"})
+    )
+    try:
+        check_decoder(AutoConfig.from_pretrained(folder), place)
+        if (folder / headers.SWEEP_FILE).is_file():
+            return  # whose shapes only loading can tell
+        if model.source == "local" or headers.is_whole(folder):
+            stored.check(folder)
+        if scores_text:
+            check_tokenizer(AutoTokenizer.from_pretrained(place, **options), place)
+    except RequestError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model {model.name} cannot be loaded from {place}: {_first_line(error)}") from error
+
+
+def check_decoder(config: PreTrainedConfig, place: str) -> None:
+    """Refuse a model that does not predict the next token of a text. Raises RequestError."""
+    kind, name = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder and a decoder"
+    elif getattr(config, "is_decoder", True) is False and kind not in _DECODERS:
+        what = "an encoder, whose tokens see those after them (is_decoder is false)"
+    elif name is None and not hasattr(config, "auto_map"):
+        what = "no language model"
+    elif name is not None and name.endswith("ForConditionalGeneration"):
+        what = "a model of more than text"
+    else:
+        return
+    raise RequestError(f"{place} is {what} ({kind}); sweep prunes decoders that predict the next token of a text, such as "
+                       f"{', '.join(list(ARCHITECTURES)[:4])}: give one of these")  # fmt: skip
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Refuse a tokenizer with no token to begin a text, whose first token lm-eval predicts from it. Raises RequestError."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise RequestError(f"the tokenizer of {place} has neither a BOS nor an EOS token, and benchmarks need one to begin a "
+                           "text with: name it as bos_token or eos_token in tokenizer_config.json, or measure no "
+                           "benchmarks (benchmarks.tasks=[])")  # fmt: skip
+
+
+@torch.inference_mode()
+def _check_causal(model: PreTrainedModel, place: str) -> None:
+    """Refuse a model whose logits change with tokens that come later: its likelihood of a text is none.
+
+    Tried on two texts that differ in their last token. What differs before it in a decoder is rounding.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    texts = torch.linspace(0, size - 1, 5, device=model.device).long()
+    one, other = (model(input_ids=texts[list(pick)].unsqueeze(0), use_cache=False).logits[0, :3].float()
+                  for pick in ((1, 2, 3, 0), (1, 2, 3, 4)))  # fmt: skip
+    if (one - other).abs().max() > 8 * torch.finfo(model.dtype).eps * one.abs().max():
+        raise RequestError(f"{place} is no decoder: what it says of a token changes with the tokens after it. sweep prunes "
+                           "decoders that predict the next token of a text")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @functools.lru_cache
@@ -95,7 +196,7 @@ def skeleton(model: Model) -> PreTrainedModel | None:
     GGUF file that was never converted, a type that transformers does not know.
     """
     shape = sources.shape(model)
-    shrunk = model.source == "local" and (sources.checkpoint_folder(model) / "sweep.json").is_file()
+    shrunk = model.source == "local" and (sources.checkpoint_folder(model) / headers.SWEEP_FILE).is_file()
     if "model_type" not in shape or model.trust_remote_code or shrunk:
         return None
     try:
@@ -122,8 +223,13 @@ def converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+        )
+        stored.refuse(told, str(gguf))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except RequestError:
+        raise
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
         raise RequestError(f"model file {gguf} is damaged and cannot be converted: {error}") from error
     # Left in place, these make save_pretrained refuse: the weights are no longer quantised.

@@ -10,7 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sweep import catalogue, checkpoint, config, identity, machine, perplexity, sources, store, text, unit_requests
+from sweep import (
+    catalogue,
+    checkpoint,
+    config,
+    headers,
+    identity,
+    machine,
+    perplexity,
+    sources,
+    store,
+    text,
+    unit_requests,
+)
 from sweep.config import Calibration, Cell, Model, Options, RequestError, Weight
 
 _ENOUGH = 2000  # rows that expectations are drawn from
@@ -95,6 +107,7 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     cell = machine.resolve(cell, part)
     machine.check_execution(cell)
     sources.fingerprint(cell.model)  # raises when the model is not there
+    headers.check(cell.model)
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
     if cell.calibration is not None:
@@ -105,6 +118,18 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
             _check_targets(cell.method, cell.model)
     unit_requests.check(cell)
     return cell, options
+
+
+def check_models(cells: Iterable[Cell]) -> None:
+    """Refuse models that the cells would fail on, as far as their files' headers tell. Needs torch. Raises RequestError."""
+    from sweep import models
+
+    text_of: dict[Model, bool] = {}  # whether any of the model's cells scores text
+    for cell in cells:
+        text_of[cell.model] = text_of.get(cell.model, False) or bool(cell.benchmarks.tasks)
+    models.quiet()
+    for model, scores_text in text_of.items():
+        models.check(model, scores_text=scores_text)
 
 
 def _check_calibration(asked: Calibration, data_root: str | None) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import transformers
 
 from sweep import (
     checkpoint,
@@ -48,6 +47,8 @@ def run_cell(
 
     model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = working_seconds() - started
+    if cell.benchmarks.tasks:
+        models.check_tokenizer(tokenizer, cell.model.name)
     efficiency.check_fits(model, cell.efficiency)
     dense_parameters = sum(p.numel() for p in model.parameters())
     block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
@@ -129,6 +130,5 @@ def run_cell(
 
 def _quiet() -> None:
     """Libraries speak up only when something is wrong."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    models.quiet()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from sweep import isolate, machine, row, store
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Outcome
-from sweep.plan import Plan, Step
+from sweep.plan import Plan, Step, check_models
 
 _STOPPED = "a cell failed (on_failure=stop)"
 Launch = Callable[[list[Step]], list[Outcome | Exception]]  # hands cells to an engine; returns what became of each
@@ -36,6 +36,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         return 0
     if plan.todo:
         store.check_writable(options.results)
+        isolate.ask(check_models, [step.cell for step in plan.todo])
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
     outcomes: dict[str, Outcome] = {}  # of this run, by cell

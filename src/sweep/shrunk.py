@@ -8,21 +8,21 @@ cut vocabulary lies in a folder of its own, so that nobody reads the old ids fro
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sweep import bitmap, heads, models, surgery, vocabulary
+from sweep import bitmap, headers, heads, models, sources, stored, surgery, vocabulary
 from sweep.config import RequestError
 
-FILE = "sweep.json"
+FILE = headers.SWEEP_FILE
 FORMAT, COMPRESSED_FORMAT = 1, 2  # of a folder without and with compressed layers
 _TOKENIZER = "tokenizer"  # folder
 
@@ -35,12 +35,15 @@ def is_plain(model: PreTrainedModel) -> bool:
     return next(shapes) == next(shapes) and _head_counts(built) == _head_counts(model)
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do."""
-    kept = vocabulary.kept_ids(tokenizer)
+    kept = None if tokenizer is None else vocabulary.kept_ids(tokenizer)
     plain = kept is None and is_plain(model)
-    model.save_pretrained(folder, save_original_format=plain)  # else under the names that the modules have here
-    vocabulary.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
+    # else under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
+    type(model).save_pretrained(model, folder, save_original_format=plain)
+    if tokenizer is not None:
+        vocabulary.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
+    (folder / FILE).unlink(missing_ok=True)  # of a model that was saved there before
     if plain:
         return
     facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
@@ -49,41 +52,71 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
+def save_pretrained_as_sweep(model: PreTrainedModel) -> None:
+    """Have the model's own `save_pretrained` write what `load_model` reads, where transformers' format lacks what it is."""
+    model.save_pretrained = functools.partial(_save_pretrained, model)
+
+
+def _save_pretrained(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    if is_plain(model):
+        type(model).save_pretrained(model, folder, **options)
+        (Path(folder) / FILE).unlink(missing_ok=True)
+    elif options:
+        raise RequestError(f"save_pretrained: this model's blocks differ in width, which transformers' format cannot say, "
+                           f"and sweep's own knows no {', '.join(options)}: leave it out")  # fmt: skip
+    else:
+        write(model, None, Path(folder))
+
+
 def load_model(
     folder: str | Path, dtype: str | None = None, device: str = "cpu", **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model of a checkpoint folder in evaluation mode, and its tokenizer, whatever pruning left of it.
 
     dtype    such as "bfloat16"; None = as saved
     options  for transformers' from_pretrained
-    Raises RequestError when there is no such checkpoint, or when a newer version has written it.
+    returns  no tokenizer, None, where the folder holds none
+    Raises RequestError when there is no such checkpoint, when it is damaged or does not hold the whole model, or when a
+    newer version has written it.
     """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise RequestError(f"{folder} is no checkpoint: there is no config.json in it")
     kind = getattr(torch, dtype) if dtype else "auto"
-    if not (path / FILE).is_file():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(path, **options)
-    facts = json.loads((path / FILE).read_text(encoding="utf-8"))
-    if facts["format"] not in (FORMAT, COMPRESSED_FORMAT):
-        raise RequestError(f"{path / FILE} has format {facts['format']}, and this version of sweep reads {FORMAT} and "
+    facts = sources.read_json(path / FILE) if (path / FILE).is_file() else {}
+    kept = facts.get("kept_token_ids")
+    model = _load_own(path, facts, kind, **options) if facts else stored.load(path, kind, **options)
+    place = path if kept is None else path / _TOKENIZER
+    tokenizer = AutoTokenizer.from_pretrained(place, **options) if headers.has_tokenizer(place) else None
+    if kept is not None and tokenizer is not None:
+        tokenizer = vocabulary.remapped(tokenizer, kept)
+    return model.to(device).eval(), tokenizer
+
+
+def _load_own(path: Path, facts: dict[str, Any], dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """The model of a folder with `sweep.json`, which has come to `facts`."""
+    if facts.get("format") not in (FORMAT, COMPRESSED_FORMAT):
+        raise RequestError(f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads {FORMAT} and "
                            f"{COMPRESSED_FORMAT}: install the version that wrote it")  # fmt: skip
-    weights: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        weights |= load_file(file)
+    weights = stored.tensors(path)
     config = AutoConfig.from_pretrained(path, **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=kind if dtype else config.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    compressed = facts.get("bitmap_columns", {})
     _take_shapes(model, weights)
-    _take_compressed(model, weights, facts.get("bitmap_columns", {}))
-    missing = set(model.load_state_dict(weights, strict=False).missing_keys)
-    missing = {name for name in missing if name.rpartition(".")[0] not in facts.get("bitmap_columns", {})}
+    _take_compressed(model, weights, compressed)
+    own = {
+        name: tensor.shape for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in compressed
+    }
+    told = {
+        "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
+        "unexpected_keys": weights.keys() - own.keys(),
+        "mismatched_keys": [(name, weights[name].shape, shape) for name, shape in own.items()
+                            if name in weights and weights[name].shape != shape],
+    }  # fmt: skip
+    stored.refuse(told, str(path))
+    model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    if absent := missing - set(getattr(model, "all_tied_weights_keys", {})):
-        raise RequestError(f"{path}: the weights lack {', '.join(sorted(absent))}; the checkpoint is damaged")
-    kept = facts["kept_token_ids"]
-    tokenizer = AutoTokenizer.from_pretrained(path if kept is None else path / _TOKENIZER, **options)
-    return model.to(device).eval(), tokenizer if kept is None else vocabulary.remapped(tokenizer, kept)
+    return model
 
 
 def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:

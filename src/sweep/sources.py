@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -82,15 +83,35 @@ def shape(model: Model) -> dict[str, Any]:
     Used to refuse requests that no such model can meet before anything is loaded.
     """
     if model.source == "local":
-        return json.loads((checkpoint_folder(model) / "config.json").read_text())
+        return read_json(checkpoint_folder(model) / "config.json")
     if model.source == "gguf":
         gguf = gguf_file(model)
         config = cache.folder() / "models" / conversion_key(gguf) / "config.json"
-        return json.loads(config.read_text()) if config.is_file() else _gguf_shape(gguf)
-    from huggingface_hub import try_to_load_from_cache
+        return read_json(config) if config.is_file() else _gguf_shape(gguf)
+    found = hub_config(model.name, model.revision)
+    return read_json(found) if found else {}
 
-    found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    return json.loads(Path(found).read_text()) if isinstance(found, str) else {}
+
+@functools.lru_cache
+def hub_config(name: str, revision: str | None) -> Path | None:
+    """The configuration of a model of the hub, fetched if need be; None when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    with contextlib.suppress(Exception):  # no network, no such file, no right to it: loading says which
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=HF_HUB_OFFLINE))
+    return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file of settings. Raises RequestError when it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(f"{file} is damaged and no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RequestError(f"{file} is damaged: it is no group of settings")
+    return found
 
 
 def conversion_key(gguf: Path) -> str:
