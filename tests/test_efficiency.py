@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.signal import lfilter
+from scipy.stats import binom
 
 from conftest import random_tokens, tiny_model
 from sweep import efficiency, methods, models
@@ -94,13 +98,94 @@ def test_a_drifting_machine_leaves_the_paired_speedup_alone() -> None:
     assert columns["decode_speedup"] == columns["decode_speedup_low"] == columns["decode_speedup_high"] == 2
 
 
-def test_the_interval_of_a_median_covers_it() -> None:
+def machine(kind: str, turns: int, draw: np.random.Generator) -> np.ndarray:
+    """Logarithms of (turns, 3) times measured one after the other on a machine that is not quiet."""
+    count = 3 * turns
+    noise = draw.normal(0, 0.03, count)
+    if kind == "heavy tails":
+        noise = 0.03 * np.abs(draw.standard_t(2, count))
+    elif kind == "skewed":
+        noise = draw.exponential(0.05, count)
+    elif kind == "bursts":
+        noise += (draw.random(count) < 0.15) * draw.exponential(0.7, count)
+    elif kind == "drift":
+        noise += np.linspace(0, 1, count)
+    elif kind == "autocorrelated":
+        noise += lfilter([0.04], [1, -0.9], draw.normal(size=count))
+    elif kind == "two speeds":
+        noise += 0.6 * (np.cumsum(draw.random(count) < 0.08) % 2)
+    elif kind == "coarse clock":
+        noise = np.round(noise * 30) / 30
+    return noise.reshape(turns, 3)
+
+
+MACHINES = ("normal", "heavy tails", "skewed", "bursts", "drift", "autocorrelated", "two speeds", "coarse clock")
+TRUE = 1.5  # the speed-up that is to be found
+
+
+def speedups(kind: str, turns: int, draw: np.random.Generator) -> np.ndarray:
+    """Of a model TRUE times as fast, timed in latency()'s turns: who comes first changes."""
+    times, turn = machine(kind, turns, draw), np.arange(turns)
+    dense, pruned = -turn % 3, (1 - turn) % 3  # their places in each turn
+    return np.exp(times[turn, dense] - times[turn, pruned]) * TRUE
+
+
+def covers(interval: tuple[float, float, float]) -> bool:
+    low, _, high = interval
+    return low * (1 - 1e-12) <= TRUE <= high * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_the_interval_of_a_median_covers_it(kind: str) -> None:
     draw = np.random.default_rng(0)
-    covered = [low <= 1.0 <= high for low, _, high in
-               (efficiency.median_interval(pd.Series(draw.normal(1, 1, 11))) for _ in range(2000))]  # fmt: skip
+    for turns in (6, 10, 15, 40):
+        covered = [covers(efficiency.median_interval(speedups(kind, turns, draw))) for _ in range(500)]
+        assert np.mean(covered) >= 0.94  # 0.95 less twice the standard error of 500 tries
+    for confidence, needed in ((0.95, 6), (0.99, 8)):
+        efficiency.median_interval(range(needed), confidence)
+        with pytest.raises(ValueError, match=f"{needed - 1} values give no {confidence:.0%} interval of a median"):
+            efficiency.median_interval(range(needed - 1), confidence)
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_the_interval_at_which_timing_ends_covers_the_speedup(kind: str) -> None:
+    draw, settings = np.random.default_rng(1), replace(SETTINGS, repeats=8, precision=0.02)
+    covered, ended, turns = [], [], []
+    for _ in range(500):
+        found = speedups(kind, 137, draw)
+        done = next(n for n in range(1, 138) if efficiency._ended_by(found[:n], 0.0, settings))
+        ended.append(efficiency._ended_by(found[:done], 0.0, settings))
+        turns.append(done)
+        covered.append(covers(efficiency.median_interval(found[:done], efficiency._confidence(settings))))
     assert np.mean(covered) >= 0.95
-    with pytest.raises(ValueError, match="5 values give no 95% interval of a median"):
-        efficiency.median_interval(pd.Series(range(5)))
+    assert len(set(turns)) > 1  # it did choose
+    assert all(why == "precision" or n == 137 for why, n in zip(ended, turns, strict=True))
+
+
+@pytest.mark.parametrize("repeats", [6, 8, 10, 15, 20, 30])
+def test_all_looks_together_miss_the_median_of_any_distribution_in_one_of_twenty_at_most(
+    repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interval misses by how many values lie below the median, and these come and go as fair coins fall."""
+    settings = replace(SETTINGS, repeats=repeats, precision=0.02)
+    rough = np.random.default_rng(0).uniform(1, 100, 30 * repeats)
+    looks, honest = [], efficiency.median_interval
+    monkeypatch.setattr(efficiency, "median_interval", lambda v, c: looks.append(len(v)) or honest(v, c))
+    end = next(n for n in range(1, len(rough)) if efficiency._ended_by(rough[:n], 0.0, settings))
+    assert looks[0] == max(repeats, 8) and looks[-1] == end and len(looks) == 8
+    for spent in (
+        *looks[1:],
+        looks[0] + 1,
+        3 * repeats,
+        11 * repeats,
+    ):  # the look when the seconds are spent comes anywhere
+        inside, before = np.array([1.0]), 0  # probability of each number below the median, where no look has missed
+        for n in (*(look for look in looks if look < spent), spent):
+            inside = np.convolve(inside, binom.pmf(np.arange(n - before + 1), n - before, 0.5))
+            low, _, high = honest(np.arange(1, n + 1), efficiency._confidence(settings))
+            below, before = np.arange(n + 1), n
+            inside[(below < low) | (below >= high)] = 0
+        assert inside.sum() >= 0.95
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
@@ -146,9 +231,13 @@ def test_timing_ends_when_it_is_precise_or_the_seconds_are_spent(monkeypatch: py
     model, settings = tiny_model("llama"), replace(SETTINGS, precision=0.01, seconds=30.0)
     columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
     assert columns["timing_ended_by"] == "seconds" and columns["timed_repeats"] == 30  # one reading of the clock each
+    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10, seconds=1e6), vocabulary=64)
+    assert columns["timing_ended_by"] == "repeats" and columns["timed_repeats"] == 171
     monkeypatch.setattr(efficiency, "_time_once", lambda *_: (1.0, 2.0))
+    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10), vocabulary=64)
+    assert columns["timing_ended_by"] == "precision" and columns["timed_repeats"] == 10
     columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
-    assert columns["timing_ended_by"] == "precision" and columns["timed_repeats"] == settings.repeats
+    assert columns["timed_repeats"] == 8  # fewer give no interval of 99 %
 
 
 def test_the_cache_of_a_generation_by_hand() -> None:
@@ -172,9 +261,30 @@ def test_the_bound_is_the_slower_of_reading_and_multiplying() -> None:
     assert multiplying["decode_bound"] == "compute" and multiplying["decode_bound_ms"] == 4.0
 
 
-def test_the_probe_measures_rates_and_the_head_is_read_with_or_without_the_embedding() -> None:
+def test_the_probe_divides_what_it_did_by_the_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(clock) / 8)  # between two readings, an eighth
+    bandwidth, matrix = efficiency.roofline.__wrapped__("cpu", "float32", torch.get_num_threads())
+    assert bandwidth == 8 * 256 * 2**20 and matrix == 8 * 1024**3
+
+
+def test_the_probe_is_near_the_rate_of_work_of_its_kind() -> None:
     bandwidth, matrix = efficiency.roofline("cpu", "float32", torch.get_num_threads())
-    assert 1e8 < bandwidth < 1e14 and 1e7 < matrix < 1e16
+    numbers, square = np.ones(2**25), torch.ones(512, 512)
+
+    def rate(amount: float, work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return amount / min(seconds)
+
+    assert 0.02 < bandwidth / rate(numbers.nbytes, numbers.sum) < 50
+    assert 0.02 < matrix / rate(512**3, lambda: square @ square) < 50
+
+
+def test_the_head_is_read_with_or_without_the_embedding() -> None:
     tied, untied = tiny_model("gpt2"), tiny_model("llama")
     assert efficiency.read_bytes(tied) == efficiency.counted(tied)["weights_bytes"]
     assert efficiency.counted(untied)["weights_bytes"] - efficiency.read_bytes(untied) == 64 * 16 * 4

@@ -47,7 +47,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "dense_decode_ms_per_token_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
     **{f"{phase}_speedup{end}": (MEASURED, text) for phase in ("prefill", "decode") for end, text in (
         ("", f"dense time over this model's in {phase}, median over interleaved pairs"),
-        ("_low", "lower end of its 95 % interval (order statistics, no assumption on the distribution)"),
+        ("_low", "lower end of its 95 % interval (order statistics, no assumption on the distribution; with `efficiency.precision` one of 99 % at each of at most eight looks, so that the last covers 95 %)"),
         ("_high", "upper end of its 95 % interval"))},
     **{f"{stem}_{end}": (MEASURED, f"{words} of the {what} times")
        for stem, what in (("prefill_ms", "prompt's"), ("decode_ms_per_token", "generated tokens'"))
@@ -57,7 +57,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
         ("_low", "lower end of its 95 % interval"), ("_high", "upper end of its 95 % interval"))},
     "no_measurable_gain": (MEASURED, "true when neither phase is faster than dense beyond the noise"),
     "timed_repeats": (COUNTED, "interleaved pairs that were timed"),
-    "timing_ended_by": (ORIGIN, "what ended the timing: an interval that is narrow enough, the time, or the repeats"),
+    "timing_ended_by": (ORIGIN, "what ended the timing: an interval that is narrow enough (`precision`), the `seconds`, or the `repeats`"),
     "memory_bytes_per_second": (MEASURED, "memory bandwidth of the machine, by a short probe"),
     "matrix_macs_per_second": (MEASURED, "matrix rate of the machine, by a short probe"),
     "decode_macs_per_byte": (COUNTED, "multiply-accumulates a byte that a generated token reads: arithmetic intensity"),

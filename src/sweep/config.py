@@ -198,7 +198,7 @@ class Efficiency:
     batch_size: int = _at_least(1, default=1)
     warmup: int = _at_least(0, default=2)  # repeats
     repeats: int = _at_least(0, default=10)  # 0 = nothing is timed; fewer than 6 give no 95 % interval of a median
-    # more repeats until the decode speed-up is known to this fraction, at most so many seconds; None = no more
+    # more repeats until the decode speed-up is known to this fraction, or so many seconds are spent; None = no more
     precision: float | None = field(default=None, metadata={"minimum": 1e-4, "below": 1.0})
     seconds: float = _at_least(1, default=60.0)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import binom
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,6 +27,10 @@ from transformers import PreTrainedModel
 from sweep import bitmap, energy, execution, models
 from sweep.config import Efficiency, RequestError
 
+_LOOKS, _GROWTH = (
+    8,
+    1.5,
+)  # at what timing has found so far: how often at most, and how many times the turns until the next
 _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
 
 
@@ -148,8 +154,8 @@ def latency(
     pruned, dense  may be one object: then the speed-up is the noise floor of the machine, and so is the control's always
     returns        columns of the row, and every timed repeat: model, phase, repeat, milliseconds (decode: per token)
 
-    `settings.repeats` triples are timed; with `settings.precision`, more, until the decode speed-up is known to that
-    fraction or `settings.seconds` are spent. Which of them ended it is the column `timing_ended_by`.
+    `settings.repeats` triples are timed; with `settings.precision`, up to 18 times as many, until the decode speed-up
+    is known to that fraction or `settings.seconds` are spent. What ended it is the column `timing_ended_by`.
     """
     prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens),
                            generator=torch.Generator().manual_seed(0)).to(pruned.device)  # fmt: skip
@@ -158,37 +164,56 @@ def latency(
     for _ in range(settings.warmup):
         for _, model in turns[:2]:
             _time_once(model, prompt, settings.output_tokens)
-    started, repeat, ended_by = time.perf_counter(), 0, None
+    speedups: list[float] = []  # of decoding
+    started, ended_by = time.perf_counter(), None
     with tqdm(total=settings.repeats, desc="timing", unit="turn", leave=False) as progress:
         while ended_by is None:
+            repeat, decode = len(speedups), {}
             for name, model in turns[repeat % 3 :] + turns[: repeat % 3]:
-                prefill, decode = _time_once(model, prompt, settings.output_tokens)
-                repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode)]
-            repeat += 1
-            ended_by = _ended_by(repeats, repeat, time.perf_counter() - started, settings)
+                prefill, decode[name] = _time_once(model, prompt, settings.output_tokens)
+                repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode[name])]
+            speedups.append(decode["dense"] / decode["pruned"])
+            ended_by = _ended_by(speedups, time.perf_counter() - started, settings)
             progress.update()  # between turns: nothing is drawn while something is timed
     frame = pd.DataFrame(repeats, columns=["model", "phase", "repeat", "milliseconds"])
     return summary(frame, settings) | {"timing_ended_by": ended_by}, frame
 
 
-def _ended_by(
-    repeats: list[tuple[str, str, int, float]], done: int, seconds: float, settings: Efficiency
-) -> str | None:
-    """Why timing ends here, or None when it goes on."""
-    if done < settings.repeats:
-        return None
+def _ended_by(speedups: Sequence[float], seconds: float, settings: Efficiency) -> str | None:
+    """Why timing ends after these turns, or None when it goes on.
+
+    Timing that stops as soon as an interval looks narrow stops on the luckiest of many. So few are looked at: after the
+    repeats, after half as many again, and so on, eight times at most, the last time where the seconds are spent. Each
+    misses in one of a hundred, and any of them in one of twenty at most, whatever the times' distribution: an interval
+    of a median misses by the number of values below it, and how a count of fair coins wanders can be computed.
+    """
+    done, confidence = len(speedups), _confidence(settings)
+    first = max(settings.repeats, _fewest(confidence))
     if settings.precision is None:
-        return "repeats"
-    times = {name: [t for model, phase, _, t in repeats if (model, phase) == (name, "decode")]
-             for name in ("dense", "pruned")}  # fmt: skip
-    low, median, high = median_interval(pd.Series(times["dense"]) / pd.Series(times["pruned"]))
+        return "repeats" if done >= first else None
+    looks = [math.ceil(first * _GROWTH**i) for i in range(_LOOKS)]
+    spent = seconds >= settings.seconds and done >= first
+    if done not in looks and not spent:
+        return None
+    low, median, high = median_interval(np.asarray(speedups), confidence)
     if (high - low) / 2 <= settings.precision * median:
         return "precision"
-    return "seconds" if seconds >= settings.seconds else None
+    return "seconds" if spent else "repeats" if done == looks[-1] else None
+
+
+def _confidence(settings: Efficiency) -> float:
+    """Of each interval that is looked at, so that the one at which timing ends covers 95 %."""
+    return 0.95 if settings.precision is None else 0.99
+
+
+def _fewest(confidence: float) -> int:
+    """The fewest values that give an interval of a median: all are on one side of it with probability 2^(1 - n)."""
+    return math.ceil(1 - math.log2(1 - confidence))
 
 
 def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, Any]:
     """The row's latency columns from the timed repeats."""
+    interval = functools.partial(median_interval, confidence=_confidence(settings))
     columns: dict[str, Any] = {"timed_repeats": int(frame.repeat.nunique())}
     gains = []
     for phase, name in (("prefill", "prefill_ms"), ("decode", "decode_ms_per_token")):
@@ -196,9 +221,9 @@ def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, Any]:
         columns |= {f"{name}_mean": float(times.pruned.mean()), f"{name}_p50": float(times.pruned.median()),
                     f"{name}_p90": float(times.pruned.quantile(0.9)), f"{name}_p99": float(times.pruned.quantile(0.99)),
                     f"dense_{name}_p50": float(times.dense.median())}  # fmt: skip
-        low, median, high = median_interval(times.dense / times.pruned)
+        low, median, high = interval(times.dense / times.pruned)
         columns |= {f"{phase}_speedup": median, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
-        noise_low, noise, noise_high = median_interval(times.dense / times.control)
+        noise_low, noise, noise_high = interval(times.dense / times.control)
         columns |= {f"{phase}_control": noise, f"{phase}_control_low": noise_low, f"{phase}_control_high": noise_high}
         gains.append(low > max(1.0, noise_high))
     columns["no_measurable_gain"] = not any(gains)
@@ -206,14 +231,23 @@ def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, Any]:
     return columns
 
 
-def median_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(low, median, high): the median with its distribution-free interval from order statistics (needs 6 values)."""
-    ordered = np.sort(values.to_numpy())
+def median_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(low, median, high): the median with its distribution-free interval from order statistics.
+
+    Raises ValueError for too few values: 95 % take 6, 99 % take 8.
+    """
+    ordered = np.sort(np.asarray(values))
     n = len(ordered)
-    outside = int(binom.ppf((1 - confidence) / 2, n, 0.5))  # values cut off at each end
+    outside = _cut_off(n, confidence)
     if outside == 0:
         raise ValueError(f"{n} values give no {confidence:.0%} interval of a median")
     return float(ordered[outside - 1]), float(np.median(ordered)), float(ordered[n - outside])
+
+
+@functools.lru_cache
+def _cut_off(n: int, confidence: float) -> int:
+    """How many of n values lie outside the interval at each end."""
+    return int(binom.ppf((1 - confidence) / 2, n, 0.5))
 
 
 @torch.inference_mode()
