@@ -73,7 +73,7 @@ def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> t
         layer.weight.data.masked_fill_(drop, 0)
     model, kernel = execution.prepare(model, config.Execution("bitmap"))
     assert kernel != "bitmap torch"
-    layers = [layer for layer in execution.compressed(model) if isinstance(layer, bitmap.BitmapLinear)]
+    layers = [layer for layer in execution.packed(model).values() if isinstance(layer, bitmap.BitmapLinear)]
     dense = sum(2 * layer.in_features * layer.out_features for layer in layers)
     held = sum(layer.held_bytes for layer in layers)
     return model, held / dense, (whole - dense + held) / whole

@@ -35,7 +35,7 @@ import transformers
 from embedded import EMBEDDED
 from tabulate import tabulate
 
-from sweep import cache, efficiency, models, quality, text
+from sweep import cache, counting, models, quality, text
 from sweep.config import Benchmarks, Calibration, Model
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ def export(folder: Path, dtype: str, blocks: int | None) -> int:
     tokenizer.save_pretrained(folder)
     block = models.matrices(models.blocks(model)[0])
     inputs = [block[name].shape[1] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
-    return efficiency.held_bytes(model) + 4 * sum(width**2 for width in inputs)
+    return counting.size(counting.stock(model))["weights_bytes"] + 4 * sum(width**2 for width in inputs)
 
 
 def evaluated(folder: Path, dtype: str, limit: int | None) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import FAMILIES, random_tokens, tiny_model
-from sweep import bitmap, checkpoint, efficiency, execution, machine, methods, models
+from sweep import bitmap, checkpoint, counting, execution, machine, methods, models
 from sweep.config import Execution, RequestError, Weight, build, parse
 from test_cli import QUICK, run
 
@@ -149,7 +149,7 @@ def test_a_bitmap_model_has_the_logits_of_the_masked_dense_model(family: str, ke
     tokens = random_tokens()
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
-        before = efficiency.counted(model)
+        before = counting.size(counting.stock(model))
         compressed, ran = execution.prepare(model, Execution("bitmap", kernel))  # type: ignore[arg-type]
         assert ran.startswith("bitmap ")
         assert not [m for m in models.linears(compressed).values() if (models.weight(m) == 0).any()]
@@ -158,7 +158,7 @@ def test_a_bitmap_model_has_the_logits_of_the_masked_dense_model(family: str, ke
         torch.testing.assert_close(last, expected[:, -1:], atol=1e-4, rtol=1e-4)
         text = compressed.generate(tokens[:1], max_new_tokens=4, do_sample=False)
         assert text.shape == (1, tokens.shape[1] + 4)
-    after = efficiency.counted(compressed)
+    after = counting.size(counting.stock(compressed))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"weights_bytes", "stored_bytes"}
     assert after["weights_bytes"] < before["weights_bytes"]
@@ -169,11 +169,11 @@ def test_csr_has_the_same_logits_and_counts() -> None:
     methods.prune(model, Weight("weight"), 0.9, None)
     with torch.no_grad():
         expected = model(input_ids=random_tokens()).logits
-        before = efficiency.counted(model)
+        before = counting.size(counting.stock(model))
         compressed, ran = execution.prepare(model, Execution("csr"))
         assert ran == "torch csr"
         torch.testing.assert_close(compressed(input_ids=random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
-    after = efficiency.counted(compressed)
+    after = counting.size(counting.stock(compressed))
     assert {name for name in before if before[name] != after[name]} == {"weights_bytes", "stored_bytes"}
 
 
@@ -287,7 +287,7 @@ def test_semi_structured_needs_its_device() -> None:
     allowed, _ = parse(two_of_four(fallback=True))
     machine.check_execution(allowed)
     assert execution.prepare(model, allowed.execution)[1] == "torch"
-    assert execution.compressed(model) == []
+    assert execution.packed(model) == {}
 
 
 def test_semi_structured_takes_matrices_of_the_pattern_alone() -> None:
@@ -304,14 +304,14 @@ def test_semi_structured_has_the_same_logits_and_half_the_bytes() -> None:
     tokens = random_tokens().cuda()
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
-        before = efficiency.counted(model)
+        before = counting.size(counting.stock(model))
         sparse, ran = execution.prepare(model, Execution("semi_structured"))
-        assert ran == "torch 2:4" and execution.compressed(sparse)
+        assert ran == "torch 2:4" and execution.packed(sparse)
         torch.testing.assert_close(sparse(input_ids=tokens).logits, expected, atol=2e-2, rtol=2e-2)
-    after = efficiency.counted(sparse)
+    after = counting.size(counting.stock(sparse))
     assert {name for name in before if before[name] != after[name]} == {"weights_bytes", "stored_bytes"}
-    held = sum(layer.held_bytes for layer in execution.compressed(sparse))
-    places = sum(layer.in_features * layer.out_features for layer in execution.compressed(sparse))
+    held = sum(layer.held_bytes for layer in execution.packed(sparse).values())
+    places = sum(layer.in_features * layer.out_features for layer in execution.packed(sparse).values())
     assert held == pytest.approx(2 * places * 0.5625, rel=0.01)
 
 
@@ -333,10 +333,10 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
     facts = {"method": {"family": "weight"}, "execution": "bitmap"}
     checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
     weights = load_file(tmp_path / "saved" / "model.safetensors")
-    assert sum(t.nbytes for t in weights.values()) == efficiency.counted(model)["stored_bytes"]
+    assert sum(t.nbytes for t in weights.values()) == counting.size(counting.stock(model))["stored_bytes"]
     again, _ = sweep.load_model(tmp_path / "saved")
     assert again.dtype == dtype
-    layers = execution.compressed(again)
+    layers = execution.packed(again).values()
     assert layers and {f"bitmap {layer.kernel}" for layer in layers} == {kernel}
     with torch.no_grad():
         assert torch.equal(model(input_ids=random_tokens()).logits, again(input_ids=random_tokens()).logits)
@@ -387,7 +387,7 @@ def test_the_executions_of_a_sweep_differ_in_bytes_and_not_in_quality(tmp_path: 
             assert row.decode_control_low <= row.decode_control <= row.decode_control_high
             assert row.timed_repeats == 6 and row.timing_ended_by == "repeats"
     cell = rows[rows.execution == "bitmap"].cell.iloc[0]
-    assert execution.compressed(sweep.load_model(tmp_path / "saved" / cell)[0])
+    assert execution.packed(sweep.load_model(tmp_path / "saved" / cell)[0])
 
 
 def test_an_execution_that_multiplies_one_dtype_decides_it_for_its_baseline_too() -> None:

@@ -207,8 +207,6 @@ def test_units_go_by_their_measured_drop(metric: str, make: type, units_in_all: 
     model, tokens = tiny_model("llama").bfloat16(), random_tokens(3, 9)
     outcome = methods.prune(model, make(criterion="drop", metric=metric), 0.5, tokens)
     assert outcome.units_removed == units_in_all // 2
-    if make is Layer:
-        return
     table = outcome.measured
     assert len(table) == units_in_all and table.measured.all() and table.importance.notna().all()
 
@@ -238,6 +236,26 @@ def test_screening_measures_only_what_is_near_the_cut(cache_folder: object) -> N
         [4, 5],
     ]
     assert units.screened(estimates, 0.2, 0.1, together=False)[0].nonzero().flatten().tolist() == [1, 2]
+
+
+def test_a_table_of_several_rounds_has_every_unit_once_under_its_first_number(cache_folder: object) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(3, 9)
+    before = [part.output.weight.clone() for part in units.parts(model, Neuron())]
+    table = methods.prune(model, Neuron(criterion="drop", steps=3), 0.5, tokens).measured
+    assert len(table) == 48 == len(table.drop_duplicates(["block", "unit"])) and table.measured.all()
+    for block, part in enumerate(units.parts(model, Neuron())):
+        left = [int((before[block] == column[:, None]).all(0).nonzero()) for column in part.output.weight.t()]
+        mine = table[table.block == block].set_index("unit").importance
+        assert mine[left].min() > mine.drop(left).min()
+    screened = Neuron(criterion="drop", steps=3, screen="taylor", screen_margin=0.1)
+    table = methods.prune(tiny_model("llama"), screened, 0.5, tokens).measured
+    assert len(table) == 48 and 10 < table.measured.sum() < 48  # more than the ten of one round
+
+
+def test_a_dropped_block_is_a_unit_that_was_measured(cache_folder: object) -> None:
+    model = tiny_model("llama")
+    table = methods.prune(model, Layer(criterion="drop", blocks=(1,)), 0.9, random_tokens(3, 9)).measured
+    assert table[["block", "unit", "measured"]].to_numpy().tolist() == [[1, 0, True]]
 
 
 def test_groups_are_measured_and_removed_together(cache_folder: object) -> None:

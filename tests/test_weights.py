@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
-from sweep import calibrate, checkpoint, efficiency, models, rebuild, scores, select, weights
+from sweep import calibrate, checkpoint, counting, models, rebuild, scores, select, weights
 from sweep.config import RequestError, Weight
 
 MOE = {
@@ -99,10 +99,10 @@ def test_pruned_experts_are_saved_and_give_equal_logits(
 def test_a_token_multiplies_by_the_experts_that_it_goes_through() -> None:
     model = make("mixtral")  # 2 blocks, hidden 16, 3 experts of 24 neurons of which a token takes 2
     attention = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16)
-    counts = efficiency.counted(model)
+    counts = counting.size(counting.stock(model))
     assert counts["macs_per_token"] == attention + 2 * 2 * (3 * 16 * 24) + 64 * 16
     weights.prune(model, Weight("weight", targets="ffn"), 0.5)
-    assert efficiency.counted(model)["nonzero_macs_per_token"] == attention + 2 * (3 * 16 * 24) + 64 * 16
+    assert counting.size(counting.stock(model))["nonzero_macs_per_token"] == attention + 2 * (3 * 16 * 24) + 64 * 16
 
 
 def literal_norms(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class BitmapLinear(nn.Module):
 
     @property
     def nonzeros(self) -> int:
-        return int(self.offsets[-1])
+        return int(torch.count_nonzero(self.values[: int(self.offsets[-1])]))
 
     @property
     def held_bytes(self) -> int:

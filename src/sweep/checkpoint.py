@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, facts: Mapping[str, Any]
-) -> int:
-    """Write model, tokenizer and card to `folder`, in place of an earlier checkpoint, and return its weights' bytes.
+) -> None:
+    """Write model, tokenizer and card to `folder`, in place of an earlier checkpoint.
 
     facts  what the card states: see `card`
     Raises RequestError when the folder holds something else than a checkpoint.
@@ -51,12 +51,6 @@ def save(
             half.rename(path)
     finally:
         shutil.rmtree(half, ignore_errors=True)
-    return stored_bytes(path)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a checkpoint, as they lie on disk."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def is_checkpoint(folder: str | Path) -> bool:

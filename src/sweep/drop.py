@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import cache, models, normaliser, text
-from sweep.calibrate import inputs_observed
+from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
 from sweep.unit_statistics import BATCH, activations_differentiable, first_tensor
@@ -171,6 +172,25 @@ def importance(scheme: Scheme, base: np.ndarray, found: np.ndarray) -> np.ndarra
     rank = Scheme("loss", scheme.probe)(found).argsort(kind="stable").argsort(kind="stable") / len(found)
     levels = np.unique(drops.round(12))
     return drops + rank * (np.diff(levels).min() / 2 if len(levels) > 1 else 1e-6)
+
+
+def numbered(table: pd.DataFrame, numbers: Mapping[int, Tensor]) -> pd.DataFrame:
+    """A table of measured drops with the units by their numbers in the unpruned model.
+
+    table    block, unit (its number among those that are left), importance, measured
+    numbers  by block
+    """
+    units = [int(numbers[block][unit]) for block, unit in zip(table.block, table.unit, strict=True)]
+    return table.assign(unit=units)
+
+
+def latest(tables: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
+    """One line a unit out of the tables of several rounds: what it was when it was last measured. None without any."""
+    if not tables:
+        return None
+    lines = pd.concat(tables, ignore_index=True).sort_values("measured", kind="stable")
+    last = lines.drop_duplicates(["block", "unit"], keep="last")
+    return last.sort_values(["block", "unit"], ignore_index=True)
 
 
 def likelihoods(
@@ -379,9 +399,9 @@ class Resumed:
         read = torch.einsum("crd,rd->cr", states[:, index], self.head.weight[token])
         if self.head.bias is not None:
             read = read + self.head.bias[token]
-        log_probs = (self._capped(read) - log_z[:, index]).double()
-        total = torch.zeros(copies, len(probe.options), dtype=torch.double, device=hidden.device)
-        return total.index_add_(1, option, log_probs).cpu().numpy()
+        log_probs = self._capped(read) - log_z[:, index]
+        total = torch.zeros(copies, len(probe.options), dtype=torch.double, device=exact_device(hidden.device))
+        return total.index_add_(1, option.to(total.device), log_probs.to(total)).cpu().numpy()
 
     def _log_normaliser(self, states: Tensor) -> Tensor:
         """log of the sum over the vocabulary of exp(logit), (C, P)."""

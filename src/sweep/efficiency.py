@@ -1,7 +1,7 @@
-"""What a model costs: counted (parameters, bytes, multiplications) and measured (milliseconds, peak memory).
+"""What a model costs, measured: milliseconds, peak memory, joules. What can be counted is in counting.py.
 
-The two are never mixed. Latency is measured for the dense and the pruned model in turn, because the speed of a shared
-machine drifts by more than pruning gains; the ratio within a pair survives the drift.
+Latency is measured for the dense and the pruned model in turn, because the speed of a shared machine drifts by more than
+pruning gains; the ratio within a pair survives the drift.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import bitmap, energy, execution, models
+from sweep import energy, models
 from sweep.config import Efficiency, RequestError
 
 _LOOKS, _GROWTH = (
@@ -32,45 +32,6 @@ _LOOKS, _GROWTH = (
     1.5,
 )  # at what timing has found so far: how often at most, and how many times the turns until the next
 _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
-
-
-def counted(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters, bytes and multiply-accumulates of one token.
-
-    Tied weights count once as parameters and bytes, and where they multiply: an embedding is a lookup, the head a
-    product. A compressed matrix counts as the parameters and products that it stands for, and with the bytes that it
-    takes. Of experts a token meets its share, of the non-zeros that of the average expert. Routers and attention scores,
-    whose cost depends on the context and not on the weights, are left out.
-    """
-    parameters = list(model.parameters())  # each tensor once
-    layers = [*models.linears(model).values(), model.get_output_embeddings()]
-    products = [(models.weight(layer), 1.0) for layer in layers if layer is not None] + models.experts(model)
-    state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.layout == torch.strided}
-    sparse = execution.compressed(model)
-    places = sum(layer.out_features * layer.in_features for layer in sparse)  # zeros included: the model's size
-    nonzeros = sum(layer.nonzeros for layer in sparse)
-    stored_apart = sum(layer.held_bytes for layer in sparse if not isinstance(layer, bitmap.BitmapLinear))
-    return {
-        "parameters": sum(p.numel() for p in parameters) + places,
-        "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters) + nonzeros,
-        "weights_bytes": held_bytes(model),
-        "stored_bytes": sum(t.numel() * t.element_size() for t in state.values()) + stored_apart,
-        "macs_per_token": places + round(sum(share * w.numel() for w, share in products)),
-        "nonzero_macs_per_token": nonzeros + round(sum(share * int(torch.count_nonzero(w)) for w, share in products)),
-    }
-
-
-def held_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights as they lie in memory: each tensor once, a compressed matrix as it is compressed."""
-    dense = sum(p.numel() * p.element_size() for p in model.parameters())
-    return dense + sum(layer.held_bytes for layer in execution.compressed(model))
-
-
-def read_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one decoded token reads: all but an embedding that is not the head's too."""
-    lookup, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = 0 if head is None or head.weight is lookup.weight else lookup.weight.numel() * lookup.weight.element_size()
-    return held_bytes(model) - apart
 
 
 class PeakMemory:
@@ -356,7 +317,7 @@ def roofline(device: str, dtype: str, threads: int) -> tuple[float, float]:
         return memory.numel() * 4 / best(memory.sum), side**3 / best(lambda: matrix @ matrix)
 
 
-def bounds(row: Mapping[str, Any], cell_bytes: int, batch_size: int, rates: tuple[float, float]) -> dict[str, Any]:
+def bounds(row: Mapping[str, Any], cell_bytes: float, batch_size: int, rates: tuple[float, float]) -> dict[str, Any]:
     """How near a decoded token is to what memory and arithmetic allow, as columns.
 
     row         with `nonzero_macs_per_token` and `decode_ms_per_token_p50`

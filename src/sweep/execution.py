@@ -38,7 +38,7 @@ class CsrLinear(nn.Module):
 
     @property
     def nonzeros(self) -> int:
-        return self.weight.values().numel()
+        return int(torch.count_nonzero(self.weight.values()))
 
     @property
     def held_bytes(self) -> int:
@@ -59,11 +59,14 @@ class SemiStructuredLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.nonzeros = int(torch.count_nonzero(weight))
         matrix = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
         self.register_buffer("weight", matrix, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
+
+    @property
+    def nonzeros(self) -> int:
+        return int(torch.count_nonzero(self.weight.to_dense()))
 
     @property
     def held_bytes(self) -> int:
@@ -97,10 +100,10 @@ def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedMod
             return model, "torch 2:4"
 
 
-def compressed(model: PreTrainedModel) -> list[bitmap.BitmapLinear | CsrLinear | SemiStructuredLinear]:
-    """The layers that hold their matrix in a sparse form."""
+def packed(model: PreTrainedModel) -> dict[str, bitmap.BitmapLinear | CsrLinear | SemiStructuredLinear]:
+    """The layers that hold their matrix in a sparse form, by name."""
     kinds = bitmap.BitmapLinear | CsrLinear | SemiStructuredLinear
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _bitmap_kernel(dtype: torch.dtype, execution: Execution) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,20 +30,22 @@ def prune(
     Raises ValueError when the request leaves no block.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = sum(p.numel() for p in model.parameters())
     sizes = [sum(p.numel() for p in block.parameters()) for block in models.blocks(model)]
     candidates = list(range(len(sizes))) if method.blocks is None else list(method.blocks)  # as numbered at first
     left = list(range(len(sizes)))
     costs = {block: sizes[block] if method.sparsity_of == "parameters" else 1 for block in candidates}
+    tables = []
     for step in range(1, method.steps + 1):
-        scores = _scores(model, method, tokens, generator, tokenizer, share if step == 1 else shared.alone)
         open_ = [block for block in left if block in costs]
+        places = [left.index(block) for block in open_]
+        scores = _scores(model, method, tokens, generator, tokenizer, share if step == 1 else shared.alone, places)
+        if method.criterion == "drop":
+            tables.append(pd.DataFrame({"block": open_, "unit": 0, "importance": scores.tolist(), "measured": True}))
         budget = sum(costs.values()) * sparsity * step / method.steps - sum(
             cost for block, cost in costs.items() if block not in left
         )
         keep = select.nearest(
-            [torch.stack([scores[left.index(block)] for block in open_])],
-            [torch.tensor([costs[block] for block in open_])], budget, at_least=int(len(open_) == len(left)),
+            [scores], [torch.tensor([costs[block] for block in open_])], budget, at_least=int(len(open_) == len(left)),
         )[0]  # fmt: skip
         gone = {block for block, stays in zip(open_, keep.tolist(), strict=True) if not stays}
         surgery.remove_layers(model, [block not in gone for block in left])
@@ -57,7 +60,7 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=len(candidates),
         units_removed=len(sizes) - len(left),
-        removed_parameters=parameters - sum(p.numel() for p in model.parameters()),
+        measured=drop.latest(tables),
     )
 
 
@@ -68,23 +71,24 @@ def _scores(
     generator: torch.Generator,
     tokenizer: PreTrainedTokenizerBase | None,
     share: shared.Share,
+    wanted: list[int],
 ) -> Tensor:
-    """(blocks,) float, higher = keep."""
+    """(wanted,) float, higher = keep: of the blocks in these places."""
     blocks = models.blocks(model)
     if method.criterion == "random":
-        return unit_scores.random(len(blocks), generator)
+        return unit_scores.random(len(blocks), generator)[wanted]
     if method.criterion == "drop":
-        return _drops(model, drop.probe(method, tokens, tokenizer), method)
+        return _drops(model, drop.probe(method, tokens, tokenizer), method, wanted)
     assert tokens is not None
     cosines = share("block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)})
-    return block_influence(cosines["cosines"].cpu())
+    return block_influence(cosines["cosines"].cpu())[wanted]
 
 
 @torch.inference_mode()
-def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer) -> Tensor:
-    """(blocks,) float64: what the metric loses without each block."""
+def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer, wanted: list[int]) -> Tensor:
+    """(wanted,) float64: what the metric loses without each of these blocks."""
     run = drop.Resumed(model if model.dtype == torch.float32 else copy.deepcopy(model).float(), probe)
-    without = [run.without_block(block) for block in tqdm(range(len(run.blocks)), "measuring drops", leave=False)]
+    without = [run.without_block(block) for block in tqdm(wanted, "measuring drops", leave=False)]
     return torch.from_numpy(drop.importance(drop.Scheme(method.metric, probe), run.whole(), np.stack(without)))
 
 

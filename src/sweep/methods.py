@@ -6,10 +6,12 @@ a YAML in conf/method, and a row in the test of invariants.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import layers, models, shared, units, vocabulary, weights
+from sweep import heads, layers, models, shared, units, vocabulary, weights
 from sweep.config import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.outcome import Outcome
 
@@ -49,3 +51,47 @@ def prune(
         case Vocab():
             assert tokenizer is not None
             return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)
+
+
+def targets(model: PreTrainedModel, method: Method) -> frozenset[str]:
+    """What of an unpruned model the method may remove, by the names of `models.tensors`: of what a sparsity is a fraction.
+
+    Of blocks that go as a whole, all that is in them; else matrices, without the biases that go with their rows.
+    """
+    found: Iterable[Tensor]
+    match method:
+        case Dense():
+            found = [matrix for block in models.blocks(model) for matrix in models.matrices(block).values()]
+        case Weight():
+            found = weights.targets(model, method).values()
+        case Neuron() | Head():
+            found = [layer.weight for part in units.parts(model, method) for layer in (*part.inputs, part.output)]
+        case Layer():
+            gone = tuple(f"{name}." for number, name in enumerate(models.block_names(model)) if _chosen(method, number))
+            return frozenset(name for name in models.tensors(model) if name.startswith(gone))
+        case Vocab():
+            rows = [model.get_input_embeddings(), model.get_output_embeddings()]
+            found = [parameter for module in rows if module is not None for parameter in module.parameters()]
+    places = {tensor.data_ptr(): name for name, tensor in models.tensors(model).items()}
+    return frozenset(places[tensor.data_ptr()] for tensor in found)
+
+
+def count_units(model: PreTrainedModel, method: Method) -> tuple[int, int]:
+    """(units of the method's kind that the model has, those of an unpruned one that it may remove); 0 where it has none."""
+    match method:
+        case Dense() | Weight():
+            of_block = []
+        case Neuron():
+            of_block = [ffn.width for ffn in models.ffns(model)]
+        case Head():
+            of_block = [a.groups if method.unit == "group" else a.heads for a in heads.attentions(model)]
+        case Layer():
+            of_block = [1] * len(models.blocks(model))
+        case Vocab():
+            return (len(model.get_input_embeddings().weight),) * 2
+    return sum(of_block), sum(count for number, count in enumerate(of_block) if _chosen(method, number))
+
+
+def _chosen(method: Method, block: int) -> bool:
+    blocks = getattr(method, "blocks", None)
+    return blocks is None or block in blocks

@@ -282,30 +282,49 @@ def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """
     found = {}
     for path, module in block.named_modules(prefix=prefix):
-        if isinstance(module, Linear):
-            if path.rpartition(".")[2] not in ROUTERS:
-                found[path] = weight(module).detach()
-        else:
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    found |= _expert_matrices(module, f"{path}.", name, parameter.detach())
+        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS:
+            found[path] = weight(module).detach()
+        for name, parameter in fused(module).items():
+            found |= _expert_matrices(module, f"{path}.", name, parameter)
     return found
 
 
-def experts(model: PreTrainedModel) -> list[tuple[Tensor, float]]:
-    """The fused matrices of experts, (experts, ., .), each with the share of its experts that one token goes through.
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All that a model consists of: its parameters, a tied one once, and of fused experts each one's matrices.
+
+    Names are the parameters' without `.weight`, so that a matrix is called as in `matrices`.
+    """
+    found: dict[str, Tensor] = {}
+    for full, parameter in model.named_parameters():
+        path, _, name = full.rpartition(".")
+        module = model.get_submodule(path)
+        if name in fused(module):
+            found |= _expert_matrices(module, f"{path}.", name, parameter)
+        else:
+            found[full.removesuffix(".weight")] = parameter
+    return found
+
+
+def fused(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters in which a module, not what is inside it, keeps matrices of many experts, (experts, ., .), by name."""
+    own = {} if isinstance(module, nn.Conv1d) else dict(module.named_parameters(recurse=False))
+    return {name: parameter for name, parameter in own.items() if parameter.ndim == 3}
+
+
+def experts(model: PreTrainedModel) -> dict[str, float]:
+    """The matrices of experts, by the names of `tensors`, with the share of the experts that one token goes through.
 
     All of them where the configuration does not say how many a token takes.
     """
-    fused = [parameter for block in blocks(model) for module in block.modules()
-             for parameter in module.parameters(recurse=False) if parameter.ndim == 3]  # fmt: skip
-    taken = getattr(model.config, "num_experts_per_tok", None)
-    return [(parameter, taken / len(parameter) if taken else 1.0) for parameter in fused]
+    taken = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return {matrix: taken / len(parameter) if taken else 1.0
+            for path, module in model.named_modules() for name, parameter in fused(module).items()
+            for matrix in _expert_matrices(module, f"{path}.", name, parameter)}  # fmt: skip
 
 
 def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
     found = {}
-    for expert, matrix in enumerate(fused):
+    for expert, matrix in enumerate(fused.detach()):
         matrix = matrix.t() if getattr(module, "is_transposed", False) else matrix
         if name == "gate_up_proj" and getattr(module, "is_concatenated", True):
             found[f"{path}{expert}.gate_proj"], found[f"{path}{expert}.up_proj"] = matrix.chunk(2)
@@ -318,6 +337,18 @@ def block_names(model: PreTrainedModel) -> list[str]:
     """The name of every block, in order."""
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(block)] for block in blocks(model)]
+
+
+def products(model: PreTrainedModel) -> list[Linear]:
+    """Every linear layer that a token's hidden state goes through: in the decoder, routers left out, and the head.
+
+    Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
+    """
+    decoder = model.get_submodule(block_names(model)[0].rpartition(".")[0].rpartition(".")[0])
+    found = [module for path, module in decoder.named_modules()
+             if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS]  # fmt: skip
+    head = model.get_output_embeddings()
+    return found if head is None else [*found, head]
 
 
 def linears(model: PreTrainedModel) -> dict[str, Linear]:

@@ -10,11 +10,11 @@ import torch
 
 from sweep import (
     checkpoint,
+    counting,
     divergence,
     efficiency,
     energy,
     execution,
-    layer_sparsity,
     machine,
     methods,
     models,
@@ -50,8 +50,6 @@ def run_cell(
     if cell.benchmarks.tasks:
         models.check_tokenizer(tokenizer, cell.model.name)
     efficiency.check_fits(model, cell.efficiency)
-    dense_parameters = sum(p.numel() for p in model.parameters())
-    block_parameters = sum(p.numel() for p in models.blocks(model).parameters())
     tokens = None
     if cell.calibration is not None and isinstance(cell.method, Vocab):
         # rare tokens are told by much text
@@ -60,7 +58,8 @@ def run_cell(
         tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
 
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
-    unpruned = layer_sparsity.sizes(model)
+    unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
+    targets = methods.targets(model, cell.method)
     with efficiency.PeakMemory(cell.device) as memory, efficiency.ForwardPasses(model) as passes:
         share = None if tokens is None else shared.Shared(cell, tokens, passes)
         before = working_seconds()
@@ -82,24 +81,21 @@ def run_cell(
     if share is not None:
         share.add_to(row)
     row["damping"] = outcome.damping
-    row["sparsity_achieved"] = outcome.sparsity
     if outcome.measured is not None:
         row["units_measured"] = int(outcome.measured["measured"].sum())
-    row["sparsity_units"] = outcome.sparsity_units
-    row["sparsity_block_parameters"] = 0.0 if outcome.outside_blocks else outcome.sparsity_of(block_parameters)
-    row["sparsity_all_parameters"] = outcome.sparsity_of(dense_parameters)
-    tables = {"layers": layer_sparsity.table(unpruned, model)}
-    del unpruned  # and with it the blocks that are no more part of the model
+    if removable:
+        row["sparsity_units"] = (units - methods.count_units(model, cell.method)[0]) / removable
     model, row["kernel"] = execution.prepare(model, cell.execution)
-    saved = {}
+    held = counting.stock(model)
+    row |= counting.size(held) | counting.removed(unpruned, held, targets)
+    tables = {"layers": counting.layers(unpruned, held)}
     if save_model is not None:
         asked = as_dict(cell)
         facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
         facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
-        saved["stored_bytes"] = checkpoint.save(model, tokenizer, save_model, facts)
+        checkpoint.save(model, tokenizer, save_model, facts)
 
-    row |= efficiency.counted(model) | saved
     with efficiency.PeakMemory(cell.device) as memory:
         row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
     row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
@@ -122,7 +118,7 @@ def run_cell(
             columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
             columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
             rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
-        read = efficiency.read_bytes(model) + (row["kv_cache_bytes"] or 0)
+        read = counting.read_bytes(held, cell.efficiency.batch_size) + (row["kv_cache_bytes"] or 0)
         row |= columns | efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
         row["other_cores_busy"] = others.cores
     return row | {"cell_seconds": working_seconds() - started} | metrics, tables
