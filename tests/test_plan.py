@@ -115,6 +115,20 @@ def test_threads_are_divided_among_cells_that_run_side_by_side(cell: Cell, monke
     assert (elsewhere.threads, elsewhere.device) == (64, "cuda")  # though this machine has neither
 
 
+@pytest.mark.parametrize(
+    ("has_mps", "has_cuda", "expected"), [(True, False, "cpu"), (True, True, "cuda"), (False, False, "cpu")]
+)
+def test_a_device_is_chosen_that_has_every_operation(
+    cell: Cell, has_mps: bool, has_cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.sys, "platform", "darwin")  # where torch is asked
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: has_mps)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    assert machine.resolve(replace(cell, device="auto")).device == expected
+    if has_mps:
+        assert machine.resolve(replace(cell, device="mps")).device == "mps"  # for those who ask
+
+
 def test_cells_are_spread_over_gpus_and_each_sees_one(
     cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
 from sweep import (
+    calibrate,
     config,
     heads,
     identity,
@@ -21,7 +23,9 @@ from sweep import (
     surgery,
     unit_requests,
     unit_scores,
+    unit_statistics,
     units,
+    vocabulary,
 )
 from sweep.config import PROXIES, Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
@@ -211,7 +215,7 @@ def test_flap_puts_the_mean_of_what_goes_into_a_bias() -> None:
     methods.prune(model, Neuron(criterion="flap", blocks=(0,)), 0.5, tokens)
     scores = unit_scores.flap(before, seen, 1)
     gone = ~select.lowest(scores, 12)
-    torch.testing.assert_close(models.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone])
+    torch.testing.assert_close(models.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone].float())
 
 
 def test_scores_are_their_formulas() -> None:
@@ -220,7 +224,7 @@ def test_scores_are_their_formulas() -> None:
     weight = torch.randn(4, 6, generator=draw)
     product = (x * g).unflatten(-1, (3, 2)).sum(-1)
     flat = x.flatten(0, 1)
-    seen = Statistics(10, flat.sum(0), flat.square().sum(0), product.sum((0, 1)), product.abs().sum((0, 1)),
+    seen = Statistics(10, flat.sum(0), flat.var(0, correction=0) * 10, product.sum((0, 1)), product.abs().sum((0, 1)),
                       product.square().sum((0, 1)),
                       product.sum(1).square().sum(0))  # fmt: skip
     pair = torch.arange(6).view(3, 2)
@@ -237,6 +241,55 @@ def test_scores_are_their_formulas() -> None:
         assert unit_scores.taylor(seen)[unit] == pytest.approx(-float(product[..., unit].sum()), rel=1e-5)
     raw = (flat.var(0) * weight.square().sum(0))[pair].sum(1)
     torch.testing.assert_close(unit_scores.flap(weight, seen, 2), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
+
+
+class Constant(torch.nn.Module):
+    """A model whose output matrix reads the embeddings as they are."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding.from_pretrained(table)
+        self.output = torch.nn.Linear(table.shape[1], 4, bias=False)
+        self.device = table.device
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> None:
+        self.output(self.embedding(input_ids))
+
+
+@pytest.mark.parametrize("ratio", [0, 10, 1000, 10_000])
+def test_the_variance_of_what_hardly_fluctuates_is_exact(ratio: float) -> None:
+    """mean / standard deviation = ratio, over many batches, against numpy in float64 of the same float32 values."""
+    table = ratio + torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(5000).view(50, 100)
+    model = Constant(table)
+    (seen,) = unit_statistics.gather(model, [model.output], [1], tokens, labels=None)
+    exact = table.double().numpy()
+    np.testing.assert_allclose(seen.input_scatter, exact.var(0) * 5000, rtol=1e-5)
+    np.testing.assert_allclose(seen.input_sum, exact.sum(0), rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(seen.input_square, (exact**2).sum(0), rtol=1e-6)
+    weight = model.output.weight.detach()
+    raw = exact.var(0, ddof=1) * weight.double().square().sum(0).numpy()
+    np.testing.assert_allclose(unit_scores.flap(weight, seen, 1), (raw - raw.mean()) / raw.std(ddof=1), atol=1e-4)
+
+
+def test_equal_counts_go_by_the_word_and_then_the_id_however_large_they_are() -> None:
+    zipf = torch.tensor([3.0, 5.0, 5.0, 0.0, 5.0], dtype=torch.float64)
+    for large in (0, 10, 2**24, 2**53 - 2):
+        counts = torch.tensor([large, large, large, large + 1, large])
+        rank = vocabulary.frequency(counts, zipf)
+        assert rank.argsort().tolist() == [0, 4, 2, 1, 3]
+    scores = 2.0**24 + torch.arange(9, dtype=torch.float64)  # of which float32 holds every other one
+    for exact in (scores, scores.long()):
+        assert select.lowest(exact.flip(0), 4).tolist() == [True] * 5 + [False] * 4
+
+
+def test_sums_in_float64_are_kept_where_there_is_such_a_type() -> None:
+    assert calibrate.exact_device("mps") == torch.device("cpu")
+    for device in ("cpu", "cuda:1"):
+        assert calibrate.exact_device(device) == torch.device(device)
 
 
 def test_nearest_spends_what_comes_nearest_and_keeps_the_best() -> None:

@@ -22,7 +22,14 @@ from sweep import models
 from sweep.config import RequestError
 
 BATCH = 4  # sequences in one forward pass
+_NO_FLOAT64 = {"mps"}  # kinds of devices
 _STRIP = 256  # columns of a Hessian that are summed by one product, at least
+
+
+def exact_device(device: torch.device | str) -> torch.device:
+    """Where sums in float64 of what a device computes are kept: on itself, or on the CPU where it has no such type."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type in _NO_FLOAT64 else device
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Inputs:
     @classmethod
     def none(cls, width: int, device: torch.device, *, hessian: bool) -> Inputs:
         """Of a layer that has read nothing yet."""
-        return cls(torch.zeros(width, dtype=torch.float64, device=device),
+        return cls(torch.zeros(width, dtype=torch.float64, device=exact_device(device)),
                    torch.zeros(width, width, device=device) if hessian else None)  # fmt: skip
 
     @property
@@ -63,7 +70,7 @@ class Inputs:
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        self.squares += rows.square().sum(0)
+        self.squares += rows.square().sum(0).to(self.squares)
         self.tokens += len(rows)
         if self.lower is not None:
             width = rows.shape[1]
@@ -204,7 +211,7 @@ def inputs_of(
         for path, module in block.named_modules(prefix=prefix):
             if isinstance(module, models.Linear):
                 handle = module.register_forward_pre_hook(lambda _, args, path=path: add([path], args[0]))
-            elif any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            elif models.fused(module):
                 _check_experts(module, path)
                 handle = module.register_forward_pre_hook(
                     lambda module, args, kwargs, path=path: observe_experts(module, path, args, kwargs),

@@ -95,8 +95,8 @@ def _device(asked: str) -> str:
     import torch
 
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if kind == "auto":
-        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if kind == "auto":  # never MPS, on which not every operation of every method exists: float64, for one
+        return "cuda" if has_cuda else "cpu"
     if not (has_cuda if kind == "cuda" else has_mps):
         raise RequestError(f"device={asked}: torch {torch.__version__} finds no {kind.upper()} device here")
     if index and int(index) >= torch.cuda.device_count():

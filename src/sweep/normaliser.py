@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sweep.calibrate import exact_device
+
 _ROWS_AT_ONCE = 8192  # of the head
 
 
@@ -51,10 +53,10 @@ def expand(weight: Tensor, bias: Tensor | None, states: Tensor) -> Expansion:
     probabilities = (logits - values[:, None]).exp_()
     means = probabilities @ weight
     centred = weight - weight.mean(0)
-    spread = (centred.t() @ centred / len(weight)).double()
+    spread = (centred.t() @ centred / len(weight)).to(exact_device(weight.device), torch.double)
     spread.diagonal().add_(1e-6 * spread.diagonal().mean())
     metric = torch.linalg.cholesky(spread)
-    inverse = torch.linalg.inv(metric).to(weight.dtype)
+    inverse = torch.linalg.inv(metric).to(weight)
     rows, centres = centred @ inverse.t(), (means - weight.mean(0)) @ inverse.t()
     covariances = torch.zeros(len(states), weight.shape[1], weight.shape[1], dtype=weight.dtype, device=weight.device)
     positions = tqdm(probabilities, desc="expanding the head", unit="position", leave=False)
@@ -63,4 +65,4 @@ def expand(weight: Tensor, bias: Tensor | None, states: Tensor) -> Expansion:
             scaled = (piece - mean) * share.sqrt()[:, None]
             covariance.addmm_(scaled.t(), scaled)
     radii = torch.cdist(centres, rows).amax(1)
-    return Expansion(states, values, means, covariances, metric.to(weight.dtype), radii)
+    return Expansion(states, values, means, covariances, metric.to(weight), radii)

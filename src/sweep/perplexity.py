@@ -87,7 +87,7 @@ def measure(
     return {
         f"{called}/perplexity": value,
         f"{called}/perplexity_stderr": error,
-        "perplexity_tokens": len(stream),
+        "perplexity_tokens": count * settings.seqlen,
         "perplexity_windows": count,
         "perplexity_join": repr(hub.EVALUATED[settings.source].join if settings.source in hub.EVALUATED else ""),
     }, samples

@@ -55,8 +55,9 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     Written as W_K + W_R G[R, K] (G[K, K] + damping)^-1 with R the removed columns: the same for no damping, and with
     damping a column that nothing can stand in for costs nothing to the others.
     """
-    keep = keep.to(gram.device)
-    kept, gone = weight[:, keep].float(), weight[:, ~keep].float()
+    device = calibrate.exact_device(gram.device)
+    keep, gram = keep.to(device), gram.to(device)
+    kept, gone = weight.to(device)[:, keep].float(), weight.to(device)[:, ~keep].float()
     inner = gram[keep][:, keep].double()
     inner.diagonal().add_(DAMPING * gram.diagonal().mean().double())
     change = torch.linalg.solve(inner, gram[keep][:, ~keep].double() @ gone.t().double())

@@ -27,7 +27,9 @@ def lowest(scores: Tensor, drop: int) -> Tensor:
 
     Raises ValueError when a score is NaN, or `drop` is not in 0..n.
     """
-    flat = scores.flatten().to(torch.float32)
+    flat = scores.flatten()
+    if flat.dtype != torch.float64:
+        flat = flat.to(torch.float32 if flat.is_floating_point() else torch.float64)
     if not 0 <= drop <= flat.numel():
         raise ValueError(f"cannot drop {drop} of {flat.numel()} entries")
     _refuse_nan(flat)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sweep import cache, identity, sources, text
+from sweep.calibrate import exact_device
 from sweep.config import Cell
 from sweep.efficiency import ForwardPasses, PeakMemory
 from sweep.locks import working_seconds
@@ -79,7 +80,7 @@ class Shared:
         self.seconds += cost["seconds"]
         self.forward_passes += cost["forward_passes"]
         self.peak_bytes = max(self.peak_bytes, cost["peak_bytes"])
-        return load_file(folder / "statistics.safetensors", device=self._device)
+        return load_file(folder / "statistics.safetensors", device=str(exact_device(self._device)))
 
     def add_to(self, row: dict[str, Any]) -> None:
         """Count what was read as if the cell had measured it."""

@@ -19,15 +19,20 @@ BALANCE = 0.3  # tuned on the development pages of pydoc (benchmarks/neuron_crit
 
 @dataclass
 class Statistics:
-    """What calibration text tells of the units of one block; sums over tokens, float32."""
+    """What calibration text tells of the units of one block; sums over tokens, float64."""
 
     tokens: int
     input_sum: Tensor  # (columns,)  sum of x
-    input_square: Tensor  # (columns,)  sum of x squared
+    input_scatter: Tensor  # (columns,)  sum of squared deviations of x from its mean
     product: Tensor  # (units,)  sum of (x g)_u
     product_abs: Tensor  # (units,)  sum of |(x g)_u|
     product_energy: Tensor  # (units,)  sum of (x g)_u squared
     product_square: Tensor  # (units,)  sum over sequences of the squared sum of (x g)_u over the sequence
+
+    @property
+    def input_square(self) -> Tensor:
+        """(columns,) sum of x squared. The difference of two sums like this would leave no digit of a small scatter."""
+        return self.input_scatter + self.input_sum.square() / self.tokens
 
 
 def random(units: int, generator: torch.Generator) -> Tensor:
@@ -49,7 +54,7 @@ def l2(rows: list[Tensor], weight: Tensor, size: int) -> Tensor:
 
 def activation(seen: Statistics, size: int) -> Tensor:
     """L2 norm of the unit's activation over the calibration tokens, whatever reads it."""
-    return seen.input_square.view(-1, size).sum(1).sqrt()
+    return seen.input_square.view(-1, size).sum(1).sqrt().float()
 
 
 def wanda_sp(weight: Tensor, seen: Statistics, size: int) -> Tensor:
@@ -57,7 +62,8 @@ def wanda_sp(weight: Tensor, seen: Statistics, size: int) -> Tensor:
 
     The structured variant of Wanda that An et al. 2023 (arXiv:2312.11983) compare with.
     """
-    return (weight.float().abs().sum(0) * seen.input_square.sqrt()).view(-1, size).sum(1)
+    norm = seen.input_square.sqrt()
+    return (weight.float().abs().sum(0).to(norm.device) * norm).view(-1, size).sum(1).float()
 
 
 def flap(weight: Tensor, seen: Statistics, size: int) -> Tensor:
@@ -66,9 +72,10 @@ def flap(weight: Tensor, seen: Statistics, size: int) -> Tensor:
     A channel that hardly fluctuates can be replaced by its mean, which goes into a bias. The standardisation makes
     blocks comparable: without it the blocks with the loudest residual stream would keep everything.
     """
-    variance = (seen.input_square - seen.input_sum.square() / seen.tokens) / max(seen.tokens - 1, 1)
-    fluctuation = (variance.clamp_min(0) * weight.float().square().sum(0)).view(-1, size).sum(1)
-    return (fluctuation - fluctuation.mean()) / fluctuation.std().clamp_min(torch.finfo(torch.float32).tiny)
+    variance = seen.input_scatter / max(seen.tokens - 1, 1)
+    fluctuation = (variance * weight.float().square().sum(0).to(variance.device)).view(-1, size).sum(1)
+    spread = fluctuation.std().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((fluctuation - fluctuation.mean()) / spread).float()
 
 
 def taylor(seen: Statistics) -> Tensor:
@@ -77,7 +84,7 @@ def taylor(seen: Statistics) -> Tensor:
     It predicts the measured drop of one unit almost perfectly. It is a poor guide for removing many: half of the
     values are negative, and those cancel in sums over tokens that other text would weigh otherwise.
     """
-    return -seen.product
+    return -seen.product.float()
 
 
 def taylor_abs(seen: Statistics) -> Tensor:
@@ -85,7 +92,7 @@ def taylor_abs(seen: Statistics) -> Tensor:
 
     Without cancellation between tokens: a unit that helps some tokens and harms others is in use.
     """
-    return seen.product_abs
+    return seen.product_abs.float()
 
 
 def taylor_norms(seen: Statistics) -> Tensor:
@@ -93,7 +100,7 @@ def taylor_norms(seen: Statistics) -> Tensor:
 
     The L1 norm (`taylor_abs`) asks how much a unit matters on the whole, the L2 norm how much where it matters most.
     """
-    return seen.product_abs * seen.product_energy.sqrt()
+    return (seen.product_abs * seen.product_energy.sqrt()).float()
 
 
 def taylor_balanced(seen: Statistics) -> Tensor:
@@ -107,8 +114,8 @@ def taylor_balanced(seen: Statistics) -> Tensor:
     model does not expect it, its gradient is large and says little of other text. Drawn ones give the true Fisher
     information where the text's give the empirical (Kunstner et al. 2019, arXiv:1905.12558).
     """
-    middle = taylor_norms(seen).sqrt()
-    return middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** BALANCE
+    middle = (seen.product_abs * seen.product_energy.sqrt()).sqrt()
+    return (middle / middle.mean().clamp_min(torch.finfo(torch.float32).tiny) ** BALANCE).float()
 
 
 def fisher(seen: Statistics) -> Tensor:
@@ -117,4 +124,4 @@ def fisher(seen: Statistics) -> Tensor:
     The second-order estimate of the loss increase (Theis et al. 2018, arXiv:1801.05787; Kwon et al. 2022,
     arXiv:2204.09656), with the Hessian's diagonal replaced by the Fisher information's.
     """
-    return seen.product_square
+    return seen.product_square.float()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.calibrate import inputs_observed
+from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import LABELS
 from sweep.unit_scores import Statistics
 
@@ -41,24 +41,26 @@ def gather(
     """
     draw = torch.Generator(model.device).manual_seed(seed)
     found: list[Statistics] = []
+    read = [0] * len(outputs)  # tokens, of each part
     sequences = 0  # in the batch that is being read
     for output, size in zip(outputs, sizes, strict=True):
         columns = _columns(output)
-        zero, unit = (torch.zeros(n, device=model.device) for n in (columns, columns // size))
-        found.append(Statistics(tokens.numel(), zero, zero.clone(), unit, *(unit.clone() for _ in range(3))))
+        zeros = [torch.zeros(n, dtype=torch.float64, device=exact_device(model.device))
+                 for n in (columns, columns, *[columns // size] * 4)]  # fmt: skip
+        found.append(Statistics(tokens.numel(), *zeros))
 
     def observe(part: int, x: Tensor) -> None:
         value, seen, size = x.detach().float(), found[part], sizes[part]  # a hook that held x would keep it alive
-        seen.input_sum += value.flatten(0, -2).sum(0)
-        seen.input_square += value.flatten(0, -2).square().sum(0)
+        _add_moments(seen, value.flatten(0, -2), read[part])
+        read[part] += value.numel() // value.shape[-1]
 
         def on_gradient(gradient: Tensor) -> None:
             product = (value * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
-            seen.product += product.flatten(0, -2).sum(0)
-            seen.product_abs += product.abs().flatten(0, -2).sum(0)
-            seen.product_energy += product.square().flatten(0, -2).sum(0)
             per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
-            seen.product_square += per_sequence.square().sum(0)
+            seen.product += per_sequence.sum(0).to(seen.product)
+            seen.product_abs += product.abs().flatten(0, -2).sum(0).to(seen.product)
+            seen.product_energy += product.square().flatten(0, -2).sum(0).to(seen.product)
+            seen.product_square += per_sequence.square().sum(0).to(seen.product)
 
         if labels is not None:
             x.register_hook(on_gradient)
@@ -80,6 +82,23 @@ def gather(
     return found
 
 
+def _add_moments(seen: Statistics, rows: Tensor, before: int) -> None:
+    """Add the rows, (tokens, columns) float32, to the sum and the scatter of `before` earlier ones.
+
+    Deviations are taken from the mean of these rows and scatters joined by Chan et al. 1979, since the square of a sum is
+    as large as the sum of squares where a mean is large: in float32 their difference can lose all digits.
+    """
+    count, centre = len(rows), rows.mean(0)
+    apart = rows - centre
+    rest = apart.sum(0).to(seen.input_sum)  # what rounding has left in the mean
+    total = count * centre.to(rest) + rest
+    scatter = apart.square_().sum(0).to(rest) - rest.square() / count
+    if before:
+        scatter += (total / count - seen.input_sum / before).square() * (before * count / (before + count))
+    seen.input_sum += total
+    seen.input_scatter += scatter.clamp_min_(0)
+
+
 def for_criteria(
     criteria: Iterable[str], model: PreTrainedModel, outputs: Sequence[nn.Module], tokens: Tensor, seed: int
 ) -> dict[str, list[Statistics]]:
@@ -91,11 +110,11 @@ def for_criteria(
 
 
 def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Mean over tokens of the cosine between what enters a block and what leaves it: (blocks,) float32."""
-    totals = torch.zeros(len(blocks))
+    """Mean over tokens of the cosine between what enters a block and what leaves it: (blocks,) float64."""
+    totals = torch.zeros(len(blocks), dtype=torch.float64)
 
     def observe(index: int, before: Tensor, after: Tensor) -> None:
-        totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().cpu()
+        totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
 
     handles = [block.register_forward_hook(
         lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),

@@ -90,8 +90,8 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     before = parts(model, method)
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
-    parameters = sum(p.numel() for p in model.parameters())
-    expected, table = weights, None
+    expected, tables = weights, []
+    numbers = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
         now, goal = parts(model, method), sparsity * step / method.steps
         seen: list[Statistics] | list[None] = [None] * len(now)
@@ -100,12 +100,13 @@ def prune(
             gone = 1 - (sum(p.weights for p in now) / weights)
             measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
             scores, bundles = measured.scores, measured.groups
-            table = measured.table
+            tables.append(drop.numbered(measured.table, {p.block: n for p, n in zip(now, numbers, strict=True)}))
         else:
             seen = _statistics(model, method, now, tokens, seed, share if step == 1 else shared.alone)
             scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
+        numbers = [n[keep] for n, keep in zip(numbers, keeps, strict=True)]
         statistics = seen if method.criterion == "flap" else [None] * len(now)
         cut(model, now, keeps, statistics, tokens if method.repair else None)
     surgery.describe_shape(model)
@@ -119,8 +120,7 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=units,
         units_removed=units - sum(p.units for p in after),
-        removed_parameters=parameters - sum(p.numel() for p in model.parameters()),
-        measured=table,
+        measured=drop.latest(tables),
     )
 
 
@@ -337,12 +337,13 @@ def _statistics(
         return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
 
     where = [(part.block, part.size) for part in parts]
-    found = share(f"{method.family} statistics of {where}, {labels=}, {seed=}", measure)
+    found = share(f"{method.family} statistics {names} of {where}, {labels=}, {seed=}", measure)
     return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
 
 
 def _compensate(part: Part, keep: Tensor, seen: Statistics) -> None:
     """Add to the bias what the removed columns give on average (FLAP): sum over removed j of W_j * mean x_j."""
-    gone = ~keep.to(seen.input_sum.device)
-    mean = seen.input_sum / seen.tokens
-    surgery.add_bias(part.output, models.weight(part.output)[:, gone].float() @ mean[gone])
+    weight = models.weight(part.output)
+    gone = ~keep.to(weight.device)
+    mean = (seen.input_sum / seen.tokens).float().to(weight.device)
+    surgery.add_bias(part.output, weight[:, gone].float() @ mean[gone])

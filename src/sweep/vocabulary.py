@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def prune(
         scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
     else:
         assert tokens is not None
-        scores = frequency(torch.bincount(tokens.flatten(), minlength=size)[:size], _zipf(tokenizer, size))
+        scores = frequency(torch.bincount(tokens.flatten(), minlength=size)[:size], _zipf(tokenizer, size)).double()
     scores[sorted(protected)] = torch.inf
     kept = select.lowest(scores, drop).nonzero().squeeze(1)
     parameters = sum(p.numel() for p in model.parameters())
@@ -60,21 +61,20 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
         units_removed=drop,
-        removed_parameters=removed,
-        outside_blocks=True,
         tokenizer=remapped(tokenizer, kept.tolist()),
     )
 
 
 def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
-    """How often each token stands in the text; equal counts go by the frequency of the word that the token spells.
+    """The rank of each token by how often it stands in the text; equal counts go by how frequent the word is that it spells.
 
     counts   (tokens,) int64
     zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8
-    returns  (tokens,) float64. What is still equal goes by id: later merges of a tokenizer are rarer.
+    returns  (tokens,) int64, all different: what is still equal goes by id, since later merges of a tokenizer are rarer.
+             No sum of the three, in which a large count would round the others away
     """
-    by_id = torch.linspace(1, 0, len(counts), dtype=torch.float64)
-    return counts.double() + zipf / 10 + by_id / 10_000
+    order = np.lexsort((-np.arange(len(counts)), zipf.numpy(), counts.numpy()))
+    return torch.from_numpy(order).argsort()
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
