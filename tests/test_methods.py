@@ -23,7 +23,8 @@ def taylor_abs(
     model: PreTrainedModel, tokens: torch.Tensor, labels: Literal["text", "model"] = "text"
 ) -> list[torch.Tensor]:
     outputs = [ffn.output for ffn in models.ffns(model)]
-    return [s.product_abs.float() for s in unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels)]
+    found = unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels)
+    return [seen.product_abs.float() for seen in found]
 
 
 @pytest.mark.parametrize("targets", ["all", "attention", "ffn"])
