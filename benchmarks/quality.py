@@ -43,7 +43,7 @@ def embedded(model: Any, tokenizer: Any) -> str:
 
 def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: int) -> str:
     with hub.data_folder(data_root):
-        task = catalogue.load(("arc_easy",), data_root)["tasks"]["arc_easy"]
+        task = catalogue.load(Benchmarks(("arc_easy",)), data_root)["tasks"]["arc_easy"]
         task.set_config(key="num_fewshot", value=0)
         task.build_all_requests(limit=questions)
     by_question: dict[int, list[Any]] = {}

@@ -83,12 +83,6 @@ def test_what_a_method_does_not_read_is_no_part_of_the_cell() -> None:
     assert neuron[0] != neuron[1]
 
 
-def test_settings_that_came_later_are_no_part_of_an_older_cell() -> None:
-    plain, banded = (config.parse(asked(**band(skip_lowest=skip)))[0] for skip in (0, 0.2))
-    assert not {"among_smallest", "skip_lowest"} & set(config.as_dict(plain)["method"])
-    assert config.as_dict(banded)["method"]["skip_lowest"] == 0.2
-
-
 def test_where_nothing_is_timed_the_rules_of_timing_are_not_read() -> None:
     untimed = [config.parse(asked(efficiency={"repeats": 0, "warmup": w, "seconds": 9 + w}))[0] for w in (0, 3)]
     assert untimed[0] == untimed[1] != config.parse(ASKED)[0]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from sweep import identity, isolate, machine, plan, row, runner, store
 from sweep.config import (
     Benchmarks,
-    Calibration,
     Cell,
     Dense,
     Efficiency,
@@ -173,14 +172,6 @@ def test_memory_limits_are_read(limit: str | None, size: int | None) -> None:
 def test_wrong_memory_limits_are_refused(limit: str, message: str) -> None:
     with pytest.raises(RequestError, match=f"memory_limit {message}.*got '{limit}'"):
         memory_bytes(limit)
-
-
-def test_identity_ignores_how_a_sweep_is_run(cell: Cell) -> None:
-    name = identity.cell_name(cell)
-    assert name == identity.cell_name(replace(cell, model=replace(cell.model)))
-    for other in (replace(cell, seed=1), replace(cell, sparsity=0.51), replace(cell, dtype="float32"), replace(cell, threads=2),
-                  replace(cell, calibration=Calibration("pydoc")), replace(cell, benchmarks=Benchmarks(("capitals",)))):  # fmt: skip
-        assert identity.cell_name(other) != name
 
 
 def test_how_threads_wait_is_the_users_where_the_user_has_said_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,9 @@ import torch
 from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import catalogue, classification, quality, surgery, text, vocabulary, words
+from sweep import classification, quality, surgery, text, vocabulary, words
 from sweep.config import Benchmarks
+from test_identity import write_task
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -198,18 +201,12 @@ filter_list:
 """
 
 
-def test_what_two_answer_filters_find_stays_apart_and_carries_its_direction(
-    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lm_eval.tasks import TaskManager
-
+def test_what_two_answer_filters_find_stays_apart_and_carries_its_direction(loaded: Loaded, tmp_path: Path) -> None:
     (tmp_path / "sums.json").write_text(
         '{"question": "2 + 2 =", "answer": "4"}\n{"question": "1 + 2 =", "answer": "3"}'
     )
     (tmp_path / "sums.yaml").write_text(TWO_FILTERS.replace("DATA", str(tmp_path / "sums.json")))
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr(catalogue, "load", lambda names, data_root: manager.load(list(names)))
-    metrics, samples = quality.evaluate(*loaded, Benchmarks(("sums",)), None)
+    metrics, samples = quality.evaluate(*loaded, Benchmarks(("sums",), include_path=str(tmp_path)), None)
     assert metrics["sums/exact_match,strict-match"] == 0  # a random model
     assert metrics["sums/exact_match,flexible-extract"] == 0.5  # whatever it says, 4 is taken
     assert not samples.duplicated(["task", "document", "metric"]).any()
@@ -218,3 +215,64 @@ def test_what_two_answer_filters_find_stays_apart_and_carries_its_direction(
     better = json.loads(metrics["higher_is_better"])
     assert better == {f"sums/{metric},{name}": metric == "exact_match"
                       for metric in ("exact_match", "ter") for name in ("strict-match", "flexible-extract")}  # fmt: skip
+
+
+def theirs(loaded: Loaded, task: str, **options: Any) -> tuple[dict[str, Any], list[float]]:
+    """(the metrics, the log-likelihood of each right answer) that lm-eval gives with its own model and defaults."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=loaded[0], tokenizer=loaded[1], backend="causal", batch_size=2)
+    found = lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0, **options)
+    examples = sorted(found["samples"][task], key=lambda example: example["doc_id"])
+    return found["results"][task], [example["filtered_resps"][int(example["target"])][0] for example in examples]
+
+
+def right_answers(samples: pd.DataFrame, task: str) -> list[float]:
+    outcomes = wide(samples, task)
+    return outcomes.loc[sorted(outcomes.index, key=int), "log_likelihood"].tolist()
+
+
+def test_examples_are_shown_as_lm_eval_shows_them(loaded: Loaded, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    write_task(tmp_path, count=12)
+    told = []
+    for asked in ({}, {"num_fewshot": 1}, {"num_fewshot": 0}):
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        expected, log_likelihoods = theirs(loaded, "mine", task_manager=manager, **asked)
+        metrics, samples = quality.evaluate(*loaded, Benchmarks(("mine",), include_path=str(tmp_path), **asked), None)
+        assert metrics["mine/acc"] == expected["acc,none"]
+        assert right_answers(samples, "mine") == pytest.approx(log_likelihoods, abs=1e-4)
+        told.append(log_likelihoods)
+    other = quality.evaluate(*loaded, Benchmarks(("mine",), include_path=str(tmp_path), fewshot_seed=0), None)[1]
+    told.append(right_answers(other, "mine"))
+    for i, one in enumerate(told):  # the task's own two, one, none, another two
+        assert all(one != pytest.approx(another, abs=1e-4) for another in told[:i])
+
+
+def test_a_task_that_shows_none_shows_none_whatever_is_asked(loaded: Loaded, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    write_task(tmp_path, count=12, shots=0)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    expected = theirs(loaded, "mine", task_manager=manager, num_fewshot=3)[1]
+    settings = Benchmarks(("mine",), include_path=str(tmp_path), num_fewshot=3)
+    assert right_answers(quality.evaluate(*loaded, settings, None)[1], "mine") == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_window_is_the_models_unless_another_is_asked(loaded: Loaded) -> None:
+    """The tiny model has 4096 positions, which every page fits in."""
+    page, short = Benchmarks(("pydoc",), limit=2), Benchmarks(("pydoc",), limit=2, max_length=64)
+    whole, windowed, same = (quality.evaluate(*loaded, settings, None)[0]["pydoc/word_perplexity"]
+                             for settings in (page, short, replace(page, max_length=4096)))  # fmt: skip
+    assert whole == same != windowed
+
+
+@pytest.mark.data
+def test_five_examples_of_arc_are_lm_evals(loaded: Loaded, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, samples = quality.evaluate(*loaded, Benchmarks(("arc_easy",), limit=6, num_fewshot=5), str(data_root))
+    monkeypatch.chdir(data_root)
+    expected, log_likelihoods = theirs(loaded, "arc_easy", limit=6, num_fewshot=5)
+    assert metrics["arc_easy/acc"] == expected["acc,none"] and metrics["arc_easy/acc_norm"] == expected["acc_norm,none"]
+    assert right_answers(samples, "arc_easy") == pytest.approx(log_likelihoods, abs=1e-3)

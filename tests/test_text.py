@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sweep import catalogue, text
-from sweep.config import Calibration, RequestError
+from sweep.config import Benchmarks, Calibration, RequestError
 
 
 def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:
@@ -31,7 +31,7 @@ def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:
 
 def test_the_tasks_evaluate_the_test_topics_and_development_is_a_task_of_its_own() -> None:
     split = text.pydoc_split()
-    tasks = catalogue.load(("pydoc", "pydoc_cloze", "pydoc_development"))["tasks"]
+    tasks = catalogue.load(Benchmarks(("pydoc", "pydoc_cloze", "pydoc_development")))["tasks"]
     pages = {name: {d["topic"]: d.get("page") for d in task.eval_docs} for name, task in tasks.items()}
     assert pages["pydoc"] == split.test and pages["pydoc_development"] == split.development
     assert set(pages["pydoc_cloze"]) <= set(split.test)
@@ -144,14 +144,13 @@ def test_data_sets_that_cannot_be_read_are_refused(
         text.calibration_text(settings, str(tmp_path))
 
 
-def test_settings_of_the_hub_leave_the_names_of_other_cells_alone() -> None:
+def test_a_column_that_is_spelt_out_is_the_usual_one() -> None:
     from sweep import config
 
     asked = {"model": {"name": "m", "source": "hub"}, "sparsity": 0.5, "benchmarks": {"tasks": []}, "efficiency": {},
              "execution": {}, "method": {"family": "weight", "criterion": "wanda"}}  # fmt: skip
     pydoc, hub, spelt_out = (
-        config.as_dict(config.parse(asked | {"calibration": {"source": "s"} | more})[0])["calibration"]
+        config.parse(asked | {"calibration": {"source": "s"} | more})[0].calibration
         for more in ({}, {"split": "train"}, {"split": "train", "column": "text", "subset": None})
     )
-    assert set(pydoc) == {"source", "sequences", "length", "sequential"}
-    assert hub == spelt_out == pydoc | {"split": "train", "column": "text"}
+    assert hub == spelt_out and (pydoc.column, hub.column) == (None, "text")

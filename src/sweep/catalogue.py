@@ -1,7 +1,9 @@
-"""lm-eval's tasks by name: which there are, building the few that are asked for, and refusing what cannot run.
+"""Tasks by name: lm-eval's, the embedded ones and the user's own; building those that are asked for, and refusing what
+cannot run.
 
 lm-eval reads its fourteen thousand YAML files each time it is asked for a task, which takes seconds. Their names, kinds
-and places are kept in the cache, so that a cell reads the files of its own tasks and no more.
+and places are kept in the cache, so that a cell reads the files of its own tasks and no more. A user's own are read
+each time: the folder that `benchmarks.include_path` names, and files that `benchmarks.tasks` names.
 """
 
 from __future__ import annotations
@@ -9,55 +11,163 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sweep import cache, hub, text
-from sweep.config import Benchmarks, RequestError, did_you_mean
+import numpy as np
 
-TASK_FOLDER = Path(__file__).parent / "tasks"
+from sweep import cache, hub, task_identity, text
+from sweep.config import Benchmarks, RequestError, did_you_mean
+from sweep.task_identity import TASK_FOLDER
+
+log = logging.getLogger(__name__)
+
 _INDEX = 1  # raise when what is kept of a task changes
+_YAML = (".yaml", ".yml")
+Known = dict[str, dict[str, Any]]  # by name: kind, path and tags
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tasks that settings ask for."""
+
+    names: list[str]
+    known: Known  # every task, group and tag that can be named, beside the embedded ones
+    mine: Known  # those of them that are the user's own
 
 
 def check(settings: Benchmarks, data_root: str | None) -> dict[str, str]:
-    """Refuse benchmarks that cannot run, and return a fingerprint of each task's documents.
+    """Refuse benchmarks that cannot run, and return a fingerprint of each task: see `task_identity`.
 
-    Raises RequestError for an unknown name, data that cannot be found, examples asked of a task that has none, and a
-    task that runs code written by the model without `benchmarks.unsafe_code=true`.
+    Raises RequestError for an unknown name, a name that two tasks have, a file that is no task, data that cannot be
+    found, examples asked of a task that has none, and a task that runs code written by the model without
+    `benchmarks.unsafe_code=true`.
     """
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise RequestError(f"data_root: there is no folder {data_root}")
+    if settings.include_path is not None and not Path(settings.include_path).expanduser().is_dir():
+        raise RequestError(f"benchmarks.include_path: there is no folder {settings.include_path}")
     ours = [task for task in settings.tasks if task in text.EMBEDDED]
     if ours and settings.num_fewshot:
         raise RequestError(f"benchmarks.num_fewshot={settings.num_fewshot}: the task {ours[0]} has no examples to show; "
-                           "use 0, or leave it out of benchmarks.tasks")  # fmt: skip
-    found = {task: text.task_fingerprint(task) for task in ours}
+                           "use 0 or null, or leave it out of benchmarks.tasks")  # fmt: skip
+    found = {task: task_identity.of_embedded(task) for task in ours}
     rest = tuple(task for task in settings.tasks if task not in text.EMBEDDED)
-    return found | (_check_lm_eval(rest, settings.num_fewshot, settings.unsafe_code, data_root) if rest else {})
+    if not rest and settings.include_path is None:
+        return found
+    asked = replace(settings, tasks=rest, limit=None, batch_size=1, max_length=None)
+    return found | _check_lm_eval(asked, data_root, _state(asked))
 
 
 @functools.lru_cache
-def _check_lm_eval(
-    names: tuple[str, ...], num_fewshot: int, unsafe_code: bool, data_root: str | None
-) -> dict[str, str]:
-    known = index()
-    for name in names:
-        if name not in known:
-            near = did_you_mean(name, [*text.EMBEDDED, *known])
-            raise RequestError(f"benchmarks.tasks: '{name}' is no task of sweep or lm-eval.{near}")
-        if not unsafe_code and any(_declared(leaf, "unsafe_code") for leaf in _leaves(name, known)):
+def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any, ...]) -> dict[str, str]:
+    found = find(settings)
+    for name in found.names:
+        if not settings.unsafe_code and any(_declared(leaf, "unsafe_code") for leaf in _leaves(name, found.known)):
             raise RequestError(f"benchmarks.tasks: {name} runs code that the model wrote, on this machine. If that is "
                                "what you want, add benchmarks.unsafe_code=true")  # fmt: skip
+    loaded = load(settings, data_root)
+    fingerprints = {}
     with hub.data_folder(data_root):
-        tasks = load(names, data_root)["tasks"]
-        fingerprints = {name: _fingerprint(task) for name, task in tasks.items()}
-    for name, task in tasks.items():
-        if num_fewshot and not _has_examples(task):
-            raise RequestError(f"benchmarks.num_fewshot={num_fewshot}: the task {name} has no examples to show "
-                               "(no training or validation documents); use 0")  # fmt: skip
+        for name, task in loaded["tasks"].items():
+            shown = shots(task, settings)
+            if settings.num_fewshot and not shown:
+                log.warning("%s shows no examples, whatever benchmarks.num_fewshot is: it says so itself", name)
+            if shown and (have := len(task.fewshot_docs() or ())) <= shown:
+                raise RequestError(f"benchmarks.num_fewshot={settings.num_fewshot}: the task {name} is to show {shown} "
+                                   f"and has {have} examples to show, too few to draw from: use fewer, or 0")  # fmt: skip
+            fingerprints[name] = task_identity.of_task(task, shown, settings.fewshot_seed)
+        fingerprints |= {f"group {name}": task_identity.of_group(group) for name, group in loaded["groups"].items()}
     return fingerprints
+
+
+def shots(task: Any, settings: Benchmarks) -> int:
+    """Examples that a task shows before a question, as lm-eval decides it.
+
+    What is asked, else what the task says; a task that says 0 never shows any.
+    """
+    own = task.get_config("num_fewshot")
+    return own or 0 if settings.num_fewshot is None or own == 0 else settings.num_fewshot
+
+
+def _state(settings: Benchmarks) -> tuple[Any, ...]:
+    """What changes when one of the user's own files does: YAML and the Python beside it."""
+    folders = {_file(task, settings).parent for task in settings.tasks if task.endswith(_YAML)}
+    folders |= {Path(settings.include_path).expanduser()} if settings.include_path else set()
+    files = {file for folder in folders for suffix in (*_YAML, ".py") for file in folder.glob(f"**/*{suffix}")}
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files))
+
+
+def _file(task: str, settings: Benchmarks) -> Path:
+    """The file of a task that is asked for by its file: as it is named, or within `benchmarks.include_path`."""
+    places = [Path(task).expanduser()]
+    places += [Path(settings.include_path).expanduser() / task] if settings.include_path else []
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    raise RequestError(f"benchmarks.tasks: there is no file {' nor '.join(map(str, places))}")
+
+
+def find(settings: Benchmarks) -> Found:
+    """Where the tasks are that settings ask for. Raises RequestError for a name that is none."""
+    if set(settings.tasks) <= set(text.EMBEDDED) and settings.include_path is None:
+        return Found([*settings.tasks], {}, {})
+    mine, names, unreadable = _own(settings)
+    known = index() | mine
+    for name in names:
+        if name not in known and name not in text.EMBEDDED:
+            near = did_you_mean(name, [*text.EMBEDDED, *known])
+            where = f" or of {settings.include_path}" if settings.include_path else ""
+            unread = f" Not read there: {'; '.join(unreadable)}" if unreadable else ""
+            raise RequestError(f"benchmarks.tasks: '{name}' is no task of sweep or lm-eval{where}.{near}{unread}")
+    return Found(names, known, mine)
+
+
+def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
+    """(the user's own tasks, groups and tags, the names of what is asked for, files that could not be read and why).
+
+    Raises RequestError for a file that is asked for and is no task, and for a name that is taken.
+    """
+    asked = {task: _file(task, settings) for task in settings.tasks if task.endswith(_YAML)}
+    folder = Path(settings.include_path).expanduser().resolve() if settings.include_path else None
+    if not asked and folder is None:
+        return {}, [*settings.tasks], []
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    theirs, mine, called, unreadable = index(), Known(), dict[Path, str](), list[str]()
+    for path in sorted({*asked.values(), *(TaskIndex._iter_yaml_files(folder) if folder else ())}):
+        try:
+            config = load_yaml(path, resolve_func=False)
+            name = config.get("group") or config.get("task")
+            problem = None if isinstance(name, str) else "it names no task"
+        except Exception as error:  # whatever the YAML leads the loader to
+            name, problem = None, " ".join(str(error).split())
+            unreadable.append(f"{path.name}: {problem}")
+        if problem is not None:
+            if path in asked.values():
+                raise RequestError(f"benchmarks.tasks: {path} is no task: {problem}")
+            continue  # a file that others include, or that is none of the matter
+        other = (
+            TASK_FOLDER / f"{name}.yaml" if name in text.EMBEDDED else (theirs | mine).get(name, {"path": path})["path"]
+        )
+        if other is None or Path(other).resolve() != path:
+            raise RequestError(f"{path} calls its task '{name}', as does {other or 'a tag of lm-eval'}: give it a name of "
+                               "its own")  # fmt: skip
+        called[path] = name
+        entries: dict[str, Any] = {}
+        TaskIndex.process_cfg(config, path, entries)
+        for tag, entry in entries.items():  # the task itself, and its tags
+            if tag == name:
+                mine[name] = {"kind": entry.kind.name, "path": str(path), "tags": sorted(entry.tags)}
+            elif tag not in theirs:
+                known = mine.setdefault(tag, {"kind": "TAG", "path": None, "tags": []})
+                known["tags"] = sorted({*known["tags"], *entry.tags})
+    return mine, [called[asked[task]] if task in asked else task for task in settings.tasks], unreadable
 
 
 def _leaves(name: str, known: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -84,16 +194,6 @@ def _declared(path: str, key: str) -> Any:
     return load_yaml(Path(path), resolve_func=False, recursive=True).get(key) or []
 
 
-def _fingerprint(task: Any) -> str:
-    return text.fingerprint(json.dumps(document, sort_keys=True, default=str) for document in task.eval_docs)
-
-
-def _has_examples(task: Any) -> bool:
-    """Whether few-shot examples can be drawn; a split that holds a single row is a placeholder."""
-    documents = task.fewshot_docs()
-    return documents is not None and len(documents) > 1
-
-
 def index() -> dict[str, dict[str, Any]]:
     """Every task, group and tag of the installed lm-eval: {name: {kind, path, tags}}."""
 
@@ -110,22 +210,45 @@ def index() -> dict[str, dict[str, Any]]:
     return json.loads((cache.entry("tasks", place, search) / "index.json").read_text())
 
 
-def load(names: tuple[str, ...], data_root: str | None = None) -> dict[str, Any]:
-    """lm-eval's task objects by name, with their groups, as `lm_eval.evaluate` takes them; run inside `hub.data_folder`.
+def load(settings: Benchmarks, data_root: str | None = None) -> dict[str, Any]:
+    """lm-eval's task objects by name, with their groups, as `lm_eval.evaluate` takes them.
 
-    data_root  for the message when data are missing
+    Raises RequestError for data that cannot be found, a user's task that cannot be built, and one that is asked for twice.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry, Kind
 
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False)
-    if not set(names) <= set(text.EMBEDDED):
-        for name, entry in index().items():
-            path = Path(entry["path"]) if entry["path"] else None
-            manager.task_index.setdefault(name, Entry(name, Kind[entry["kind"]], path, None, set(entry["tags"])))
+    manager, asked = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False), find(settings)
+    for name, entry in asked.known.items():
+        path = Path(entry["path"]) if entry["path"] else None
+        manager.task_index.setdefault(name, Entry(name, Kind[entry["kind"]], path, None, set(entry["tags"])))
+    random.seed(0)  # as lm-eval does: a task may shuffle its documents or choices
+    np.random.seed(1234)  # noqa: NPY002
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with hub.data_folder(data_root):
+        for name in asked.names:
+            found = _build(manager, name, asked.mine, data_root)
+            if twice := sorted(loaded["tasks"].keys() & found["tasks"].keys()):
+                raise RequestError(f"benchmarks.tasks={','.join(asked.names)} asks for {twice[0]} twice: leave one out")
+            for part in loaded:
+                loaded[part] |= found.get(part, {})
+    return loaded
+
+
+def _build(manager: Any, name: str, mine: Known, data_root: str | None) -> dict[str, Any]:
+    """The task, or all tasks of a group or tag; run inside `hub.data_folder`."""
     try:
-        return manager.load(list(names))
-    except (OSError, ValueError, ImportError) as error:  # ConnectionError is an OSError
-        raise RequestError(hub.missing(f"benchmarks.tasks={','.join(names)}", data_root, error)) from error
+        return manager.load([name])
+    except OSError as error:  # ConnectionError is one
+        raise RequestError(hub.missing(f"benchmarks.tasks={name}", data_root, error)) from error
+    except Exception as error:
+        if name in mine:  # whatever its YAML and its functions lead lm-eval to
+            raise RequestError(f"benchmarks.tasks: {mine[name]['path'] or name} cannot be built: {type(error).__name__}: "
+                               f"{' '.join(str(error).split())}") from error  # fmt: skip
+        if isinstance(error, ImportError):
+            raise RequestError(f"benchmarks.tasks: {name} needs a package that is not installed: {error}") from error
+        if isinstance(error, ValueError):
+            raise RequestError(hub.missing(f"benchmarks.tasks={name}", data_root, error)) from error
+        raise

@@ -154,20 +154,18 @@ BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a
 CALIBRATED = LABELS.keys() | REBUILDING | {
     "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
 SEEDED = {"random"}  # criteria that draw numbers, text or not
-LATER: dict[str, dict[str, Any]] = {  # settings by group: see as_dict
-    "method": {"among_smallest": 1.0, "skip_lowest": 0.0},
-    "calibration": {"subset": None, "split": None, "column": None},
-}
 SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # names, or YAML files
+    include_path: str | None = None  # folder of tasks of the user's own
     limit: int | None = _at_least(1, default=None)  # documents a task
-    num_fewshot: int = _at_least(0, default=0)
+    num_fewshot: int | None = _at_least(0, default=None)  # examples before a question; None = as the task says
+    fewshot_seed: int = _at_least(0, default=1234)  # of the examples that are drawn; lm-eval's own default
     batch_size: int = _at_least(1, default=4)  # rows of 128 tokens in a forward pass
-    max_length: int = _at_least(2, default=2048)  # tokens
+    max_length: int | None = _at_least(2, default=None)  # tokens; None = the model's positions
     unsafe_code: bool = False  # allow tasks that run code which the model wrote
 
 
@@ -211,6 +209,16 @@ class Execution:
     name: Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"] = "dense"
     kernel: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"] = "auto"  # of bitmap
     fallback: bool = False  # of bitmap and semi_structured: whether a slow substitute may run where they cannot
+
+
+GROUPS: dict[str, type] = {
+    "model": Model,
+    "benchmarks": Benchmarks,
+    "perplexity": Perplexity,
+    "calibration": Calibration,
+    "efficiency": Efficiency,
+    "execution": Execution,
+}
 
 
 @dataclass(frozen=True)
@@ -495,15 +503,22 @@ def _check_band(method: Weight, sparsity: float) -> None:
 
 
 def as_dict(cell: Cell) -> dict[str, Any]:
-    """The cell as plain containers, for hashing and for the row.
+    """Every setting of the cell as plain containers, for the row."""
+    return asdict(cell)
 
-    A setting that is younger than recorded rows is left out where it does what was always done: they keep their names.
+
+def stated(settings: Any) -> dict[str, Any]:
+    """The settings that are not at their declared default, at any depth, as plain containers, for hashing.
+
+    So a setting that is added with a default that does what was always done renames no recorded row. A family names its
+    group: without it, a neuron and a head at their defaults would be the same.
     """
-    found = asdict(cell)
-    for group, settings in LATER.items():
-        for name, always in settings.items():
-            if found[group] is not None and name in found[group] and found[group][name] == always:
-                del found[group][name]
+    found: dict[str, Any] = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.name != "family" and f.default is not MISSING and value == f.default:
+            continue
+        found[f.name] = stated(value) if is_dataclass(value) else value
     return found
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sweep import cache, identity, sources, text
+from sweep import cache, identity, sources, task_identity, text
 from sweep.config import Cell
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ def of_dense(cell: Cell) -> Distributions | None:
     if TASK not in cell.benchmarks.tasks:
         return None
     settings = cell.benchmarks
-    key = text.fingerprint([sources.fingerprint(cell.model), cell.dtype, cell.device, text.task_fingerprint(TASK), TOP,
-                            settings.limit, settings.batch_size, settings.max_length,
-                            identity.MEASURING_VERSION])  # fmt: skip
+    key = text.fingerprint([sources.fingerprint(cell.model), task_identity.of_embedded(TASK), TOP, settings.limit,
+                            settings.batch_size, settings.max_length, *identity.arithmetic(cell)])  # fmt: skip
     folder = cache.entry("distributions", key, lambda half: _measure(cell, half))
     with np.load(folder / "top.npz") as stored:
         pages = [document["page"] for document in text.pydoc_documents()][: settings.limit]

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
+from typing import Any
 
 from sweep import catalogue, perplexity, sources, text, unit_requests
-from sweep.config import Cell, as_dict
+from sweep.config import Cell, stated
 
-MEASURING_VERSION = 6  # raise when the code measures something else under the same configuration
+# Raise when the code measures something else under the same configuration, or when a declared default of config changes.
+MEASURING_VERSION = 6
+# Settings that are not hashed themselves. Paths and names say where something lies: what lies there is fingerprinted.
+FINGERPRINTED = {
+    "model.name": "what it is called in rows",
+    "model.source": "by the model's fingerprint",
+    "model.path": "by the model's fingerprint",
+    "model.package": "by the model's fingerprint",
+    "model.file": "by the model's fingerprint",
+    "model.revision": "by the model's fingerprint, which has the commit",
+    "data_root": "by the data that are found there",
+    "benchmarks.tasks": "each by its documents and its resolved configuration",
+    "benchmarks.include_path": "by the tasks that are found there",
+    "benchmarks.num_fewshot": "with each task: how many examples it shows, which depends on the task as well",
+    "benchmarks.fewshot_seed": "with each task that shows examples",
+    "benchmarks.unsafe_code": "a permission; what runs without it runs the same with it",
+    "perplexity.source": "by its text",
+    "calibration.source": "by its text",
+    "calibration.subset": "by its text",
+    "calibration.split": "by its text",
+    "calibration.column": "by its text",
+}
 
 
 def cell_name(cell: Cell) -> str:
@@ -22,16 +45,27 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
     probe = getattr(cell.method, "task", None)  # on which a drop is measured
     if probe is not None:
-        found[f"{probe} of the drop"] = text.fingerprint(
-            [unit_requests.QUESTIONS[probe](d) for d in text.EMBEDDED[probe]()]
-        )
+        found[f"{probe} of the drop"] = unit_requests.questions_fingerprint(probe)
     if cell.calibration is not None:
-        found["calibration"] = text.fingerprint([text.calibration_text(cell.calibration, cell.data_root)])
+        found["calibration"] = text.calibration_facts(cell.calibration, cell.data_root).fingerprint
     return found
 
 
-def _content(cell: Cell) -> dict[str, object]:
-    content = as_dict(cell)
-    del content["data_root"]  # where the data lie; what they are, their fingerprints say
-    content["model"] = sources.fingerprint(cell.model)
-    return content | {"data": data_fingerprints(cell), "measuring_version": MEASURING_VERSION}
+def arithmetic(cell: Cell) -> list[Any]:
+    """What decides, beside model and text, what a computation gives to the last digit: for the keys of caches."""
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy")]
+    return [cell.dtype, cell.device, cell.threads, libraries, MEASURING_VERSION]
+
+
+def _content(cell: Cell) -> dict[str, Any]:
+    content = stated(cell)
+    for setting in FINGERPRINTED:
+        group, _, name = setting.rpartition(".")
+        holder = content.get(group) if group else content
+        if holder is not None:
+            holder.pop(name, None)
+    return content | {
+        "fingerprint": sources.fingerprint(cell.model),
+        "data": data_fingerprints(cell),
+        "measuring_version": MEASURING_VERSION,
+    }

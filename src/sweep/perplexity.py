@@ -34,7 +34,9 @@ def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str
     longest = sources.shape(model).get("max_position_embeddings")
     if longest and settings.seqlen > longest:
         raise RequestError(f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}")
-    return {f"perplexity:{name(settings)}": text.fingerprint([joined(settings.source, data_root)])}
+    source = settings.source
+    found = text.facts(source, lambda: joined(source, data_root), "perplexity", data_root).fingerprint
+    return {f"perplexity:{name(settings)}": f"{source}:{found}" if source in hub.EVALUATED else found}
 
 
 def name(settings: Perplexity) -> str:

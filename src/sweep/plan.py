@@ -134,7 +134,7 @@ def check_models(cells: Iterable[Cell]) -> None:
 
 def _check_calibration(asked: Calibration, data_root: str | None) -> None:
     """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
-    size = len(text.calibration_text(asked, data_root).encode())
+    size = text.calibration_facts(asked, data_root).size
     if size < asked.sequences * asked.length:
         raise RequestError(f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
                            f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length")  # fmt: skip

@@ -52,26 +52,28 @@ def evaluate(
     """
     if not settings.tasks:
         return {}, _frame([])
+    tasks = catalogue.load(settings, data_root)
     with hub.data_folder(data_root):
-        return _evaluate(model, tokenizer, settings, data_root, dense)
+        return _evaluate(model, tokenizer, settings, tasks, dense)
 
 
 def _evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Benchmarks,
-    data_root: str | None,
+    tasks: dict[str, Any],
     dense: Distributions | None,
 ) -> tuple[dict[str, Any], Samples]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
     import lm_eval
+    import torch
 
     from sweep.scorer import Scorer
 
-    tasks = catalogue.load(settings.tasks, data_root)
     for task in tasks["tasks"].values():
-        task.set_config(key="num_fewshot", value=settings.num_fewshot)
-        task.set_fewshot_seed(0)
+        task.set_config(key="num_fewshot", value=catalogue.shots(task, settings))
+        task.set_fewshot_seed(settings.fewshot_seed)
+    torch.manual_seed(1234)  # of answers that are drawn; lm-eval's own
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
     if dense is not None:
         lm.ids = {page: _own_ids(tokenizer, ids) for page, ids in dense.ids.items()}

@@ -280,7 +280,7 @@ class Scorer(HFLM):
     scores  of every request so far, by its arguments, for statistics of single tokens
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
                          max_length=max_length)  # fmt: skip
         self.budget = batch_size * TOKENS_PER_ROW

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,8 +51,7 @@ class Shared:
 
     def __init__(self, cell: Cell, tokens: Tensor, passes: ForwardPasses) -> None:
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-        self._key = [sources.fingerprint(cell.model), cell.dtype, cell.device, cell.threads, list(tokens.shape), digest,
-                     torch.__version__, identity.MEASURING_VERSION]  # fmt: skip
+        self._key = [sources.fingerprint(cell.model), list(tokens.shape), digest, *identity.arithmetic(cell)]
         self._device, self._tokens, self._passes = cell.device, tokens.numel(), passes
         # spent by the cells that measured what was read
         self.seconds, self.forward_passes, self.peak_bytes = 0.0, 0.0, 0

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ from sweep import cache
 from sweep.config import Model, RequestError
 
 _CONVERTER = 1  # raise when the conversion of GGUF files changes
-_WHOLE_FILE = 1 << 20  # bytes; larger files of a checkpoint folder are fingerprinted by size, time, head and tail
+# What loading reads of a checkpoint folder. A README, logs or an optimiser's state beside it change no number.
+_READ = ("config.json", "generation_config.json", "adapter_config.json", "sweep.json", "*.safetensors", "pytorch_model*.bin",
+         "adapter_model.bin", "*.index.json", "*.py", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.*", "merges.txt", "*.model", "*.tiktoken")  # fmt: skip
+_REMEMBERED = 1 << 26  # bytes; the hash of a larger file is kept in the cache for other processes
 
 
 def gguf_file(model: Model) -> Path:
@@ -58,22 +61,16 @@ def checkpoint_folder(model: Model) -> Path:
 def fingerprint(model: Model) -> str:
     """A short text that changes when the model's weights do: part of a cell's identity.
 
-    A GGUF file is hashed whole; of a folder, small files whole and large ones by size, time, head and tail; a hub
-    model is its commit when the hub or its local cache can tell it, else the revision asked for.
+    A GGUF file is hashed, and of a folder the files that loading reads, wherever they lie and whenever they were
+    written; a hub model is its commit when the hub or its local cache can tell it, else the revision asked for.
     """
     if model.source == "gguf":
         return f"sha256:{file_hash(gguf_file(model))}"
     if model.source == "local":
-        digest = hashlib.sha256()
-        for path in sorted(p for p in checkpoint_folder(model).rglob("*") if p.is_file()):
-            stat = path.stat()
-            digest.update(f"{path.name}:{stat.st_size}".encode())
-            with path.open("rb") as handle:
-                digest.update(handle.read(_WHOLE_FILE))
-                if stat.st_size > _WHOLE_FILE:
-                    handle.seek(-min(_WHOLE_FILE, stat.st_size), os.SEEK_END)
-                    digest.update(handle.read() + str(stat.st_mtime_ns).encode())
-        return f"folder:{digest.hexdigest()[:32]}"
+        folder = checkpoint_folder(model)
+        read = {path for place in (folder, folder / "tokenizer") for pattern in _READ for path in place.glob(pattern)}
+        parts = [f"{path.relative_to(folder).as_posix()}:{file_hash(path)}" for path in sorted(read) if path.is_file()]
+        return f"folder:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}"
     return f"hub:{_hub_commit(model.name, model.revision or 'main')}"
 
 
@@ -120,15 +117,22 @@ def conversion_key(gguf: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, the first 32 hexadecimal digits."""
+    """SHA-256 of a file's content, the first 32 hexadecimal digits; read again only when size or time have changed."""
     stat = path.stat()
-    return _file_hash(path, stat.st_size, stat.st_mtime_ns)
+    return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache
+@functools.cache
 def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:32]
+    def digest() -> str:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()[:32]
+
+    if size < _REMEMBERED:
+        return digest()
+    key = hashlib.sha256(f"{path}:{size}:{mtime_ns}".encode()).hexdigest()[:32]
+    folder = cache.entry("hashes", key, lambda half: (half / "sha256").write_text(digest()) and None)
+    return (folder / "sha256").read_text()
 
 
 @functools.lru_cache

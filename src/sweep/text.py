@@ -10,7 +10,8 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,32 @@ def fingerprint(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is told of a text without holding it."""
+
+    fingerprint: str
+    size: int  # bytes of UTF-8
+
+
+_FACTS: dict[Hashable, Facts] = {}
+
+
+def facts(source: str, read: Callable[[], str], *asked: Hashable) -> Facts:
+    """Fingerprint and size of the text that `read` gives: read once a process, and again when it is a file that changed.
+
+    source  the text's name, or its file
+    asked   with the file's state, tells this text from all others
+    """
+    path = Path(source).expanduser()
+    stat = path.stat() if path.is_file() else None
+    key = (source, *asked, stat and (str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    if key not in _FACTS:
+        whole = read()
+        _FACTS[key] = Facts(fingerprint([whole]), len(whole.encode()))
+    return _FACTS[key]
 
 
 class Split(NamedTuple):
@@ -168,10 +195,10 @@ EMBEDDED = {
 }
 
 
-@functools.lru_cache
-def task_fingerprint(task: str) -> str:
-    """The fingerprint of an embedded task's documents."""
-    return fingerprint(EMBEDDED[task]())
+def calibration_facts(settings: Calibration, data_root: str | None = None) -> Facts:
+    """Of the whole text of a calibration source, however much of it is drawn. Raises what `calibration_text` raises."""
+    place = Calibration(settings.source, subset=settings.subset, split=settings.split, column=settings.column)
+    return facts(settings.source, lambda: calibration_text(place, data_root), place, data_root)
 
 
 def calibration_text(settings: Calibration, data_root: str | None = None) -> str:

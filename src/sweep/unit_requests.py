@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {
     "continents": lambda d: (f"{d['country']} is a country in", list(text.CONTINENTS.values()), d["continent"]),
     "capitals": lambda d: (f"The capital of {d['country']} is", d["choices"], d["answer"]),
 }
+
+
+@functools.lru_cache
+def questions_fingerprint(task: str) -> str:
+    """Of the questions on which a drop is measured."""
+    return text.fingerprint([QUESTIONS[task](document) for document in text.EMBEDDED[task]()])
 
 
 def check(cell: Cell) -> None:
