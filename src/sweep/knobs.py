@@ -25,12 +25,9 @@ _NAMED = {"method.family", "method.criterion", "method.importance", "execution.n
 _ASIDE = {"data_root", "calibration", "calibration.subset", "calibration.split", "calibration.column",
           "benchmarks.include_path", "benchmarks.num_fewshot", "benchmarks.fewshot_seed", "benchmarks.unsafe_code"}  # fmt: skip
 _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a task is
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    name: {f.name: f.default for f in fields(kind)}
-    for name, kind in {
-        **config.FAMILIES, "benchmarks": config.Benchmarks, "calibration": config.Calibration,
-        "efficiency": config.Efficiency, "execution": config.Execution, "perplexity": config.Perplexity}.items()
-}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
+    name: {f.name: f.default for f in fields(kind)} for name, kind in (config.FAMILIES | config.GROUPS).items()
+}
 _SIX = 6  # from this measuring version on, a task's fingerprint says how many examples it shows, and which; before it,
 _FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}  # these were defaults
 _OF_THE_METHOD = ("method.", "calibration.", "execution.")
