@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
+from conftest import tiny_model
 from sweep import models, text, weights
 from sweep.config import Calibration, RequestError, Weight
 
@@ -29,6 +31,65 @@ def test_families_of_units_are_pruned_too(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     sweep.prune(model, tokenizer, method="neuron", sparsity=0.5, scope="layer", sequences=4, length=32)
     assert [ffn.width for ffn in models.ffns(model)] == [12, 12]
+
+
+METHODS: dict[str, dict] = {
+    "weight": {"method": "magnitude"},
+    "neuron": {"method": "neuron", "criterion": "l2"},
+    "neurons of a layer": {"method": "neuron", "criterion": "l2", "scope": "layer"},
+    "one block": {"method": "neuron", "criterion": "l2", "blocks": [0]},
+    "head": {"method": "head", "criterion": "l2"},
+    "query heads": {"method": "head", "criterion": "l2", "unit": "query", "scope": "layer"},
+    "layer": {"method": "layer", "criterion": "random"},
+    "vocab": {"method": "vocab", "criterion": "random"},
+}
+
+
+@pytest.mark.parametrize("asked", METHODS.values(), ids=METHODS)
+def test_what_is_pruned_is_saved_and_loaded_by_the_lines_that_the_docstring_shows(
+    family: str, asked: dict, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Through `sweep.save`; and through the model's own `save_pretrained`, whose folder transformers reads or refuses."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    config = tiny_model(family).config
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    outcome = sweep.prune(model, tokenizer, sparsity=0.4, sequences=2, length=8, **asked)
+    assert outcome.removed > 0
+    small = outcome.tokenizer or tokenizer
+    ids = small("the cat sat on the mat", return_tensors="pt").input_ids
+    expected = model(input_ids=ids).logits
+
+    sweep.save(model, small, tmp_path / "saved")
+    loaded, again = sweep.load_model(tmp_path / "saved")
+    assert again("the cat Q").input_ids == small("the cat Q").input_ids
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+    model.save_pretrained(tmp_path / "own")
+    loaded, nothing = sweep.load_model(tmp_path / "own")
+    assert nothing is None and torch.equal(loaded(input_ids=ids).logits, expected)
+    if not (tmp_path / "own" / "sweep.json").is_file():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "own")(input_ids=ids).logits, expected)
+    if asked["method"] == "vocab":
+        with pytest.raises(RequestError, match="write model and tokenizer with sweep.save"):
+            small.save_pretrained(tmp_path / "own")
+        with pytest.raises(RequestError, match="give the tokenizer that the outcome carries"):
+            sweep.save(model, tokenizer, tmp_path / "wrong")
+
+
+def test_a_model_whose_blocks_differ_says_what_its_own_save_pretrained_cannot(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    sweep.prune(model, tokenizer, method="neuron", criterion="l2", blocks=[0], sparsity=0.5)
+    with pytest.raises(RequestError, match="blocks differ in width.*knows no max_shard_size: leave it out"):
+        model.save_pretrained(tmp_path / "own", max_shard_size="1MB")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    copied.save_pretrained(tmp_path / "copy")  # the copy, and not what it was copied from
+    assert not sweep.load_model(tmp_path / "copy")[0].lm_head.weight.any()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import sweep
 from conftest import random_tokens, tiny_model
-from sweep import checkpoint, methods
-from sweep.config import Model, RequestError, Weight
+from sweep import checkpoint, methods, plan
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options, RequestError, Weight
 from test_cli import QUICK, run
 
 FACTS = {"model": "tiny", "method": {"family": "weight", "criterion": "magnitude"}, "sparsity": 0.5,
@@ -43,20 +47,107 @@ def test_a_checkpoint_is_replaced_whole_and_nothing_else_is(
 ) -> None:
     model, place = tiny_model("llama"), tmp_path / "deep" / "saved"
     checkpoint.save(model, tokenizer, place, FACTS)
-    (place / "stale").touch()
+    before = (place / "model.safetensors").stat().st_mtime_ns
     checkpoint.save(model, tokenizer, place, FACTS)
-    assert not (place / "stale").exists()
+    assert (place / "model.safetensors").stat().st_mtime_ns > before
     assert [p.name for p in place.parent.iterdir()] == ["saved"]
 
     def full(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(type(model), "save_pretrained", full)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(model, tokenizer, place, FACTS)
-    assert [p.name for p in place.parent.iterdir()] == ["saved"] and checkpoint.is_checkpoint(place)
-    with pytest.raises(RequestError, match="exists and is no checkpoint: name a new or an empty folder"):
-        checkpoint.save(model, tokenizer, tmp_path, FACTS)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model), "save_pretrained", full)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(model, tokenizer, place, FACTS)
+    assert [p.name for p in place.parent.iterdir()] == ["saved"] and checkpoint.holds(place, "any")
+
+
+def test_a_save_that_is_killed_leaves_no_half_folder(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Killed when the weights are written and the rest is not."""
+    code = f"""
+import os, signal
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from sweep import checkpoint
+place = {str(tiny_checkpoint)!r}
+checkpoint.card = lambda facts: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save(AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place), "saved", {{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.glob(".saved.*/model.safetensors")) and not list(tmp_path.glob("[!.]*"))
+
+
+def test_what_is_not_of_sweep_is_not_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Another model, a model saved here and changed since, one of another cell, a file, a folder of other things."""
+    model = tiny_model("llama")
+
+    def refused(place: Path, message: str, cell: str = "one") -> None:
+        before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        for attempt in (lambda: checkpoint.check_place(place, cell),
+                        lambda: checkpoint.save(model, tokenizer, place, FACTS | {"cell": cell})):  # fmt: skip
+            with pytest.raises(RequestError, match=message):
+                attempt()
+        assert before == {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+
+    model.save_pretrained(tmp_path / "theirs")
+    refused(tmp_path / "theirs", "exists and is no checkpoint that sweep has written: name a new or an empty folder")
+    refused(tmp_path, "exists and is no checkpoint that sweep has written")
+    (tmp_path / "file").write_text("a")
+    refused(tmp_path / "file", "exists and is no checkpoint")
+    refused(tmp_path / "file" / "below", "cannot be made: .*file is no folder that takes a new one")
+    ours = tmp_path / "ours"
+    checkpoint.save(model, tokenizer, ours, FACTS | {"cell": "one"})
+    checkpoint.save(model, tokenizer, ours, FACTS | {"cell": "one"})
+    refused(ours, "holds the model of another cell, one: name another folder, or one for each cell with {cell}", "two")
+    (ours / "notes.txt").write_text("mine")
+    refused(ours, r"was changed after sweep had written it \(notes.txt\)")
+    (ours / "notes.txt").unlink()
+    tiny_model("llama", seed=1).save_pretrained(ours)  # tuned further, in the same place
+    refused(ours, r"was changed after sweep had written it \(config.json, .*model.safetensors\)")
+
+
+def test_a_checkpoint_of_an_older_version_is_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama")
+    checkpoint.save(model, tokenizer, tmp_path / "saved", FACTS)
+    (tmp_path / "saved" / ".sweep-saved.json").unlink()
+    assert checkpoint.holds(tmp_path / "saved", "any")
+    checkpoint.save(model, tokenizer, tmp_path / "saved", FACTS | {"cell": "one"})
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("base", "is the folder that the model comes from"),
+        ("base/", "is the folder that the model comes from"),
+        ("elsewhere/../base", "is the folder that the model comes from"),
+        ("link", "is the folder that the model comes from"),
+        ("link/pruned", "lies in the folder that the model comes from"),
+        (".", "holds (the folder that the model comes from|sweep's cache|the hub's cache)"),
+        ("cache", "is sweep's cache"),
+        ("cache/models/new", "lies in sweep's cache"),
+        ("hub/models--a--b/snapshots/c", "lies in the hub's cache"),
+        ("results", "holds the results' folder"),
+        ("results/cells", "is the results' folder cells"),
+        ("s3://bucket/model", "must be a folder of this machine, not a URL"),
+    ],
+)
+def test_places_that_are_the_users_are_refused_before_any_work(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    (tmp_path / "link").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = Model("base", "local", path="base")
+    cell = Cell(
+        model, Weight("weight"), 0.5, Benchmarks(("pydoc",)), None, Efficiency(), Execution(), device="cpu", threads=1
+    )
+    before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    with pytest.raises(RequestError, match=message):
+        plan.make([(cell, ())], Options(save_model=place))
+    assert before == {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    plan.make([(cell, ())], Options(save_model="results/models/{cell}"))  # none of the store's own
 
 
 def test_the_card_states_method_sparsity_calibration_and_command() -> None:
@@ -82,7 +173,9 @@ def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path,
         assert "sparsity=0.25,0.5" not in (folder / "README.md").read_text()  # the cell's own command
     assert "3 already done, 0 to run" in run(*command, cwd=tmp_path)
     run("+method=weight", "sparsity=0.5", "save_model=one", *tiny, cwd=tmp_path)
-    assert checkpoint.is_checkpoint(tmp_path / "one")
+    assert (tmp_path / "one" / "config.json").is_file()
+    other = ["+method=weight", "sparsity=0.25", "save_model=one", *tiny]
+    assert "holds the model of another cell" in run(*other, cwd=tmp_path, code=2)
     run("+method=neuron", "method.importance=l2", "save_model=two", *tiny, cwd=tmp_path)
     assert (tmp_path / "two" / "sweep.json").is_file()  # what transformers' format lacks
 

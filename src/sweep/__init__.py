@@ -6,7 +6,7 @@ Nothing here imports torch: a notebook that only reads results opens at once.
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "load", "load_model", "prune"]
+__all__ = ["__version__", "compare", "load", "load_model", "prune", "save"]
 
 
 def __getattr__(name: str) -> Any:  # the names above resolve on first use, so that `import sweep` stays instant
@@ -26,4 +26,8 @@ def __getattr__(name: str) -> Any:  # the names above resolve on first use, so t
         from sweep.api import prune
 
         return prune
+    if name == "save":
+        from sweep.api import save
+
+        return save
     raise AttributeError(f"module 'sweep' has no attribute {name!r}")

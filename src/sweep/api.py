@@ -1,18 +1,23 @@
 """Pruning from Python, without a configuration or a results folder:
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-sweep.prune(model, tokenizer, method="sparsegpt", sparsity=0.5)
-model.save_pretrained(folder)
+outcome = sweep.prune(model, tokenizer, method="neuron", sparsity=0.3)
+sweep.save(model, outcome.tokenizer or tokenizer, folder)
+model, tokenizer = sweep.load_model(folder)
+
+A folder that `sweep.save` writes is loaded by transformers too, where its format can say what the model has become: its
+blocks are equally wide and its vocabulary is whole.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import config, methods, text, weights
+from sweep import checkpoint, config, methods, shrunk, text, vocabulary, weights
 from sweep.config import Calibration, RequestError, Weight
 from sweep.outcome import Outcome
 
@@ -61,4 +66,20 @@ def prune(
         return weights.prune(model, asked, sparsity, tokens, seed=seed, sequential=sequential, device=device)
     if device is not None:
         raise RequestError(f"device is read by weight methods only, not by method={method}")
-    return methods.prune(model, asked, sparsity, tokens, seed=seed, tokenizer=tokenizer)
+    outcome = methods.prune(model, asked, sparsity, tokens, seed=seed, tokenizer=tokenizer)
+    shrunk.save_pretrained_as_sweep(model)
+    return outcome
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a pruned model and its tokenizer to a folder that `sweep.load_model` loads: a new one, an empty one, or one
+    that was written so before and not changed since.
+
+    tokenizer  of a cut vocabulary, the one that the outcome carries
+    Raises RequestError for a folder that holds anything else.
+    """
+    rows, kept = model.get_input_embeddings().weight.shape[0], vocabulary.kept_ids(tokenizer)
+    if tokenizer.vocab_size > rows or (kept is not None and len(kept) != rows):
+        raise RequestError(f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "
+                           "give the tokenizer that the outcome carries, sweep.save(model, outcome.tokenizer, folder)")  # fmt: skip
+    checkpoint.save(model, tokenizer, folder)

@@ -1,35 +1,44 @@
 """A pruned model as a folder, with a card that says how it came about. `sweep.load_model` loads every such folder,
 transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
 
-The folder appears whole: it is written beside its place under a name with a leading dot, then renamed.
+The folder appears whole: it is written beside its place under a name with a leading dot, then renamed. It takes the place
+of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweep import __version__
-from sweep.config import RequestError
+from sweep import __version__, cache, sources, store
+from sweep.config import Model, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SAVED = ".sweep-saved.json"  # the cell, and of each file its size and time
+_RESULTS = ("cells", "set_aside", "report")  # of a results folder, beside its tables
+_CARD = "| written by | sweep "  # in the card of a checkpoint older than that file
+
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, facts: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write model, tokenizer and card to `folder`, in place of an earlier checkpoint.
+    """Write model, tokenizer and card to `folder`, in place of the same cell's earlier model.
 
-    facts  what the card states: see `card`
-    Raises RequestError when the folder holds something else than a checkpoint.
+    facts  what the card states: see `card`; and `cell`, the name of the cell, where it is of one
+    Raises RequestError when the folder holds anything else.
     """
-    path = Path(folder).expanduser()
-    check_place(path)
+    facts = facts or {}
+    path = check_place(folder, facts.get("cell"))
     from sweep import shrunk  # brings torch, which a look at a folder does not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +50,7 @@ def save(
             del model.config.quantization_config
         shrunk.write(model, tokenizer, half)
         (half / "README.md").write_text(card(facts), encoding="utf-8")
+        (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))
         half.chmod(0o755)  # mkdtemp makes it the owner's alone
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
@@ -53,16 +63,84 @@ def save(
         shutil.rmtree(half, ignore_errors=True)
 
 
-def is_checkpoint(folder: str | Path) -> bool:
-    """Whether the folder holds a checkpoint. Folders appear whole, so one file tells."""
-    return (Path(folder).expanduser() / "config.json").is_file()
-
-
-def check_place(folder: str | Path) -> None:
-    """Refuse a folder that holds something else. Raises RequestError."""
+def holds(folder: str | Path, cell: str) -> bool:
+    """Whether the folder holds the model of this cell. Folders appear whole, so one file tells."""
     path = Path(folder).expanduser()
-    if path.exists() and not is_checkpoint(path) and (not path.is_dir() or any(path.iterdir())):
-        raise RequestError(f"save_model={folder} exists and is no checkpoint: name a new or an empty folder")
+    return (path / "config.json").is_file() and _saved(path).get("cell") in (cell, None)
+
+
+def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[str, Path] | None = None) -> Path:
+    """The folder to save to, links followed. Refuses one where anything would be lost but an earlier model of `cell`.
+
+    guarded  folders that it must not be, hold, or lie in, by what they are
+    Raises RequestError.
+    """
+    if "://" in str(folder):
+        raise RequestError(f"save_model={folder} must be a folder of this machine, not a URL")
+    path = Path(folder).expanduser().resolve()
+    for what, place in (guarded or {}).items():
+        place = place.expanduser().resolve()
+        if relation := _relation(path, place):
+            raise RequestError(f"save_model={folder} {relation} {what} ({place}), which saving would change: name another "
+                               "folder")  # fmt: skip
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if existing != path and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise RequestError(f"save_model={folder} cannot be made: {existing} is no folder that takes a new one")
+    if existing != path or (path.is_dir() and not any(path.iterdir())):
+        return path
+    saved = _saved(path) if path.is_dir() else {}
+    if not (saved or _is_older(path)):
+        raise RequestError(f"save_model={folder} exists and is no checkpoint that sweep has written: name a new or an empty "
+                           "folder")  # fmt: skip
+    if saved and (changed := sorted(dict(saved["files"].items() ^ _files(path).items()))):
+        raise RequestError(f"save_model={folder} was changed after sweep had written it ({', '.join(changed[:3])}): name "
+                           "another folder, or remove this one")  # fmt: skip
+    if saved.get("cell") not in (cell, None):
+        raise RequestError(f"save_model={folder} holds the model of another cell, {saved['cell']}: name another folder, or "
+                           "one for each cell with {cell} in its name")  # fmt: skip
+    return path
+
+
+def guarded(model: Model, results: str) -> dict[str, Path]:
+    """The folders that no model is saved to, since they are the user's or the library's own, by what they are."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    found = {"sweep's cache": cache.folder(), "the hub's cache": Path(HF_HUB_CACHE)}
+    if model.source == "local":
+        found["the folder that the model comes from"] = sources.checkpoint_folder(model)
+    if model.source == "gguf":
+        found["the file that the model comes from"] = sources.gguf_file(model)
+    if "://" not in results:
+        found |= {f"the results' folder {name}": Path(results) / name for name in (*store.TABLES, *_RESULTS)}
+    return found
+
+
+def _relation(path: Path, place: Path) -> str | None:
+    if path == place:
+        return "is"
+    return "holds" if path in place.parents else "lies in" if place in path.parents else None
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What `save` has left in a folder; empty when it is not of `save`, or older than that file."""
+    return sources.read_json(path / _SAVED) if (path / _SAVED).is_file() else {}
+
+
+def _is_older(path: Path) -> bool:
+    card = path / "README.md"
+    return (
+        (path / "config.json").is_file()
+        and card.is_file()
+        and _CARD in card.read_text(encoding="utf-8", errors="ignore")
+    )
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """Of every file its size and time, under its relative name."""
+    stats = {
+        str(file.relative_to(path)): file.stat() for file in path.rglob("*") if file.is_file() and file.name != _SAVED
+    }
+    return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def card(facts: Mapping[str, Any]) -> str:
@@ -73,15 +151,19 @@ def card(facts: Mapping[str, Any]) -> str:
 
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"base_model: {json.dumps(facts['model'])}"] if facts.get("model") else []
-    lines += ["tags: [pruned, sparse]", "---", "", f"# {facts.get('model', 'Model')}, pruned", ""]
+    lines += ["tags: [pruned, sparse]", "---", "", f"# {facts.get('model') or 'Model'}, pruned", ""]
     rows = {
-        "method": _words(facts["method"]),
+        "method": _words(facts["method"]) if facts.get("method") else None,
         "sparsity asked": facts.get("sparsity"),
         "sparsity achieved, of the weights that the method targets": facts.get("sparsity_achieved"),
         "sparsity achieved, of all parameters": facts.get("sparsity_all_parameters"),
         "dtype": facts.get("dtype"),
         "seed": facts.get("seed"),
-        "calibration": _words(facts["calibration"]) if facts.get("calibration") else "none: the method reads no text",
+        "calibration": _words(facts["calibration"])
+        if facts.get("calibration")
+        else "none: the method reads no text"
+        if "calibration" in facts
+        else None,
         "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]

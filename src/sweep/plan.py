@@ -192,7 +192,7 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
     ordered = [*baselines.values(), *(step for name, step in steps.items() if name not in baselines)]
     for step in ordered:
         if (folder := options.checkpoint(step.cell.method, step.name)) is not None:
-            checkpoint.check_place(folder)
+            checkpoint.check_place(folder, step.name, checkpoint.guarded(step.cell.model, options.results))
     store.check_version(options.results)
     status = store.statuses(options.results, [step.name for step in ordered])
     todo: list[Step] = []
@@ -201,7 +201,7 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
     for step in ordered:
         found = status.get(step.name) if options.resume else None
         folder = options.checkpoint(step.cell.method, step.name)
-        if found == "ok" and folder is not None and not checkpoint.is_checkpoint(folder):
+        if found == "ok" and folder is not None and not checkpoint.holds(folder, step.name):
             found = None  # it has its row and lacks its saved model
         to_run = found in (None, store.UNREADABLE) or (found != "ok" and options.retry in ("all", found))
         (todo if to_run else done if found == "ok" else left).append(step)

@@ -15,6 +15,7 @@ from sweep import (
     efficiency,
     energy,
     execution,
+    identity,
     machine,
     methods,
     models,
@@ -93,6 +94,7 @@ def run_cell(
         asked = as_dict(cell)
         facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
         facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
+        facts["cell"] = identity.cell_name(cell)
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
         checkpoint.save(model, tokenizer, save_model, facts)
 

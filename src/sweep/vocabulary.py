@@ -163,6 +163,10 @@ def _remapped_class(cls: Any) -> Any:
         def get_vocab(self) -> dict[str, int]:
             return {t: self._new_ids[i] for t, i in super().get_vocab().items() if i in self._new_ids}
 
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            raise RequestError("transformers' format cannot say which tokens a cut vocabulary keeps: write model and "
+                               "tokenizer with sweep.save(model, tokenizer, folder)")  # fmt: skip
+
         @property
         def vocab_size(self) -> int:
             return len(self.kept_ids)
