@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sweep import advice, catalogue, columns, paired, plot, store
+import frames
+from sweep import advice, catalogue, columns, paired, plot, report, runner, store
+from sweep.config import RequestError
 
 
 def test_no_task_name_turns_a_metric_around() -> None:
@@ -86,3 +88,84 @@ def test_what_lm_eval_said_is_read_everywhere(tmp_path: Path) -> None:
         store.compact(folder)
         assert columns.is_loss(name, pd.read_parquet(folder / "cells")) != better  # kept by compaction, read by pandas
         assert paired.table(folder, [name]).verdict.tolist() == [words]
+
+
+STRICT, FLEXIBLE = (f"gsm8k/exact_match,{name}" for name in ("strict-match", "flexible-extract"))
+
+
+def filtered(seeds: int = 1) -> pd.DataFrame:
+    """Rows of a task with two answer filters, which disagree: strict falls, flexible rises."""
+    rows = frames.rows(seeds=seeds, methods=frames.METHODS[:1], sparsities=(0.5,))
+    rows = rows[[c for c in rows if "/" not in c]]
+    for name, values in ((STRICT, [0.4, 0.1]), (FLEXIBLE, [0.3, 0.5])):
+        rows[name], rows[columns.stderr(name)] = values, 0.02
+    return rows
+
+
+def measured(rows: pd.DataFrame) -> list[dict[str, object]]:
+    return [{name: value for name, value in row.items() if pd.notna(value)} for row in rows.to_dict("records")]
+
+
+def written(path: Path, rows: pd.DataFrame, names: tuple[str, str]) -> str:
+    """A results folder of the rows, with samples in which the two filters' metrics have these names."""
+    for row in measured(rows):
+        here = [
+            (name, i, i < 100 * row[column])
+            for name, column in zip(names, (STRICT, FLEXIBLE), strict=True)
+            for i in range(100)
+        ]
+        samples = pd.DataFrame([("gsm8k", str(i), name, float(right)) for name, i, right in here],
+                               columns=["task", "document", "metric", "value"])  # fmt: skip
+        store.write(path, row, {"samples": samples})
+    return str(path)
+
+
+def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert columns.stderr(STRICT) == "gsm8k/exact_match_stderr,strict-match"
+    place = written(tmp_path / "rows", filtered(), ("exact_match,strict-match", "exact_match,flexible-extract"))
+    report.main([place, "--formats", "png"])
+    files = {path.stem for path in (tmp_path / "rows" / "report").iterdir()}
+    assert {"gsm8k-exact_match-strict-match-against-sparsity", "gsm8k-exact_match-flexible-extract-against-sparsity",
+            "gsm8k-flips"} <= files  # fmt: skip
+    table = pd.read_csv(tmp_path / "rows" / "report" / "table.csv")
+    assert table[f"{STRICT}_high"].tolist() == pytest.approx([0.4392, 0.1392])  # its own standard error
+    page = (tmp_path / "rows" / "report" / "report.html").read_text()
+    assert f'"errors":{{"{STRICT}":"{columns.stderr(STRICT)}"' in page
+    report.main([place, "--out", str(tmp_path / "one"), "--y", f"{STRICT},{FLEXIBLE}", "--filter", f"{STRICT}>=0.1",
+                 "--formats", "png", "--no-html"])  # fmt: skip
+    assert "exact match (strict-match) on gsm8k" in (tmp_path / "one" / "table.md").read_text()
+    found = paired.table(place, [STRICT, FLEXIBLE]).set_index("metric")
+    assert found.difference.to_dict() == pytest.approx({STRICT: -0.3, FLEXIBLE: 0.2})
+    assert found.verdict.to_dict() == {STRICT: "worse", FLEXIBLE: "better"} and found.lost[STRICT] == 30
+    (row,) = [row for row in measured(store.load(place)) if row["method"] == "weight"]
+    row |= {"cell_seconds": 1.0, "decode_speedup": None}
+    assert runner.headline(row).startswith(f"{STRICT} 0.1, {FLEXIBLE} 0.5")
+    assert STRICT in runner.table([row]) and FLEXIBLE in runner.table([row])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        report.main([place, "--y", "gsm8k/exact_match"])
+    assert f"It is there under each of its answer filters. Among them: {STRICT}, {FLEXIBLE}" in capsys.readouterr().err
+
+
+def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clear(tmp_path: Path) -> None:
+    both = written(tmp_path / "both", filtered(), ("exact_match", "exact_match"))
+    with pytest.raises(
+        RequestError, match="have no exact_match,strict-match. Older versions wrote answers under several filters"
+    ):
+        paired.table(both, [STRICT])
+    one = filtered().drop(columns=[FLEXIBLE, columns.stderr(FLEXIBLE)])
+    for row in measured(one):
+        samples = pd.DataFrame({"task": "gsm8k", "document": [str(i) for i in range(100)], "metric": "exact_match",
+                                "value": [float(i < 100 * row[STRICT]) for i in range(100)]})  # fmt: skip
+        store.write(tmp_path / "one", row, {"samples": samples})
+    assert paired.table(tmp_path / "one", [STRICT]).difference.item() == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize(
+    ("found", "first"),
+    [(["a/acc_norm", "a/acc", "a/acc_stderr", "a/f1"], ["a/acc"]), (["a/bleu", "a/ter", "a/bleu_stderr"], ["a/bleu"]),
+     (["a/word_perplexity", "a/token_perplexity"], ["a/token_perplexity"]), (["a/rows_band_x", "b/kl_from_dense"], []),
+     (["a/wer_stderr,x", "a/wer,x", "a/wer,y"], ["a/wer,x", "a/wer,y"])],
+)  # fmt: skip
+def test_the_metric_that_is_read_first(found: list[str], first: list[str]) -> None:
+    assert columns.main_metrics(found) == first

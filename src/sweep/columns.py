@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -122,6 +123,8 @@ LM_EVAL_LOSSES = {
         "_Race_x_SES", "_Race_x_gender", "_Religion", "_SES", "_Sexual_orientation")),
 }  # fmt: skip
 
+_FIRST = ("acc", "f1", "exact_match", "token_perplexity", "word_perplexity", "perplexity")
+
 _HEADER = """# Columns of a row
 
 Made from the schema by `python -m sweep.columns > docs/metrics.md`; a test fails when it is stale.
@@ -170,6 +173,34 @@ def unit(column: str) -> str:
 def metric(column: str) -> str:
     """The metric in a task's column, without the answer filter: `exact_match` of `gsm8k/exact_match,strict-match`."""
     return column.rpartition("/")[2].partition(",")[0]
+
+
+def stderr(column: str) -> str:
+    """The column with the standard error of a metric: `gsm8k/exact_match_stderr,strict-match`."""
+    task, slash, name = column.rpartition("/")
+    plain, comma, answer_filter = name.partition(",")
+    return f"{task}{slash}{plain}_stderr{comma}{answer_filter}"
+
+
+def metrics(names: Iterable[str]) -> list[str]:
+    """The task metrics among the names of columns, without their standard errors."""
+    return [name for name in names if "/" in name and not metric(name).endswith("_stderr")]
+
+
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """Of each task, the metric that a person reads first, under each of its answer filters.
+
+    An accuracy or F1 where a task has one, else its perplexity a token, else the first that lm-eval reports of it.
+    """
+    by_task: dict[str, dict[str, list[str]]] = {}
+    for name in metrics(names):
+        by_task.setdefault(name.partition("/")[0], {}).setdefault(metric(name), []).append(name)
+    chosen: list[str] = []
+    for found in by_task.values():
+        theirs = [name for name in found if "_band_" not in name and name not in OURS]
+        first = next((name for name in (*_FIRST, *theirs) if name in found), None)
+        chosen += found[first] if first else []
+    return chosen
 
 
 def is_loss(column: str, rows: pd.DataFrame | None = None) -> bool:

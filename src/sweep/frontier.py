@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from sweep import knobs
+from sweep import columns, knobs
 
 _WORDS = ["variant", "setting", "version", "machine"]  # which sweep.knobs adds
 # Rows that agree in these differ in the seed alone.
@@ -106,13 +106,14 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """
     rows = rows if "point" in rows else numbered(rows)
     ok = rows[(rows.status == "ok") & rows[x].notna() & rows[y].notna()]
-    bounds = [f"{x}_low", f"{x}_high", f"{y}_stderr", f"{y}_low", f"{y}_high"]
+    error = columns.stderr(y)
+    bounds = [f"{x}_low", f"{x}_high", error, f"{y}_low", f"{y}_high"]
     wanted = pd.DataFrame({"x": ok[x], "y": ok[y]} | {name: ok.get(name, np.nan) for name in bounds}, index=ok.index)
     grouped = wanted.astype(float).groupby(ok.point)
     mean, seeds = grouped.mean(), grouped.size()
     half = pd.Series(student.ppf(0.975, seeds.clip(lower=2) - 1), seeds.index) * grouped.y.std(ddof=1) / np.sqrt(seeds)
-    several, documents = seeds > 1, mean[f"{y}_stderr"].notna()
-    half = half.where(several, 1.96 * mean[f"{y}_stderr"])
+    several, documents = seeds > 1, mean[error].notna()
+    half = half.where(several, 1.96 * mean[error])
     centred = several | documents
     interval = np.select([several, documents, mean[f"{y}_low"].notna()], ["seeds", "documents", "repeats"], "none")
     found = pd.DataFrame({

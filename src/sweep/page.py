@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sweep import plot
-from sweep.columns import is_loss
+from sweep.columns import is_loss, metric, stderr
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
@@ -33,7 +33,7 @@ def render(
     """
     ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
     numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].dtype != bool and ok[c].notna().any()
-               and not c.endswith(("_stderr", "_low", "_high")) and c not in ("seed", "schema_version")]  # fmt: skip
+               and not c.endswith(("_low", "_high")) and not metric(c).endswith("_stderr") and c not in ("seed", "schema_version")]  # fmt: skip
     first = [c for c in [*costs, "sparsity"] if c in numeric]
     data = {
         "columns": _columns(ok),
@@ -44,6 +44,7 @@ def render(
         "labels": {c: plot.label(c) for c in numeric},
         "scales": {c: plot.scale(c) for c in numeric if plot.scale(c) != 1},
         "losses": [c for c in numeric if is_loss(c, ok)],
+        "errors": {c: stderr(c) for c in numeric if stderr(c) in ok},
         "colours": plot.COLOURS,
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True,

@@ -17,8 +17,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
-from sweep import classification, frontier, store
-from sweep.columns import is_loss
+from sweep import classification, columns, frontier, store
 from sweep.config import RequestError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -80,9 +79,14 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def outcomes(samples: pd.DataFrame, cell: str, task: str) -> Outcomes:
-    """A cell's outcomes in a task, one line a document."""
+    """A cell's outcomes in a task, one line a document.
+
+    What older versions wrote twice of a document, under two answer filters that they did not name, is left out.
+    """
     mine = samples[(samples.cell == cell) & (samples.task == task)]
-    return mine.pivot_table(index="document", columns="metric", values="value", aggfunc="first", dropna=False)
+    clear = mine.drop_duplicates(["document", "metric"], keep=False)
+    wide = clear.pivot_table(index="document", columns="metric", values="value", aggfunc="first", dropna=False)
+    return wide if len(clear) == len(mine) else wide.reindex(sorted(set(mine.document)))
 
 
 def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]
         values = (float(x.mean()), float(y.mean()))
         test, of_draws = "bootstrap", lambda draws: (y - x)[draws].mean(1)
     low, high, p = bootstrap(of_draws, len(both))
-    if metric in TRUTHS:
+    if columns.metric(metric) in TRUTHS:
         p, found["gained"], found["lost"] = mcnemar(a[metric], b[metric])
         test = "McNemar"
     return found | {"before": values[0], "after": values[1], "difference": values[1] - values[0], "low": low,
@@ -169,7 +173,8 @@ def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[st
 def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
     """Comparisons of a results folder, one line a pair and metric, with Holm's p-value and a verdict.
 
-    metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`
+    metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`,
+             `gsm8k/exact_match,strict-match`
     pairs    (before, after) names of cells; without them, every pruned cell after its dense one, but for those that a
              newer measuring version has measured again
     Raises RequestError for a metric that a task's examples do not have. A task that no cell ran gives no line.
@@ -187,10 +192,11 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
         for name in metrics:
             task, _, metric = name.partition("/")
             a, b = (outcomes(samples, cell, task) for cell in (before, after))
-            if a.empty or b.empty:
+            if not len(a) or not len(b):
                 continue
             row = rows.loc[after]
             _check(name, a)
+            metric = _written(metric, a)
             lines.append({"before": before, "after": after, "method": row.method, "criterion": row.criterion,
                           "sparsity": row.sparsity, "seed": row.seed, "metric": name}
                          | {f"{k}_value" if k in ("before", "after") else k: v
@@ -199,7 +205,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     if found.empty:
         return found
     found["p_holm"] = holm(found.p)
-    worse = (found.difference > 0) == [is_loss(name, rows) for name in found.metric]
+    worse = (found.difference > 0) == [columns.is_loss(name, rows) for name in found.metric]
     verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
     return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
 
@@ -210,7 +216,8 @@ def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFram
     metric  `task/acc` or another truth. Rows without a dense row of their settings, or without samples, are left out.
     """
     task, _, truth = metric.partition("/")
-    samples = samples[(samples.task == task) & (samples.metric == truth)]
+    samples = samples[(samples.task == task) & samples.metric.isin([truth, columns.metric(truth)])]
+    samples = samples.drop_duplicates(["cell", "document"], keep=False)  # as in outcomes
     answers = {cell: mine.set_index("document").value for cell, mine in samples.groupby("cell")}
     found = rows.set_index("cell")
     turned: dict[str, dict[str, float]] = {}
@@ -222,15 +229,22 @@ def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFram
     return found.join(pd.DataFrame.from_dict(turned, orient="index", columns=["lost", "gained"]), how="inner")
 
 
+def _written(metric: str, found: Outcomes) -> str:
+    """What a task's outcomes call a metric: older versions left the answer filter out."""
+    plain = columns.metric(metric)
+    return plain if metric not in found and plain in found else metric
+
+
 def _check(name: str, found: Outcomes) -> None:
     """Raises RequestError when a task's outcomes lack what a metric is made of."""
     task, _, metric = name.partition("/")
+    metric = _written(metric, found)
     made_of = {"f1_macro": "chosen", "loss": "tokens", "token_perplexity": "tokens"}.get(metric, metric)
     if made_of not in found and not metric.startswith("loss_band_"):
         known = sorted(c for c in found.columns if "_band_" not in c)
         known += [m for m, needs in (("f1_macro", "chosen"), ("loss", "tokens")) if needs in found]
-        raise RequestError(f"{name}: the examples of {task} have no {metric}.{did_you_mean(metric, known)} "
-                           f"They have: {', '.join(known)}")  # fmt: skip
+        near = did_you_mean(metric, known) if known else " Older versions wrote answers under several filters as one."
+        raise RequestError(f"{name}: the examples of {task} have no {metric}.{near} They have: {', '.join(known)}")
 
 
 def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:

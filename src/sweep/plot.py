@@ -79,7 +79,9 @@ def label(column: str) -> str:
     if column in LABELS:
         return LABELS[column]
     task, _, metric = column.partition("/")
-    return f"{metric.replace('_', ' ')} on {task}" if metric else column.replace("_", " ")
+    metric, comma, answer_filter = metric.replace("_", " ").partition(",")
+    metric += f" ({answer_filter})" if comma else ""
+    return f"{metric} on {task}" if metric else column.replace("_", " ")
 
 
 def scale(column: str) -> float:

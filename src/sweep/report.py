@@ -13,15 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from sweep import advice, frontier, knobs, messages, page, paired, plot, published, store, tables
-from sweep.columns import is_loss
+from sweep import advice, columns, frontier, knobs, messages, page, paired, plot, published, store, tables
 from sweep.config import RequestError, did_you_mean
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "=": operator.eq, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
-_PREFERRED = ("acc", "f1", "token_perplexity", "word_perplexity", "perplexity")
 _SAMPLED = 500  # more cells than this, and their tables are not read
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -30,8 +28,8 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 class Wanted:
     """What a report shows; every field is a flag of the command line."""
 
-    x: tuple[str, ...] = ()  # costs; empty = every one that the rows hold
-    y: tuple[str, ...] = ()  # metrics; empty = the main one of each task
+    x: tuple[str, ...] = ()  # costs, also several in one text; empty = every one that the rows hold
+    y: tuple[str, ...] = ()  # metrics, likewise; empty = the main one of each task
     filters: tuple[str, ...] = ()
     facet: str | None = None
     width: str = "column"
@@ -69,7 +67,7 @@ def select(rows: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
     Raises RequestError for an unknown column, a filter that is none, or when no row is left.
     """
     for words in filters:
-        match = re.fullmatch(r"\s*([\w/,.]+?)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*", words)
+        match = re.fullmatch(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*", words)
         if match is None:
             raise RequestError(f"--filter {words!r} must be COLUMN=VALUE[,VALUE], or use !=, <, <=, > or >=")
         name, sign, value = match.groups()
@@ -101,7 +99,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     ok = frontier.numbered(frontier.with_paired_latency(ok))
     if ok.empty:
         raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
-    metrics = [_column(ok, name, "--y") for name in wanted.y] or quality_metrics(ok)
+    metrics = [_column(ok, name, "--y") for name in _split(wanted.y, ok)] or quality_metrics(ok)
     costs = [cost for cost in _costs(ok, wanted.x) if cost != "sparsity"]  # against it all is drawn anyway
     limit = _drop(wanted.max_drop)
     parts = facets(ok, wanted.facet)
@@ -118,7 +116,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     drops = plot.drop_table(ok, metrics)
     files = list(save.files)
     shown = [*metrics, *costs]
-    losses = {column for column in shown if is_loss(column, ok)}
+    losses = {column for column in shown if columns.is_loss(column, ok)}
     failed = tables.failures(rows)
     texts = {
         "table.md": tables.markdown(summary, shown, losses),
@@ -139,12 +137,8 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
 
 
 def quality_metrics(rows: pd.DataFrame) -> list[str]:
-    """The task metrics worth a figure: an accuracy or F1 where a task has one, else its perplexity a token."""
-    found = [c for c in rows.columns if "/" in c and not c.endswith("_stderr") and rows[c].notna().any()]
-    chosen = []
-    for task in dict.fromkeys(c.partition("/")[0] for c in found):
-        chosen += [f"{task}/{metric}" for metric in _PREFERRED if f"{task}/{metric}" in found][:1]
-    return chosen
+    """The task metrics worth a figure, of those that any row has."""
+    return columns.main_metrics(c for c in rows.columns if "/" in c and rows[c].notna().any())
 
 
 def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
@@ -193,7 +187,7 @@ def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFram
 def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, metrics: Sequence[str], out: Path,
            suffix: str, width: str) -> None:  # fmt: skip
     for metric in metrics:
-        if samples is not None and metric.rpartition("/")[2] in paired.TRUTHS:
+        if samples is not None and columns.metric(metric) in paired.TRUTHS:
             turned = paired.flips(rows, samples, metric)
             if len(turned):
                 task = metric.partition("/")[0]
@@ -236,19 +230,34 @@ def _readme(results: Sequence[str], rows: pd.DataFrame, left_out: Sequence[str],
 
 def _costs(rows: pd.DataFrame, asked: Sequence[str]) -> list[str]:
     if asked:
-        columns = [plot.AXES[name] if name in plot.AXES else _column(rows, name, "--x") for name in asked]
-        for name, column in zip(asked, columns, strict=True):
+        found = []
+        for name in _split(asked, [*plot.AXES, *rows]):
+            column = plot.AXES[name] if name in plot.AXES else _column(rows, name, "--x")
             if column not in rows or not rows[column].notna().any():
                 raise RequestError(f"--x {name}: no row has a value of {column}")
-        return columns
+            found.append(column)
+        return found
     known = [plot.AXES[name] for name in _DEFAULT_COSTS]
     return [column for column in known if column in rows and rows[column].notna().any()]
 
 
+def _split(texts: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Names that are separated by commas; a name that is known may have commas of its own (`gsm8k/acc,strict-match`)."""
+    names, known = [], set(known)
+    for text in texts:
+        words = text.split(",")
+        while words:
+            taken = next((n for n in range(len(words), 1, -1) if ",".join(words[:n]) in known), 1)
+            names.append(",".join(words[:taken]))
+            words = words[taken:]
+    return [name for name in names if name]
+
+
 def _column(rows: pd.DataFrame, name: str, flag: str) -> str:
     if name not in rows:
-        shown = ", ".join([c for c in rows.columns if "/" in c and not c.endswith("_stderr")] or rows.columns[:15])
-        near = did_you_mean(name, [*plot.AXES, *rows.columns])
+        filtered = [c for c in rows.columns if c.startswith(f"{name},")]
+        shown = ", ".join(filtered or columns.metrics(rows.columns) or rows.columns[:15])
+        near = " It is there under each of its answer filters." if filtered else did_you_mean(name, [*plot.AXES, *rows])
         raise RequestError(f"{flag} {name}: the rows have no such column.{near} Among them: {shown}")
     return name
 
@@ -294,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.against:
             sys.exit(_compare(options))
         wanted = Wanted(
-            x=_list(options.x), y=_list(options.y), filters=tuple(options.filter), facet=options.facet,
+            x=_given(options.x), y=_given(options.y), filters=tuple(options.filter), facet=options.facet,
             width=options.width, max_drop=options.max_drop, max_ms=options.max_ms,
             max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes), html=not options.no_html,
             formats=_formats(options.formats),
@@ -346,15 +355,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    formats = _list(text)
+    formats = tuple(word for word in text.split(",") if word)
     for name in formats:
         if name not in plot.FORMATS:
             raise RequestError(f"--formats must be among {', '.join(plot.FORMATS)}, comma-separated; got {name!r}")
     return formats
 
 
-def _list(text: str | None) -> tuple[str, ...]:
-    return tuple(word for word in (text or "").split(",") if word)
+def _given(text: str | None) -> tuple[str, ...]:
+    return (text,) if text else ()
 
 
 if __name__ == "__main__":

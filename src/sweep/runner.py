@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sweep import isolate, machine, row, store
+from sweep import columns, isolate, machine, row, store
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Outcome
 from sweep.plan import Plan, Step, check_models
@@ -223,7 +223,6 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _metrics(outcome: dict[str, Any]) -> dict[str, float]:
-    """The task metrics of a row that a person reads first: accuracies and perplexities a token."""
-    return {name: value for name, value in outcome.items()
-            if "/" in name and value is not None and not math.isnan(value)
-            and name.rpartition("/")[2] in ("acc", "token_perplexity", "f1", "exact_match")}  # fmt: skip
+    """The task metrics of a row that a person reads first."""
+    measured = [name for name, value in outcome.items() if "/" in name and value is not None and not math.isnan(value)]
+    return {name: outcome[name] for name in columns.main_metrics(measured)}
