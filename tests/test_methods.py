@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -10,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import methods, models, select, unit_statistics
-from sweep.config import Dense, Neuron, Weight
+from sweep import config, methods, models, select, unit_statistics, weights
+from sweep.config import FAMILIES, GROUPS, Dense, Head, Layer, Method, Neuron, RequestError, Vocab, Weight
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -148,3 +150,36 @@ def test_nan_weights_are_named_with_their_layer() -> None:
         linear.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"{name}: 1 of .* weights are NaN or infinite"):
         methods.prune(model, Weight("weight"), 0.5, None)
+
+
+NAMES = [(kind, name) for kind in {**FAMILIES, **GROUPS}.values() for name in config._choices(kind) if name != "family"]
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMES, ids=lambda v: getattr(v, "__name__", v))
+def test_a_name_that_is_not_listed_is_refused_however_it_is_asked_for(kind: type, name: str) -> None:
+    needed: dict[type, dict] = {
+        config.Model: {"name": "m", "source": "local"},
+        Weight: {"family": "weight"},
+        Vocab: {"family": "vocab"},
+    }
+    with pytest.raises(RequestError, match=f"{name} must be one of .*; got 'unheard'"):
+        kind(**{**needed.get(kind, {}), name: "unheard"})
+
+
+@pytest.mark.parametrize("method", [Weight("weight"), Weight("weight", allocation="global"), Neuron(), Head(), Layer(), Vocab("vocab")],
+                         ids=lambda m: f"{m.family} {getattr(m, 'allocation', '')}")  # fmt: skip
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_criterion_that_no_function_scores_is_an_error(
+    method: Method, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was listed and then forgotten: never another criterion's scores, whether it reads text or not."""
+    monkeypatch.setattr(config, "_choices", lambda kind: {})
+    method = replace(method, criterion="forgotten")
+    if reads:
+        monkeypatch.setattr(weights, "CALIBRATED", weights.CALIBRATED | {"forgotten"})
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokenizer = SimpleNamespace(unk_token_id=0, eos_token_id=0, all_special_ids=[0])
+    with pytest.raises(ValueError, match="method.criterion=forgotten scores no .*: it needs its line in"):
+        methods.prune(model, method, 0.5, random_tokens(), tokenizer=tokenizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -6,6 +6,7 @@ A wrong request is refused here, before anything is loaded. Messages name the ke
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
@@ -32,8 +33,35 @@ def _at_least(minimum: float, **kwargs: Any) -> Any:
     return field(metadata={"minimum": minimum}, **kwargs)
 
 
+class _Named:
+    """Settings whose names are among the declared ones however they are made: whoever dispatches on one need not ask."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _choices(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in choices:
+                raise RequestError(_not_among(name, value, choices))
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[str, ...]]:
+    """The names that each field may have; fields that may be any text are left out."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        choices = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
+        if choices and str not in kinds:
+            (found[name],) = choices
+    return found
+
+
+def _not_among(where: str, value: Any, choices: Iterable[Any]) -> str:
+    allowed = [str(choice) for choice in choices]
+    return f"{where} must be one of {', '.join(allowed)}; got {value!r}.{did_you_mean(str(value), allowed)}"
+
+
 @dataclass(frozen=True)
-class Model:
+class Model(_Named):
     name: str  # shown in rows; for source=hub the repository that is loaded
     source: Literal["gguf", "hub", "local"]
     path: str | None = None  # the GGUF file or the checkpoint folder
@@ -44,7 +72,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Named):
     family: Literal["dense"] = "dense"
 
 
@@ -53,7 +81,7 @@ WEIGHT_CRITERIA: tuple[str, ...] = typing.get_args(WeightCriterion)
 
 
 @dataclass(frozen=True)
-class Weight:
+class Weight(_Named):
     family: Literal["weight"]
     criterion: WeightCriterion = "magnitude"
     scope: Literal["matrix", "row", "global"] | None = None  # what weights compete within; None = as in the paper
@@ -90,7 +118,7 @@ Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
 
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(_Named):
     """How criterion=drop measures: what a metric loses when a unit is removed. Read by no other criterion."""
 
     metric: Metric = "loss"
@@ -135,7 +163,7 @@ class Layer(Drop):
 
 
 @dataclass(frozen=True)
-class Vocab:
+class Vocab(_Named):
     family: Literal["vocab"] = "vocab"
     criterion: Literal["random", "frequency"] = "frequency"
 
@@ -205,7 +233,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(_Named):
     name: Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"] = "dense"
     kernel: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"] = "auto"  # of bitmap
     fallback: bool = False  # of bitmap and semi_structured: whether a slow substitute may run where they cannot
@@ -222,7 +250,7 @@ GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(_Named):
     """One fully resolved configuration; gives one row."""
 
     model: Model
@@ -252,7 +280,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(_Named):
     """How a sweep is run; nothing here changes a number, so nothing here is part of a cell's identity."""
 
     results: str = "results"
@@ -566,8 +594,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, hint, where)
     if origin is Literal:
         if value not in args:
-            allowed = ", ".join(map(str, args))
-            raise RequestError(f"{where} must be one of {allowed}; got {value!r}.{did_you_mean(str(value), args)}")
+            raise RequestError(_not_among(where, value, args))
         return value
     if is_dataclass(hint):
         if not isinstance(value, Mapping):

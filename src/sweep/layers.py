@@ -75,13 +75,18 @@ def _scores(
 ) -> Tensor:
     """(wanted,) float, higher = keep: of the blocks in these places."""
     blocks = models.blocks(model)
-    if method.criterion == "random":
-        return unit_scores.random(len(blocks), generator)[wanted]
-    if method.criterion == "drop":
-        return _drops(model, drop.probe(method, tokens, tokenizer), method, wanted)
-    assert tokens is not None
-    cosines = share("block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)})
-    return block_influence(cosines["cosines"].cpu())[wanted]
+    match method.criterion:
+        case "random":
+            return unit_scores.random(len(blocks), generator)[wanted]
+        case "drop":
+            return _drops(model, drop.probe(method, tokens, tokenizer), method, wanted)
+        case "block_influence":
+            assert tokens is not None
+            found = share(
+                "block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)}
+            )
+            return block_influence(found["cosines"].cpu())[wanted]
+    raise ValueError(f"method.criterion={method.criterion} scores no blocks: it needs its line in layers.py")
 
 
 @torch.inference_mode()

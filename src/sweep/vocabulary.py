@@ -47,9 +47,11 @@ def prune(
                            f"use at most {1 - len(protected) / size:.4f}")  # fmt: skip
     if method.criterion == "random":
         scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
-    else:
+    elif method.criterion == "frequency":
         assert tokens is not None
         scores = frequency(torch.bincount(tokens.flatten(), minlength=size)[:size], _zipf(tokenizer, size)).double()
+    else:
+        raise ValueError(f"method.criterion={method.criterion} scores no tokens: it needs its line in vocabulary.py")
     scores[sorted(protected)] = torch.inf
     kept = select.lowest(scores, drop).nonzero().squeeze(1)
     parameters = sum(p.numel() for p in model.parameters())

@@ -25,7 +25,11 @@ from sweep.outcome import Outcome
 
 log = logging.getLogger(__name__)
 
-FROM_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"wanda": scores.wanda, "ria": scores.ria}
+FROM_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "wanda": scores.wanda,
+    "ria": scores.ria,
+    **dict.fromkeys(REBUILDING, scores.wanda),  # of matrices among each other; within one they say themselves
+}
 REBUILDS = {"sparsegpt": rebuild.sparsegpt, "alps": rebuild.alps}
 Weights = dict[str, Tensor]
 
@@ -60,13 +64,18 @@ class Job:
 
         norm  (in,) of each feature that it reads
         """
-        if self.method.criterion == "random":
+        criterion = self.method.criterion
+        if criterion == "random":
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             importance = scores.random(weight, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
-        elif norm is None:
+        elif criterion == "magnitude" or (criterion in FROM_INPUTS and norm is None):
             importance = scores.magnitude(weight)
+        elif criterion in FROM_INPUTS and norm is not None:
+            importance = FROM_INPUTS[criterion](weight, norm.to(weight.device))
         else:
-            importance = FROM_INPUTS.get(self.method.criterion, scores.wanda)(weight, norm.to(weight.device))
+            raise ValueError(
+                f"method.criterion={criterion} scores no matrix by what it reads: it needs its line in weights.py"
+            )
         return self.marked(weight, importance)
 
     def marked(self, weight: Tensor, importance: Tensor) -> Tensor:
