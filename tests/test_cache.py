@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sweep import cache
+from sweep import cache, locks
 from sweep.config import RequestError
 
 
@@ -85,6 +85,46 @@ def test_damaged_entries_are_found_and_removed(cache_folder: Path, capsys: pytes
     output = capsys.readouterr().out
     assert "a/changed: data has changed; removed" in output and "2 of 3 entries were damaged" in output
     assert good.is_dir() and not changed.exists() and not short.exists()
+
+
+def test_what_a_killed_maker_has_left_is_seen_and_goes_when_it_is_old(
+    cache_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    code = ("import os; from pathlib import Path; from sweep import cache\n"
+            "cache.entry('kind', 'key', lambda f: ((f / 'half').write_bytes(bytes(3_000_000)), os._exit(9)))")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    (left,) = [path for path in (cache_folder / "kind").iterdir() if path.is_dir()]
+    (cache_folder / "kind" / "stray.npy").write_bytes(bytes(500))  # a file that is no entry
+    for arguments, expected in ((["list"], 0), (["verify"], 0), (["prune"], 0)):
+        with pytest.raises(SystemExit, match=str(expected)):
+            cache.main(arguments)
+    output = capsys.readouterr().out
+    assert "3.0 MB in" in output and "0 of 0 entries were damaged" in output
+    assert left.is_dir()  # it may be at work
+    for path in (*left.iterdir(), left, cache_folder / "kind" / "stray.npy"):
+        os.utime(path, (time.time() - 4000,) * 2)
+    with locks.lock(cache_folder / "kind" / ".key.lock"):
+        busy = subprocess.run([sys.executable, "-m", "sweep.cache", "prune"], capture_output=True, text=True)
+    assert "removed 1 entries" in busy.stdout and left.is_dir()  # it is at work, though slowly
+    assert [entry.size for entry in cache.prune(0)] == [3_000_000] and not left.exists()
+
+
+def test_a_resumable_maker_goes_on_where_the_last_one_ended(cache_folder: Path) -> None:
+    seen: list[list[str]] = []
+
+    def make(folder: Path) -> None:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        cache.write(folder / f"part{len(seen)}", lambda file: file.write(b"done"))
+        if len(seen) < 3:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cache.entry("kind", "key", make, resumable=True)
+        assert cache.entries() == []
+    path = cache.entry("kind", "key", make, resumable=True)
+    assert seen == [[], ["part1"], ["part1", "part2"]]
+    assert cache.damage(path) is None and (path / "part3").read_bytes() == b"done"
 
 
 def test_the_command_line_lists_and_prunes(cache_folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import drop, methods, models, unit_requests, units
+from sweep import cache, drop, methods, models, unit_requests, units
 from sweep.config import Drop, Head, Layer, Neuron, RequestError
 
 
@@ -164,6 +168,72 @@ def test_an_interrupted_measurement_goes_on(cache_folder: object, monkeypatch: p
     before = len(counted)
     drop.likelihoods(model, probe, [ablation])
     assert counted[before:] == [1, 2, 2, 2, 2]  # other weights, other measurement
+
+
+@pytest.mark.parametrize("nth", range(10))
+def test_a_measurement_that_is_killed_counts_nothing_that_it_did_not_measure(cache_folder: Path, nth: int) -> None:
+    """Killed at the nth thing that it asks of the system from its first look at the cache on."""
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
+    ablations = [
+        drop.Ablation(p.block, p.output, list(torch.arange(8).view(-1, 1))) for p in units.parts(model, Neuron())
+    ]
+    child = os.fork()
+    if not child:
+        asked: list[str] = []
+
+        def kill(event: str, arguments: tuple) -> None:
+            if asked or any("drops/" in str(argument) for argument in arguments):
+                asked.append(event)
+            if len(asked) > 4 * nth + 1:
+                os._exit(9)
+
+        sys.addaudithook(kill)
+        drop.likelihoods(model, probe, ablations)
+        os._exit(0)
+    os.waitpid(child, 0)
+    _, found = drop.likelihoods(model, probe, ablations)
+    _, expected = drop.likelihoods(model, probe, ablations, resume=False)
+    np.testing.assert_array_equal(found, expected)
+    left = [path.name for path in (cache_folder / "drops").iterdir() if not path.name.endswith(".lock")]
+    assert len(left) == 2 and all(cache.damage(entry.path) is None for entry in cache.entries())
+
+
+def test_a_measurement_that_is_saved_now_and_then_loses_little(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
+    ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
+    monkeypatch.setattr(drop, "TOKENS_AT_ONCE", 48)  # two units at a time
+    monkeypatch.setattr(drop, "_SAVED_EVERY", 0.0)
+    measured, original = list[int](), drop.Resumed.ablated
+
+    def ablated(self: drop.Resumed, ablation: drop.Ablation, wanted: Sequence[int], stop: int = 6) -> Iterator:
+        for indices, values in original(self, ablation, wanted):
+            measured.extend(indices)
+            yield indices, values
+            if len(measured) == stop:
+                os._exit(9)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(drop.Resumed, "ablated", ablated)
+        drop.likelihoods(model, probe, [ablation])
+    os.waitpid(child, 0)
+    monkeypatch.setattr(drop.Resumed, "ablated", functools.partialmethod(ablated, stop=-1))
+    drop.likelihoods(model, probe, [ablation])
+    assert measured == [6, 7]
+
+
+def test_a_damaged_part_is_measured_again(cache_folder: Path) -> None:
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
+    ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
+    _, expected = drop.likelihoods(model, probe, [ablation])
+    (whole,) = cache.entries()
+    part = whole.path.with_name(f".{whole.path.name}.part")
+    for damaged in (b"", (whole.path / "measured.npz").read_bytes()[:-9], bytes(100)):
+        whole.path.rename(part)
+        (part / "measured.npz").write_bytes(damaged)
+        np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
 
 
 def test_answers_that_begin_alike_share_a_row() -> None:

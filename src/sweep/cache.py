@@ -2,8 +2,8 @@
 
 `SWEEP_CACHE` names the folder; without it, the platform's user cache. An entry is a folder named by what it was made
 from. It appears by one rename when it is complete, so that a reader never sees half of one, and a lock lets one
-process make it while the others wait. Together entries take at most `SWEEP_CACHE_LIMIT` (100GB): what was used
-longest ago goes first, and nothing that was used in the last hour.
+process make it while the others wait. Together entries, and what interrupted makers have left, take at most
+`SWEEP_CACHE_LIMIT` (100GB): what was used longest ago goes first, and nothing that was used in the last hour.
 
     python -m sweep.cache list | verify | prune [--limit 20GB]
 """
@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import platformdirs
 from tabulate import tabulate
 
 from sweep.config import RequestError, byte_size
-from sweep.locks import lock
+from sweep.locks import is_held, lock
 
 _MANIFEST = ".sweep-entry.json"  # of each file its size and SHA-256, written when the entry was complete
 _IN_USE = 3600.0  # seconds after its last use in which an entry may still be being read
@@ -44,6 +45,10 @@ class Entry:
     def name(self) -> str:
         return f"{self.path.parent.name}/{self.path.name}"
 
+    @property
+    def is_whole(self) -> bool:
+        return self.path.is_dir() and not self.path.name.startswith(".")
+
 
 def folder() -> Path:
     """The cache folder, made if need be."""
@@ -52,50 +57,77 @@ def folder() -> Path:
     return path
 
 
-def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+def entry(kind: str, key: str, make: Callable[[Path], object], *, resumable: bool = False) -> Path:
     """The folder `kind/key`; `make(folder)` fills it when it is not there yet.
 
     kind, key  folder names; `key` must change with everything that changes the content
-    make       fills an empty folder; an exception leaves no entry behind
+    make       fills a folder; an exception leaves no entry behind
+    resumable  what an interrupted `make` has left is in the folder of the next, which must know whole files from parts:
+               those that `write` has written are whole
     """
     path = folder() / kind / key
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(f".{key}.lock")):
             if not path.is_dir():  # else made by another process while this one waited
-                half = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=path.parent))
+                half = path.with_name(f".{key}.part") if resumable else None
+                half = half or Path(tempfile.mkdtemp(prefix=f".{key}.", dir=path.parent))
+                half.mkdir(exist_ok=True)
                 try:
                     make(half)
                     (half / _MANIFEST).write_text(json.dumps(_contents(half)))
                     half.rename(path)
                 finally:
-                    shutil.rmtree(half, ignore_errors=True)
+                    if not resumable:
+                        shutil.rmtree(half, ignore_errors=True)
         prune(byte_size("SWEEP_CACHE_LIMIT", os.environ.get("SWEEP_CACHE_LIMIT") or _DEFAULT_LIMIT))
     with contextlib.suppress(OSError):  # a cache that others own can be read all the same
         os.utime(path)  # used just now
     return path
 
 
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """A file in place of an earlier one, so that whoever looks at any moment sees one of the two, whole."""
+    half = path.with_name(f".{path.name}.tmp")
+    with half.open("wb") as handle:
+        fill(handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    half.replace(path)
+
+
 def entries() -> list[Entry]:
     """All entries, the longest unused first."""
+    return [found for found in _everything() if found.is_whole]
+
+
+def _everything() -> list[Entry]:
+    """Entries, what interrupted makers have left, and files that are none; the longest unused first."""
     found = []
-    for path in folder().glob("*/[!.]*"):
-        with contextlib.suppress(FileNotFoundError):  # removed by another process in this moment
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Entry(path, size, path.stat().st_mtime))
+    for path in folder().glob("*/*"):
+        if path.name.endswith(".lock"):
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed by another process in this moment
+            files = [file.stat() for file in (path, *path.rglob("*")) if file.is_file()]
+            used = path.stat().st_mtime
+            if path.name.startswith("."):  # nobody says when it was used, but when it was written to
+                used = max([used, *(file.st_mtime for file in files)])
+            found.append(Entry(path, sum(file.st_size for file in files), used))
     return sorted(found, key=lambda e: e.used)
 
 
 def prune(limit: int) -> list[Entry]:
-    """Remove the longest unused entries until the rest takes at most `limit` bytes; returns what was removed.
+    """Remove the longest unused entries and remains until the rest takes at most `limit` bytes; returns what was removed.
 
-    Entries that were used in the last hour stay: a cell may be reading them.
+    What was used or written to in the last hour stays: a cell may be reading it, or making it.
     """
-    kept, removed = entries(), []
+    kept, removed = _everything(), []
     excess = sum(e.size for e in kept) - limit
     for found in kept:
         if excess <= 0 or time.time() - found.used < _IN_USE:
             break
+        if not found.is_whole and (not found.size or is_held(found.path.with_suffix(".lock"))):
+            continue  # it is being made
         discard(found.path)
         removed.append(found)
         excess -= found.size
@@ -155,10 +187,10 @@ def main(arguments: list[str] | None = None) -> None:
         case "list":
             lines = [
                 (e.name, f"{e.size / 1e6:.1f}", time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used)))
-                for e in entries()
+                for e in _everything()
             ]
             print(tabulate(lines, headers=["entry", "MB", "last used"], disable_numparse=True))
-            print(f"{sum(e.size for e in entries()) / 1e6:.1f} MB in {folder()}")
+            print(f"{sum(e.size for e in _everything()) / 1e6:.1f} MB in {folder()}")
         case "verify":
             for found in entries():
                 if problem := damage(found.path):

@@ -13,11 +13,17 @@ answer of a question). An option's log-likelihood is the sum over its scored tok
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
+import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import cache, models, normaliser, text
+from sweep import cache, identity, models, normaliser, text
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
@@ -35,6 +41,8 @@ from sweep.unit_statistics import BATCH, activations_differentiable, first_tenso
 log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 1024  # C * R * T in one pass through the later blocks
+_TABLE = "measured.npz"  # of a block, in the cache
+_SAVED_EVERY = 10.0  # seconds; what a killed measurement loses at most
 TOLERANCE = 1e-4  # nats: the most that a position's log-normaliser may be off, by proof; by experience a hundredth
 PAYS = 2  # sparing the head costs as much as d heads: so many times d units and it pays
 EXPANSION_BYTES = 2**30  # of covariances, (d, d) a position; the head is not spared at further positions
@@ -217,24 +225,60 @@ def likelihoods(
         if not np.allclose(base, again, rtol=1e-4, atol=1e-3):
             raise RuntimeError(f"going on from block 0 gives log-likelihoods that differ by up to "
                                f"{np.abs(base - again).max():.3g} nats from those of {type(model).__name__}")  # fmt: skip
-        key = _key(model, probe) if resume else ""
+        key = _key(model, probe) if resume else []
         if spare_head is None:  # by all units, not by those that an interrupted run left: it must go on as it began
             spare_head = sum(len(a.columns) for a in ablations) > PAYS * run.head.weight.shape[1]
         depth = len(run.blocks)
         work = sum((depth - a.block) * len(a.columns) for a in ablations)
-        found = []
+        found, done = [], 0
         with tqdm(total=work, desc="measuring drops", unit="block", leave=False) as bar:
             for ablation in ablations:
-                store = _Partial(key, ablation, len(probe.options)) if resume else _Unkept(ablation, len(probe.options))
-                missing = store.missing()
-                if spare_head and missing:
-                    run.spare_head()
-                bar.update((depth - ablation.block) * (len(ablation.columns) - len(missing)))
-                for indices, values in run.ablated(ablation, missing):
-                    store.put(indices, values)
-                    bar.update((depth - ablation.block) * len(indices))
-                found.append(store.values())
+                measure = functools.partial(_measure, run, ablation, bar=bar, spare_head=spare_head)
+                if resume:
+                    name = text.fingerprint([*key, spare_head, ablation.block, [c.tolist() for c in ablation.columns]])
+                    folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)  # noqa: B023
+                    found.append(_begun(folder / _TABLE, (len(ablation.columns), len(probe.options))))
+                else:
+                    found.append(measure(None))
+                done += (depth - ablation.block) * len(ablation.columns)
+                bar.update(done - bar.n)  # what lay in the cache
         return base, found
+
+
+def _measure(run: Resumed, ablation: Ablation, file: Path | None, *, bar: Any, spare_head: bool) -> np.ndarray:
+    """(units, O) log-likelihoods with one unit left out; what `file` holds of them is measured, and the rest goes there."""
+    table = _begun(file, (len(ablation.columns), len(run.probe.options)))
+    missing = np.flatnonzero(np.isnan(table).any(1)).tolist()
+    if spare_head and missing:
+        run.spare_head()
+    cost = len(run.blocks) - ablation.block
+    bar.update(cost * (len(table) - len(missing)))
+    saved = time.monotonic()
+    try:
+        for indices, values in run.ablated(ablation, missing):
+            table[indices] = values
+            bar.update(cost * len(indices))
+            if file is not None and time.monotonic() > saved + _SAVED_EVERY:
+                _save(file, table)
+                saved = time.monotonic()
+    finally:
+        if file is not None:
+            _save(file, table)
+    return table
+
+
+def _begun(file: Path | None, shape: tuple[int, int]) -> np.ndarray:
+    """What is measured of a table (units, O), NaN where nothing is: nothing of a file that is not there or damaged."""
+    damage = (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+    if file is not None:
+        with contextlib.suppress(*damage), np.load(file) as stored:  # which compares checksums
+            if stored["log_likelihoods"].shape == shape:
+                return stored["log_likelihoods"]
+    return np.full(shape, np.nan)
+
+
+def _save(file: Path, table: np.ndarray) -> None:
+    cache.write(file, lambda handle: np.savez(handle, log_likelihoods=table))
 
 
 def first_order(model: PreTrainedModel, probe: Probe, outputs: Sequence[models.Linear]) -> list[Tensor]:
@@ -462,47 +506,11 @@ def _skipped_after(blocks: Sequence[nn.Module], last: int) -> Iterator[None]:
             del block.forward
 
 
-class _Unkept:
-    """Measured values of one block's units, in memory."""
-
-    def __init__(self, ablation: Ablation, options: int) -> None:
-        self.table = np.full((len(ablation.columns), options), np.nan)
-
-    def missing(self) -> list[int]:
-        return np.flatnonzero(np.isnan(self.table).any(1)).tolist()
-
-    def put(self, indices: Sequence[int], values: np.ndarray) -> None:
-        self.table[indices] = values
-
-    def values(self) -> np.ndarray:
-        return np.array(self.table)
-
-
-class _Partial(_Unkept):
-    """The same, in a file of the cache: an interrupted measurement goes on where it stopped."""
-
-    def __init__(self, key: str, ablation: Ablation, options: int) -> None:
-        digest = hashlib.sha256(f"{key} {ablation.block}".encode())
-        for columns in ablation.columns:
-            digest.update(columns.numpy().tobytes() + b";")
-        path = cache.folder() / "drops" / f"{digest.hexdigest()[:32]}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self.table = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            self.table = np.lib.format.open_memmap(path, mode="w+", dtype=float, shape=(len(ablation.columns), options))
-            self.table[:] = np.nan
-
-    def put(self, indices: Sequence[int], values: np.ndarray) -> None:
-        super().put(indices, values)
-        self.table.flush()  # type: ignore[attr-defined]
-
-
-def _key(model: PreTrainedModel, probe: Probe) -> str:
-    """A hash of the weights and of what is read: other content, other measurement."""
+def _key(model: PreTrainedModel, probe: Probe) -> list[Any]:
+    """Of the weights, of what is read, and of what computes: other content, other measurement."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     for tensor in (probe.rows, probe.places, probe.reads):
         digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+    return [digest.hexdigest(), str(model.device), torch.get_num_threads(), *identity.code()]

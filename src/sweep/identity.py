@@ -53,8 +53,15 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
 
 def arithmetic(cell: Cell) -> list[Any]:
     """What decides, beside model and text, what a computation gives to the last digit: for the keys of caches."""
-    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy")]
-    return [cell.dtype, cell.device, cell.threads, libraries, MEASURING_VERSION]
+    return [cell.dtype, cell.device, cell.threads, *code()]
+
+
+def code() -> list[Any]:
+    """The part of it that is code."""
+    return [
+        MEASURING_VERSION,
+        *(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy")),
+    ]
 
 
 def _content(cell: Cell) -> dict[str, Any]:

@@ -51,6 +51,19 @@ def lock(path: Path, *, shared: bool = False) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_UN)
 
 
+def is_held(path: Path) -> bool:
+    """Whether another holds `path` exclusively; False where there is no such file, or no locks."""
+    try:
+        with path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (*_NO_LOCKS, errno.ENOENT):
+            raise
+    return False
+
+
 def _take(handle: IO[str], how: int) -> None:
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
