@@ -100,7 +100,10 @@ def test_parts_of_every_family_are_found(family: str) -> None:
 def test_an_unlisted_family_is_said_to_be_unlisted() -> None:
     model = tiny_model("llama")
     model.config.model_type = "novel"
-    with pytest.raises(RequestError, match="the parts of a 'novel' block are not known: add a line to ARCHITECTURES"):
+    with pytest.raises(
+        RequestError,
+        match="the parts of a 'novel' block are not known: use .method=weight, which needs none, or add a line to ARCHITECTURES",
+    ):
         models.ffns(model)
     assert len(models.linears(model)) == 14  # weight pruning needs no table
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
 from sweep import (
@@ -27,7 +30,7 @@ from sweep import (
     units,
     vocabulary,
 )
-from sweep.config import PROXIES, Head, Layer, Neuron, RequestError, Vocab
+from sweep.config import PROXIES, Cell, Head, Layer, Neuron, RequestError, Vocab
 from sweep.unit_scores import Statistics
 
 
@@ -327,6 +330,64 @@ def test_a_request_that_no_such_model_can_meet_is_refused(
     })  # fmt: skip
     with pytest.raises(RequestError, match=message):
         unit_requests.check(cell)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "method", "sparsity", "message"),
+    [
+        ("llama", {"num_key_value_heads": 1}, {"family": "head"}, 0.5,
+         "0 of 2|1 of 2 key-value groups kept, 2 needed.: choose another method, or method.unit=query, which removes a query head"),
+        ("llama", {}, {"family": "head"}, 0.9, "use at most 0.5000, or method.unit=query"),
+        ("gpt2", {}, {"family": "head"}, 0.9, "4 needed.: use at most 0.5000$|2 needed.: use at most 0.7500$"),
+        ("gpt2", {}, {"family": "head", "unit": "query", "sparsity_of": "units"}, 0.9, "2 needed.: use at most 0.7500$"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_a_way_out_that_is_one(
+    family: str, sizes: dict, method: dict, sparsity: float, message: str, tmp_path: Path
+) -> None:
+    """Before anything is loaded, and from Python; what it says is possible is, and a little more is not."""
+    model = tiny_model(family)
+    for name, value in sizes.items():
+        setattr(model.config, name, value)
+    model = AutoModelForCausalLM.from_config(model.config)
+    model.config.save_pretrained(tmp_path)
+
+    def asked(sparsity: float, **more: str) -> tuple[Cell, Head]:
+        composed = {
+            "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method | more | {"criterion": "l2"},
+            "sparsity": sparsity, "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {},
+            "execution": {},
+        }  # fmt: skip
+        cell, _ = config.parse(composed)
+        assert isinstance(cell.method, Head)
+        return cell, cell.method
+
+    with pytest.raises(RequestError, match=message) as refusal:
+        unit_requests.check(asked(sparsity)[0])
+    with pytest.raises(RequestError, match="leaves a block without a head: ") as from_python:
+        units.prune(model, asked(sparsity)[1], sparsity, None)
+    for said in (str(refusal.value), str(from_python.value)):
+        if found := re.search(r"use at most (0.\d+)", said):
+            most = float(found[1])
+            unit_requests.check(asked(most)[0])
+            assert units.prune(copy.deepcopy(model), asked(most)[1], most, None).sparsity == pytest.approx(most)
+        assert ("method.unit=query" in said) == (family == "llama")
+    if family == "llama":
+        other, method_by_query = asked(0.3, unit="query")
+        unit_requests.check(other)
+        assert units.prune(model, method_by_query, 0.3, None).removed > 0
+
+
+@pytest.mark.parametrize("multiple_of", [1, 5])
+def test_the_most_that_is_possible_is_named_exactly(multiple_of: int) -> None:
+    method = Neuron(criterion="l2", multiple_of=multiple_of)
+    with pytest.raises(RequestError, match="leaves a block without a neuron: use at most") as refusal:
+        units.prune(tiny_model("llama"), method, 0.99, None)
+    most = float(re.search(r"0\.\d+", str(refusal.value).split("at most")[1])[0])
+    assert most == math.floor((24 - multiple_of) / 24 * 10_000) / 10_000
+    model = tiny_model("llama")
+    units.prune(model, method, most, None)
+    assert [ffn.width for ffn in models.ffns(model)] == [multiple_of, multiple_of]
 
 
 def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

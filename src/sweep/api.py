@@ -65,7 +65,7 @@ def prune(
     if isinstance(asked, Weight):
         return weights.prune(model, asked, sparsity, tokens, seed=seed, sequential=sequential, device=device)
     if device is not None:
-        raise RequestError(f"device is read by weight methods only, not by method={method}")
+        raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
     outcome = methods.prune(model, asked, sparsity, tokens, seed=seed, tokenizer=tokenizer)
     shrunk.save_pretrained_as_sweep(model)
     return outcome

@@ -79,7 +79,8 @@ def resolve(cell: Cell, part: Share = Share()) -> Cell:
         device = ("cuda" if part.has_gpu else "cpu") if cell.device == "auto" else cell.device
         return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or part.threads)
     if cell.threads is not None and cell.threads > cores():
-        raise RequestError(f"threads={cell.threads} is more than the {cores()} that this process may use")
+        raise RequestError(f"threads={cell.threads} is more than the {cores()} that this process may use: use at most as many, or null "
+                           "for all")  # fmt: skip
     device = _device(cell.device)
     workers = max(part.workers, len(gpus()) if device == "cuda" else 1)
     threads = cell.threads or part.threads or max(1, cores() // workers)

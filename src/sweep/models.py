@@ -268,8 +268,8 @@ def architecture(model: PreTrainedModel) -> Architecture:
     """Where the parts of a block are. Raises RequestError for a model type that is not listed."""
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
-        raise RequestError(f"the parts of a '{kind}' block are not known: add a line to ARCHITECTURES in "
-                           f"sweep/models.py. Known: {', '.join(ARCHITECTURES)}")  # fmt: skip
+        raise RequestError(f"the parts of a '{kind}' block are not known: use +method=weight, which needs none, or add a "
+                           f"line to ARCHITECTURES in sweep/models.py. Known: {', '.join(ARCHITECTURES)}")  # fmt: skip
     return ARCHITECTURES[kind]
 
 

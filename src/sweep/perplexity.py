@@ -33,7 +33,8 @@ def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str
         return {}
     longest = sources.shape(model).get("max_position_embeddings")
     if longest and settings.seqlen > longest:
-        raise RequestError(f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}")
+        raise RequestError(f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}: "
+                           f"use at most {longest}")  # fmt: skip
     source = settings.source
     found = text.facts(source, lambda: joined(source, data_root), "perplexity", data_root).fingerprint
     return {f"perplexity:{name(settings)}": f"{source}:{found}" if source in hub.EVALUATED else found}
@@ -73,7 +74,7 @@ def measure(
         count = min(count, _C4_WINDOWS)
     if not count:
         raise RequestError(f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
-                           f"perplexity.seqlen={settings.seqlen}")  # fmt: skip
+                           f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text")  # fmt: skip
     count = min(count, settings.windows or count)
     windows = [stream[i * settings.seqlen : (i + 1) * settings.seqlen] for i in range(count)]
     scored = scorer.score(model, [(window, settings.seqlen - 1) for window in windows],

@@ -153,7 +153,7 @@ def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
     blocks = shape.get("num_hidden_layers") or shape.get("n_layer")
     if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
         raise RequestError(
-            f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks"
+            f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks: give one for each"
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sweep import sources, text
 from sweep.config import Cell, Drop, Head, Layer, Neuron, RequestError
 
+QUERY = "method.unit=query, which removes a query head of every key-value group"
 HIGHER_IS_WORSE = {"loss", "perplexity"}  # of the metrics whose drop is measured
 # Tasks on which a drop can be measured: the prompt, the answers and the right one of a document.
 QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {  # prompt, answers, the right one
@@ -57,9 +59,12 @@ def check(cell: Cell) -> None:
         return
     heads = _first(shape, "num_attention_heads", "n_head")
     groups = _first(shape, "num_key_value_heads") or heads
-    if heads and method.unit == "group":
-        _check_parts(cell, method.scope, "a block without a head", blocks, groups, 1, "key-value groups")
-    elif heads and method.sparsity_of == "units":
+    if not heads:
+        return
+    if method.unit == "group" or groups == heads:
+        instead = QUERY if heads > groups else None
+        _check_parts(cell, method.scope, "a block without a head", blocks, groups, 1, "key-value groups", instead)
+    elif method.sparsity_of == "units":
         _check_parts(cell, method.scope, "a key-value group without a head", blocks, heads, groups, "heads")
 
 
@@ -80,7 +85,8 @@ def check_drop(method: Drop) -> None:
                            f"{known}, or null for the calibration text")  # fmt: skip
     available = text.EMBEDDED[method.task]()
     if method.documents is not None and method.documents > len(available):
-        raise RequestError(f"method.documents={method.documents} is more than the {len(available)} of {method.task}")
+        raise RequestError(f"method.documents={method.documents} is more than the {len(available)} of {method.task}: "
+                           "use fewer, or null for all")  # fmt: skip
     check_classes(method.task, [QUESTIONS[method.task](d)[2] for d in available[-(method.documents or 0) :]])
 
 
@@ -91,18 +97,27 @@ def check_classes(task: str, truth: Sequence[int]) -> None:
                            "accuracy any constant answer reaches: raise method.documents")  # fmt: skip
 
 
-def _check_parts(cell: Cell, scope: str, left: str, blocks: int, units: int, bundle: int, noun: str) -> None:
+def at_most(sparsity: float) -> str:
+    """The advice to use no more than a sparsity, in four digits that are no more either."""
+    return f"use at most {math.floor(sparsity * 10_000 + 1e-6) / 10_000:.4f}"
+
+
+def _check_parts(
+    cell: Cell, scope: str, left: str, blocks: int, units: int, bundle: int, noun: str, instead: str | None = None
+) -> None:
     """Every block must keep a bundle: of the units of all blocks together, or of each block alone."""
     if scope == "layer":
         blocks = 1
-    _check(cell, left, blocks * bundle, blocks * units, noun)
+    _check(cell, left, blocks * bundle, blocks * units, noun, instead)
 
 
-def _check(cell: Cell, left: str, needed: int, units: int, noun: str) -> None:
+def _check(cell: Cell, left: str, needed: int, units: int, noun: str, instead: str | None = None) -> None:
+    """Refuse to leave fewer units than are needed. `instead` is another way out than less sparsity."""
     kept = units - round(cell.sparsity * units)
     if kept < needed:
-        raise RequestError(f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, "
-                           f"{needed} needed): use at most {1 - needed / units:.4f}")  # fmt: skip
+        ways = [at_most(1 - needed / units) if needed < units else "choose another method", instead]
+        raise RequestError(f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, {needed} needed): "
+                           + ", or ".join(way for way in ways if way))  # fmt: skip
 
 
 def _first(shape: dict[str, Any], *names: str) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import drop, heads, models, repair, select, shared, surgery, unit_scores, unit_statistics
-from sweep.config import LABELS, Head, Neuron
+from sweep import drop, heads, models, repair, select, shared, surgery, unit_requests, unit_scores, unit_statistics
+from sweep.config import LABELS, Head, Neuron, RequestError
 from sweep.outcome import Outcome
 from sweep.unit_scores import Statistics
 
@@ -84,12 +84,13 @@ def prune(
     tokens     (sequences, length) calibration text, for criteria and repairs that read one
     tokenizer  for a drop that is measured on a task
     share      where statistics of the unpruned model come from
-    Raises ValueError when the request leaves a part without a unit, RuntimeError when the matrices are not left with
-    the weights that the choice leaves them.
+    Raises RequestError, before anything is measured, when the request leaves a part without a unit; RuntimeError when the
+    matrices are not left with the weights that the choice leaves them.
     """
     generator = torch.Generator().manual_seed(seed)
     before = parts(model, method)
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
+    check(before, method, sparsity)
     expected, tables = weights, []
     numbers = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
@@ -214,6 +215,37 @@ def choose(
             mask[members] = stay
         masks.append(mask)
     return masks
+
+
+def check(parts: list[Part], method: Neuron | Head, sparsity: float) -> None:
+    """Refuse a sparsity that leaves a part without a unit. Raises RequestError."""
+    weights, units = sum(part.weights for part in parts), sum(part.units for part in parts)
+    in_order = [torch.arange(part.units, dtype=torch.float64) for part in parts]  # which bundles go does not matter
+    try:
+        choose(parts, in_order, method, sparsity, weights, units)
+    except ValueError:
+        stays = [len(_bundles(part, scores)[-1]) for part, scores in zip(parts, in_order, strict=True)]
+        if method.sparsity_of == "units":
+            sizes = [(part.units, part.units - stay) for part, stay in zip(parts, stays, strict=True)]
+        else:
+            sizes = [
+                (part.weights, (part.units - stay) * part.weights_a_unit)
+                for part, stay in zip(parts, stays, strict=True)
+            ]
+        together = [tuple(map(sum, zip(*sizes, strict=True)))] if method.scope == "global" else sizes
+        most = min(gone / size for size, gone in together)
+        noun = "neuron" if isinstance(method, Neuron) else "head"
+        ways = [unit_requests.at_most(most) if most > 0 else "choose another method"]
+        ways += (
+            [unit_requests.QUERY] if isinstance(method, Head) and method.unit == "group" and _shares_keys(parts) else []
+        )
+        raise RequestError(f"sparsity={sparsity:g} leaves a block without a {noun}: {', or '.join(ways)}") from None
+
+
+def _shares_keys(parts: list[Part]) -> bool:
+    """Whether several query heads read the same keys."""
+    return any(len(part.inputs) == 3 and models.weight(part.inputs[0]).shape[0] > models.weight(part.inputs[1]).shape[0]
+               for part in parts)  # fmt: skip
 
 
 def _bundles(part: Part, scores: Tensor) -> list[Tensor]:

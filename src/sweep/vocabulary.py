@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import select, surgery, unit_scores
+from sweep import select, surgery, unit_requests, unit_scores
 from sweep.config import RequestError, Vocab
 from sweep.outcome import Outcome
 
@@ -44,7 +44,7 @@ def prune(
     drop = select.count(size, sparsity)
     if drop > size - len(protected):
         raise RequestError(f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
-                           f"use at most {1 - len(protected) / size:.4f}")  # fmt: skip
+                           f"{unit_requests.at_most(1 - len(protected) / size)}")  # fmt: skip
     if method.criterion == "random":
         scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
     elif method.criterion == "frequency":

@@ -137,7 +137,7 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
         kept = {name: weight for name, weight in kept.items() if name not in hit}
     if not kept:
         raise RequestError(f"method.targets={method.targets} with method.exclude={list(method.exclude)} leaves nothing "
-                           "to prune")  # fmt: skip
+                           "to prune: change one of the two")  # fmt: skip
     if method.pattern:
         _, m = groups(method.pattern)
         for name, weight in kept.items():
@@ -146,7 +146,7 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
                                    f"has {weight.shape[1]}: add method.exclude=[{name}] or choose another pattern")  # fmt: skip
     if isinstance(method.allocation, tuple) and len(method.allocation) != len(models.blocks(model)):
         raise RequestError(f"method.allocation lists {len(method.allocation)} sparsities; the model has "
-                           f"{len(models.blocks(model))} blocks")  # fmt: skip
+                           f"{len(models.blocks(model))} blocks: give one for each")  # fmt: skip
     return kept
 
 
