@@ -42,14 +42,14 @@ def test_forward_passes_are_those_of_the_calibration_text(family: str) -> None:
 
 def test_timing_shows_how_far_it_is(capsys: pytest.CaptureFixture) -> None:
     model = tiny_model("llama")
-    efficiency.latency(model, model, SETTINGS, vocabulary=64)
+    efficiency.latency(model, model, SETTINGS)
     drawn = capsys.readouterr().err
     assert "timing:" in drawn and f"/{SETTINGS.repeats} [" in drawn
 
 
 def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None:
     model = tiny_model(family)
-    columns, repeats = efficiency.latency(model, model, SETTINGS, vocabulary=64)
+    columns, repeats = efficiency.latency(model, model, SETTINGS)
     assert len(repeats) == SETTINGS.repeats * 3 * 2
     assert (repeats.milliseconds > 0).all()
     assert columns == efficiency.summary(repeats, SETTINGS) | {"timing_ended_by": "repeats"}
@@ -199,14 +199,14 @@ def test_timing_ends_when_it_is_precise_or_the_seconds_are_spent(monkeypatch: py
     rough = iter(np.random.default_rng(0).uniform(1, 100, 10**5))
     monkeypatch.setattr(efficiency, "_time_once", lambda *_: (1.0, float(next(rough))))
     model, settings = tiny_model("llama"), replace(SETTINGS, precision=0.01, seconds=30.0)
-    columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
+    columns, _ = efficiency.latency(model, model, settings)
     assert columns["timing_ended_by"] == "seconds" and columns["timed_repeats"] == 30  # one reading of the clock each
-    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10, seconds=1e6), vocabulary=64)
+    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10, seconds=1e6))
     assert columns["timing_ended_by"] == "repeats" and columns["timed_repeats"] == 171
     monkeypatch.setattr(efficiency, "_time_once", lambda *_: (1.0, 2.0))
-    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10), vocabulary=64)
+    columns, _ = efficiency.latency(model, model, replace(settings, repeats=10))
     assert columns["timing_ended_by"] == "precision" and columns["timed_repeats"] == 10
-    columns, _ = efficiency.latency(model, model, settings, vocabulary=64)
+    columns, _ = efficiency.latency(model, model, settings)
     assert columns["timed_repeats"] == 8  # fewer give no interval of 99 %
 
 

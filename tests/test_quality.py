@@ -16,8 +16,8 @@ import torch
 from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import classification, quality, surgery, text, vocabulary, words
-from sweep.config import Benchmarks
+from sweep import catalogue, classification, perplexity, quality, surgery, text, vocabulary, words
+from sweep.config import Benchmarks, Perplexity
 from test_identity import write_task
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -98,33 +98,76 @@ def test_losses_by_frequency_band_add_up_to_the_whole(loaded: Loaded) -> None:
     assert counted == len(endings) == 4
 
 
-def test_a_word_that_the_vocabulary_has_lost_cannot_be_told(loaded: Loaded) -> None:
+def without(loaded: Loaded, lost: str) -> Loaded:
+    """The model and its tokenizer without the tokens of these characters."""
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in set(lost)]
+    surgery.remove_tokens(model, torch.tensor(kept))
+    return model, vocabulary.remapped(tokenizer, kept)
+
+
+def literal(loaded: Loaded, context: list[int], text: str, lost: str) -> float:
+    """The log-likelihood of a text after a context, each lost token at its share of the unknown one's probability."""
     model, tokenizer = loaded
-    kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) != "e"]
-    smaller = copy.deepcopy(model)
-    surgery.remove_tokens(smaller, torch.tensor(kept))
-    metrics, samples = quality.evaluate(
-        smaller,
-        vocabulary.remapped(tokenizer, kept),
-        Benchmarks(("pydoc", "pydoc_cloze"), limit=5, max_length=256),
-        None,
-    )
-    pages = wide(samples, "pydoc")
+    ids = tokenizer(text).input_ids
+    with torch.no_grad():
+        log_probs = model(torch.tensor([context + ids])).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    charge = np.log(len(lost) + 1) * sum(text.count(character) for character in lost)
+    return log_probs[range(len(ids)), ids].sum().item() - charge
+
+
+def test_every_number_is_charged_for_tokens_that_the_vocabulary_has_lost(loaded: Loaded, tmp_path: Path) -> None:
+    lost = "etaoinsrh"
+    pruned = without(loaded, lost)
+    settings = Benchmarks(("pydoc", "pydoc_cloze", "continents"), limit=3, max_length=4000)
+    metrics, samples = quality.evaluate(*pruned, settings, None)
+    _, dense = quality.evaluate(*loaded, settings, None)
+    pages, documents = wide(samples, "pydoc").sort_index(), text.pydoc_documents()[:3]
+    expected = [literal(pruned, [pruned[1].bos_token_id], d["page"], lost) for d in documents]
+    assert pages.log_likelihood.tolist() == pytest.approx(expected, rel=1e-5)
+    assert (-pages.filter(like="loss_band").sum(axis=1)).tolist() == pytest.approx(expected, rel=1e-5)
+    spread = ["tokens", "word_perplexity_weight", "byte_perplexity_weight"]
+    pd.testing.assert_frame_equal(pages[spread], wide(dense, "pydoc").sort_index()[spread])
+    for name, weight in (("token_perplexity", "tokens"), ("word_perplexity", "word_perplexity_weight")):
+        assert metrics[f"pydoc/{name}"] == pytest.approx(np.exp(-sum(expected) / pages[weight].sum()), rel=1e-4)
     removed = sum(pages[f"removed_band_{b}"].sum() for b in words.BANDS)
-    expected = sum(document["page"].count("e") for document in text.pydoc_documents()[:5])
-    assert removed == expected > 0
+    assert removed == sum(d["page"].count(character) for d in documents for character in lost)
     assert 0 < metrics["pydoc/removed_share_band_zipf5up"] < 1
-    charge = np.nansum([pages[f"loss_band_{b}"].sum() for b in words.BANDS]) + pages.log_likelihood.sum()
-    assert charge == pytest.approx(removed * np.log(2), rel=1e-3)  # the unknown token stands for itself and for "e"
-    lost = np.array(["e" in document["word"] for document in text.cloze_documents()[:5]])
-    assert lost.any() and not wide(samples, "pydoc_cloze").sort_index().told[lost].any()
+
+    endings, passages = wide(samples, "pydoc_cloze").sort_index(), text.cloze_documents()[:3]
+    expected = [literal(pruned, pruned[1](d["context"]).input_ids, f" {d['word']}", lost) for d in passages]
+    assert endings.log_likelihood.tolist() == pytest.approx(expected, rel=1e-4)
+    assert metrics["pydoc_cloze/perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
+    assert all(set(d["word"]) & set(lost) for d in passages) and not endings.told.any() and not endings.acc.any()
+
+    questions, countries = wide(samples, "continents").sort_index(), text.continent_documents()[:3]
+    for question, d in zip(questions.to_dict("records"), countries, strict=True):
+        context = pruned[1](f"{d['country']} is a country in").input_ids
+        of_choices = [literal(pruned, context, f" {name}", lost) for name in text.CONTINENTS.values()]
+        assert question["chosen"] == np.argmax(of_choices)
+        assert question["log_likelihood"] == pytest.approx(of_choices[d["continent"]], rel=1e-4)
+
+    page = documents[0]["page"][:50]
+    (tmp_path / "a.txt").write_text(page)
+    found, _ = perplexity.measure(*pruned, Perplexity(str(tmp_path / "a.txt"), 50), None, 1)
+    expected = literal(pruned, pruned[1](page[0]).input_ids, page[1:], lost)
+    assert found["a/perplexity"] == pytest.approx(np.exp(-expected / 49), rel=1e-4)
+
+
+def test_a_model_without_letters_is_no_better_for_it(loaded: Loaded) -> None:
+    """What it cannot tell apart it tells with near certainty; its share of that is what counts."""
+    lost = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    settings = Benchmarks(("pydoc",), limit=2, max_length=512)
+    dense, _ = quality.evaluate(*loaded, settings, None)
+    pruned, _ = quality.evaluate(*without(loaded, lost), settings, None)
+    assert pruned["pydoc/token_perplexity"] > 0.9 * dense["pydoc/token_perplexity"]
 
 
 def test_rows_of_tokens_by_band_are_those_of_the_dense_model(loaded: Loaded) -> None:
     model, tokenizer = loaded
     kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in ("a", "b")]
     found = quality.rows_by_band(quality.token_rows(model), tokenizer, vocabulary.remapped(tokenizer, kept))
-    bands = words.of_vocabulary(tokenizer)
+    bands = words.of_vocabulary(tokenizer, range(len(tokenizer)))
     for matrix, weight in (("embedding", model.get_input_embeddings().weight), ("head", model.lm_head.weight)):
         for i, name in enumerate(words.BANDS):
             if (bands == i).any():

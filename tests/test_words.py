@@ -45,13 +45,10 @@ def test_sums_and_means_by_band() -> None:
     assert "loss_band_zipf3to4" not in found
 
 
-def test_tokens_that_the_vocabulary_has_lost_are_counted_and_cost_what_it_takes_to_tell_them() -> None:
+def test_tokens_that_the_vocabulary_has_lost_are_counted() -> None:
     bands, word = np.array([COMMON, RARE, RARE]), np.array([0, 1, 2])
-    removed = np.array([False, False, True])
-    losses = words.charged(np.array([1.0, 2.0, 0.1]), removed, candidates=100)
-    assert losses.tolist() == pytest.approx([1.0, 2.0, 0.1 + np.log(100)])
-    found = words.pooled([words.by_band(bands, word, losses, removed)])
-    assert found["loss_band_zipf0to3"] == pytest.approx((2.1 + np.log(100)) / 2) and found["tokens_band_zipf0to3"] == 2
+    found = words.pooled([words.by_band(bands, word, np.ones(3), np.array([False, False, True]))])
+    assert found["tokens_band_zipf0to3"] == 2
     assert found["removed_share_band_zipf0to3"] == 0.5 and found["removed_share_band_zipf5up"] == 0
 
 
@@ -86,7 +83,7 @@ def test_rows_by_band() -> None:
 
 def test_every_token_of_a_vocabulary_has_a_band(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    bands = words.of_vocabulary(tokenizer)
+    bands = words.of_vocabulary(tokenizer, range(len(tokenizer)))
     assert len(bands) == len(tokenizer) and set(bands) <= set(range(len(words.BANDS)))
     assert (bands[tokenizer.all_special_ids] == words.NO_WORD).all()
     assert words.BANDS[bands[tokenizer.convert_tokens_to_ids("a")]] == "zipf5up"

@@ -138,6 +138,12 @@ _TASKS = """
 
 After these come two columns for each metric of each task, `task/metric` and `task/metric_stderr`, as lm-eval reports
 them, and for tasks that score whole texts `task/token_perplexity`: exp of the mean negative log-likelihood a token.
+In what is ours (that one, `log_likelihood` in `samples`, bands, `kl_from_dense`, the papers' perplexity) no special token
+is told and no BOS is read twice. lm-eval's own metrics stay lm-eval's, which begins a whole text with a second BOS where
+the tokenizer adds one, and has the tokenizer's told.
+
+A token that the vocabulary has lost costs what it takes to tell it, in every number: the probability of the unknown token
+that stands for it is shared equally by all the tokens that it stands for, and a word with such a token is never told.
 Where a task filters answers by a named filter, the filter is part of the metric's name, in columns, in `samples` and in
 every option: `gsm8k/exact_match,strict-match` and `gsm8k/exact_match,flexible-extract`.
 

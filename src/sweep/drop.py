@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import cache, identity, models, normaliser, text
+from sweep import cache, identity, models, normaliser, reading, text
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
@@ -153,8 +153,12 @@ def probe_of_task(task: str, documents: int | None, tokenizer: PreTrainedTokeniz
     """The last `documents` questions of an embedded task; an evaluation with a limit takes the first ones."""
     chosen = text.EMBEDDED[task]()[-(documents or 0) :]
     triples = [QUESTIONS[task](document) for document in chosen]
-    prompts = [tokenizer(prompt).input_ids for prompt, _, _ in triples]
-    answers = [[tokenizer(f" {answer}", add_special_tokens=False).input_ids for answer in choices]
+    before, _ = reading.around(tokenizer)
+    rows = reading.Rows.of(tokenizer)
+    prompts = [
+        rows(before + ids).tolist() for ids in reading.own(tokenizer, [prompt for prompt, _, _ in triples], before)
+    ]
+    answers = [[rows(ids).tolist() for ids in reading.own(tokenizer, [f" {answer}" for answer in choices], [])]
                for _, choices, _ in triples]  # fmt: skip
     return probe_of_questions(prompts, answers, [truth for _, _, truth in triples])
 

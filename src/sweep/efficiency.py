@@ -108,7 +108,7 @@ def _return_freed_memory() -> None:
 
 
 def latency(
-    pruned: PreTrainedModel, dense: PreTrainedModel, settings: Efficiency, vocabulary: int
+    pruned: PreTrainedModel, dense: PreTrainedModel, settings: Efficiency
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Prefill and decode latency of both models, measured in turn, and the dense model's once more as a control.
 
@@ -118,7 +118,8 @@ def latency(
     `settings.repeats` triples are timed; with `settings.precision`, up to 18 times as many, until the decode speed-up
     is known to that fraction or `settings.seconds` are spent. What ended it is the column `timing_ended_by`.
     """
-    prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens),
+    readable = min(model.get_input_embeddings().weight.shape[0] for model in (pruned, dense))
+    prompt = torch.randint(readable, (settings.batch_size, settings.prompt_tokens),
                            generator=torch.Generator().manual_seed(0)).to(pruned.device)  # fmt: skip
     turns = [("dense", dense), ("pruned", pruned), ("control", dense)]
     repeats: list[tuple[str, str, int, float]] = []

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import heads, layers, models, shared, units, vocabulary, weights
+from sweep import heads, layers, models, reading, shared, units, vocabulary, weights
 from sweep.config import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.outcome import Outcome
 
@@ -34,8 +34,11 @@ def prune(
     tokenizer  for methods that change the vocabulary or measure on a task
     sequential weight methods calibrate a block on what the pruned blocks before it put out
     share      where statistics of the unpruned model come from: by default they are measured
-    Raises RuntimeError when the removed count is not the requested one.
+    Raises RuntimeError when the removed count is not the requested one, RequestError when the text has a token that the
+    model has no row for.
     """
+    if tokens is not None and tokenizer is not None:
+        reading.refuse(tokens[tokens >= reading.embedded(model)].cpu().numpy(), tokenizer)
     match method:
         case Dense():
             return Outcome(

@@ -1,7 +1,8 @@
 """The perplexity that pruning papers report: one concatenated text, fixed windows, exp of the mean loss.
 
-It is another number than a task's perplexity. The whole text is one stream of tokens; windows of `seqlen` tokens do
-not overlap, the rest that fills no window is dropped, and the first token of a window is not predicted. What is joined
+It is another number than a task's perplexity. The whole text is one stream of tokens, which one BOS begins where the
+tokenizer adds one, as in the papers' scripts; windows of `seqlen` tokens do not overlap, the rest that fills no window is
+dropped, and the first token of a window is not predicted, nor is a special token that stands in the text. What is joined
 by what differs between data sets and changes the number, as does the window; both are in the row.
 """
 
@@ -66,9 +67,9 @@ def measure(
     """
     if settings.source is None:
         return {}, pd.DataFrame()
-    from sweep import scorer
+    from sweep import reading, scorer
 
-    stream = tokenizer(joined(settings.source, data_root), verbose=False)["input_ids"]
+    stream = reading.stream(tokenizer, joined(settings.source, data_root))
     count = len(stream) // settings.seqlen
     if settings.source == "c4":
         count = min(count, _C4_WINDOWS)
@@ -76,10 +77,13 @@ def measure(
         raise RequestError(f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
                            f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text")  # fmt: skip
     count = min(count, settings.windows or count)
-    windows = [stream[i * settings.seqlen : (i + 1) * settings.seqlen] for i in range(count)]
-    scored = scorer.score(model, [(window, settings.seqlen - 1) for window in windows],
-                          batch_size * scorer.TOKENS_PER_ROW, widest=0)  # fmt: skip
-    losses = np.array([-scores.log_probs.mean(dtype=np.float64) for scores in scored])
+    windows = np.array(stream[: count * settings.seqlen]).reshape(count, settings.seqlen)
+    told = ~np.isin(windows[:, 1:], reading.special(tokenizer))
+    rows = reading.Rows.of(tokenizer, reading.embedded(model))
+    scored = scorer.score(model, [(window, settings.seqlen - 1) for window in rows(windows).tolist()],
+                          batch_size * scorer.TOKENS_PER_ROW, widest=0, rows=rows)  # fmt: skip
+    losses = np.array([-scores.log_probs[here].mean(dtype=np.float64)
+                       for scores, here in zip(scored, told, strict=True)])  # fmt: skip
     mean, called = float(losses.mean()), name(settings)
     value = words.exp(mean)
     if not math.isfinite(value):

@@ -9,7 +9,6 @@ lm-eval and torch are imported when something is evaluated.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sweep.divergence import Distributions
-    from sweep.scorer import Scorer
+    from sweep.scorer import Scorer, Text
 
 _SPREAD = ("perplexity", "weighted_perplexity", "bits_per_byte")  # lm-eval's aggregations of log-likelihoods
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
@@ -76,7 +75,7 @@ def _evaluate(
     torch.manual_seed(1234)  # of answers that are drawn; lm-eval's own
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
     if dense is not None:
-        lm.ids = {page: _own_ids(tokenizer, ids) for page, ids in dense.ids.items()}
+        lm.ids = dense.ids
     with _lm_eval_silent(), _overflow_is_infinite():
         results = lm_eval.evaluate(
             lm,
@@ -105,8 +104,7 @@ def _evaluate(
         if kind == "loglikelihood_rolling":
             for example, outcome in zip(examples, outcomes, strict=True):
                 (page,) = example["arguments"][0]
-                outcome["tokens"] = len(lm.scores[(page,)][0])
-                outcome |= _page_by_band(lm, page)
+                outcome |= _told(lm.texts[(page,)]) | _page_by_band(lm, page)
                 if dense is not None and page in dense.ids:
                     outcome["kl_from_dense"] = _divergence(lm, page, dense)
             log_likelihood, tokens = (
@@ -149,13 +147,21 @@ def rows_by_band(
 ) -> dict[str, float]:
     """Columns `embedding/…_band_B`: how large the dense model's rows are by how rare their token is, and the share pruned.
 
-    rows    `token_rows` of the dense model; rows beyond the tokenizer's tokens are left out
+    rows    `token_rows` of the dense model; rows of no token are left out, as are tokens without a row
     pruned  the tokenizer of the pruned model, which knows the ids that it kept
     """
-    bands = words.of_vocabulary(dense)
-    kept = [i for i in getattr(pruned, "kept_ids", range(len(bands))) if i < len(bands)]
-    return {f"{matrix}/{name}": value for matrix, norms in rows.items()
-            for name, value in words.rows_by_band(bands[: len(norms)], norms[: len(bands)], kept).items()}  # fmt: skip
+    from sweep import reading, vocabulary
+
+    ids = reading.known(dense)
+    bands = words.of_vocabulary(vocabulary.original(dense), ids)
+    found = {}
+    for matrix, norms in rows.items():
+        before, after = (reading.Rows.of(tokenizer, len(norms)) for tokenizer in (dense, pruned))
+        here = (before.table[ids] >= 0) & ~before.removed[ids]
+        kept = np.flatnonzero(~after.removed[ids[here]])
+        by_band = words.rows_by_band(bands[here], norms[before.table[ids[here]]], kept)
+        found |= {f"{matrix}/{name}": value for name, value in by_band.items()}
+    return found
 
 
 def _by_document(
@@ -190,61 +196,40 @@ def _values(metric: str, value: Any, aggregation: str) -> dict[str, float]:
     return {metric: float(value)} if isinstance(value, int | float) else {}
 
 
+def _told(text: Text) -> dict[str, float]:
+    """The log-likelihood of a text and how many tokens it is spread over, special ones left out."""
+    return {"log_likelihood": float(text.scores.log_probs[text.told].sum(dtype=np.float64)),
+            "tokens": float(text.told.sum())}  # fmt: skip
+
+
 def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
     """Sums of a page's losses by how rare its words are; empty where the tokenizer does not say where tokens stand."""
-    tokens, scores = lm.scores[(page,)]
-    offsets = lm.offsets(page, tokens)
+    offsets, text = lm.offsets(page), lm.texts[(page,)]
     if offsets is None:
         return {}
-    losses, removed = _charged(lm.tokenizer, tokens, -scores.log_probs)
-    return words.by_band(*words.of_tokens(page, offsets), losses, removed)
+    bands, places = words.of_tokens(page, offsets)
+    return _by_band(lm, text, bands, places)
 
 
 def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
-    """The band and Zipf value of the word to be told, its loss by band, and whether the model tells it.
-
-    A word that has lost a token with the vocabulary cannot be told.
-    """
-    tokens, scores = lm.scores[(context, ending)]
-    band, (losses, removed) = words.band(ending), _charged(lm.tokenizer, tokens, -scores.log_probs)
-    told = bool(scores.greedy.all()) and not (removed is not None and removed.any())
-    sums = words.by_band(np.full(len(tokens), band), np.zeros(len(tokens), dtype=np.int64), losses, removed)
-    return {"band": band, "zipf": words.zipf(ending.strip()), "told": float(told)} | sums
+    """The log-likelihood, band and Zipf value of the word to be told, its loss by band, and whether the model tells it."""
+    text, band = lm.texts[(context, ending)], words.band(ending)
+    found = {"log_likelihood": _told(text)["log_likelihood"], "band": band, "zipf": words.zipf(ending.strip()),
+             "told": float(text.scores.greedy[text.told].all())}  # fmt: skip
+    return found | _by_band(lm, text, np.full(len(text.ids), band), np.zeros(len(text.ids), dtype=np.int64))
 
 
-def _own_ids(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray:
-    """The dense model's token ids as a model with a smaller vocabulary knows them: removed ones are its unknown token."""
-    if not hasattr(tokenizer, "kept_ids"):
-        return ids
-    from sweep import vocabulary
-
-    table = np.full(tokenizer.backend_tokenizer.get_vocab_size(), vocabulary.unknown_id(tokenizer))
-    table[np.asarray(tokenizer.kept_ids)] = np.arange(len(tokenizer.kept_ids))
-    return table[ids]
+def _by_band(lm: Scorer, text: Text, bands: np.ndarray, places: np.ndarray) -> dict[str, float]:
+    told = text.told
+    removed = text.removed[told] if lm.rows.removed.any() else None
+    return words.by_band(bands[told], places[told], -text.scores.log_probs[told], removed)
 
 
 def _divergence(lm: Scorer, page: str, dense: Distributions) -> float:
     """KL from the dense model, summed over the page's positions, nats."""
     from sweep import divergence
 
-    probe = lm.probes[page]
-    shape = probe.log_probs.shape
-    losses, _ = _charged(lm.tokenizer, probe.ids.ravel(), -probe.log_probs.ravel())
-    charged = dataclasses.replace(probe, log_probs=-losses.reshape(shape))
-    return float(divergence.kl(dense.log_probs[page], charged).sum())
-
-
-def _charged(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, losses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(losses, which tokens were pruned from the vocabulary): such a token is charged for; None where none was pruned."""
-    if not hasattr(tokenizer, "kept_ids"):
-        return losses, None
-    from sweep import vocabulary
-
-    removed = np.asarray(tokens) == vocabulary.unknown_id(tokenizer)
-    candidates = tokenizer.backend_tokenizer.get_vocab_size() - len(tokenizer.kept_ids) + 1
-    return words.charged(losses, removed, candidates), removed
+    return float(divergence.kl(dense.log_probs[page], lm.probes[page])[lm.texts[(page,)].told].sum())
 
 
 def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:

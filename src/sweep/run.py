@@ -117,7 +117,7 @@ def run_cell(
     if cell.efficiency.repeats:
         dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
         with turns.alone() as others:
-            columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency, len(tokenizer))
+            columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency)
             columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
             rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
         read = counting.read_bytes(held, cell.efficiency.batch_size) + (row["kv_cache_bytes"] or 0)

@@ -6,6 +6,10 @@
 - Rows of similar length share a batch, up to a budget of tokens. Batches depend on the requests alone, so that the
   same requests give the same numbers to the last digit.
 
+A model with a pruned vocabulary is scored over the dense model's: the probability of its unknown token is shared equally
+by the tokens that it stands for, so that probabilities still sum to 1 and losses can be compared. Taken as it is, the
+model would be praised for the sheer frequency of what it no longer tells apart. This holds for every number.
+
 Shapes: B rows (trees) in a batch, L tokens in the longest, K scored positions, V vocabulary.
 """
 
@@ -13,7 +17,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -26,6 +31,9 @@ from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from sweep import reading, vocabulary
+from sweep.reading import Rows
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +51,17 @@ class Scores:
     """Of the scored tokens of one request, in order."""
 
     log_probs: np.ndarray  # float32, natural logarithm
-    greedy: np.ndarray  # bool: whether no other token was likelier
+    greedy: np.ndarray  # bool: whether no other token was likelier; never of a token that the vocabulary has lost
+
+
+@dataclass(frozen=True)
+class Text:
+    """A scored text, or the ending of one: its own tokens, none of which the tokenizer put there."""
+
+    ids: np.ndarray  # (T,) of the whole vocabulary
+    told: np.ndarray  # (T,) bool: spells something. A special token in the text is read, and not to be told
+    removed: np.ndarray  # (T,) bool: the vocabulary has lost it
+    scores: Scores  # (T,)
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ def score(
     budget: int,
     widest: int | None = None,
     *,
+    rows: Rows | None = None,
     top: int = 0,
     ids: Sequence[np.ndarray] | None = None,
     probes: list[Probe] | None = None,
@@ -130,6 +149,7 @@ def score(
 
     budget  tokens in a batch, padding included
     widest  tokens of a tree; by default as many as the model can read, and 0 shares nothing
+    rows    of a vocabulary that may have been pruned; None = it was not
     top     also the likeliest so many tokens at each scored position, appended to `probes` request by request
     ids     also these tokens, (T, k) for each request, appended to `probes`
     """
@@ -151,37 +171,47 @@ def score(
         logits = _logits(model, batch, positions)
         at = torch.tensor([index[row, node] for row, node, _, _ in wanted])
         targets = torch.tensor([target for _, _, target, _ in wanted])
-        log_probs, greedy = _gather(logits, at, targets)
+        log_probs, greedy = _gather(logits, at, targets, rows)
         owner = np.array([i for _, _, _, i in wanted])
         cuts = np.flatnonzero(np.diff(owner)) + 1
         for i, a, b in zip(owner[[0, *cuts]], np.split(log_probs, cuts), np.split(greedy, cuts), strict=True):
             found[int(i)] = Scores(a, b)
         if top or ids is not None:
-            for i, rows in zip(owner[[0, *cuts]], np.split(at.numpy(), cuts), strict=True):
-                probed[int(i)] = _probe(logits, rows, top, None if ids is None else ids[int(i)])
+            for i, places in zip(owner[[0, *cuts]], np.split(at.numpy(), cuts), strict=True):
+                probed[int(i)] = _probe(logits, places, rows, top, None if ids is None else ids[int(i)])
     if probes is not None:
         probes += [probed[i] for i in range(len(requests))]
     return [found[i] for i in range(len(requests))]
 
 
-def _gather(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probability, whether the likeliest) of `targets` at rows `at` of the logits (K, V); softmax in float32."""
+def _log_probs(logits: Tensor, rows: Rows | None) -> Tensor:
+    """(K, V) float32: log-probabilities over the whole vocabulary, those of lost tokens in place of the unknown one's."""
+    found = logits.float().log_softmax(-1)
+    if rows is not None and rows.candidates > 1:
+        found[:, rows.unknown] -= math.log(rows.candidates)
+    return found
+
+
+def _gather(logits: Tensor, at: Tensor, targets: Tensor, rows: Rows | None) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probability, whether the likeliest) of `targets` at places `at` of the logits (K, V)."""
     log_probs, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
     for start in range(0, len(logits), _ROWS_OF_LOGITS):
-        rows = logits[start : start + _ROWS_OF_LOGITS].float()
-        here = (at >= start) & (at < start + len(rows))
-        row, target = (at[here] - start).to(rows.device), targets[here].to(rows.device)
-        log_probs[here] = rows.log_softmax(-1)[row, target].cpu()
-        greedy[here] = (rows.argmax(-1)[row] == target).cpu()
+        some = _log_probs(logits[start : start + _ROWS_OF_LOGITS], rows)
+        here = (at >= start) & (at < start + len(some))
+        place, target = (at[here] - start).to(some.device), targets[here].to(some.device)
+        log_probs[here] = some[place, target].cpu()
+        greedy[here] = (some.argmax(-1)[place] == target).cpu()
+    if rows is not None and rows.candidates > 1:
+        greedy &= targets != rows.unknown
     return log_probs.numpy(), greedy.numpy()
 
 
-def _probe(logits: Tensor, rows: np.ndarray, top: int, ids: np.ndarray | None) -> Probe:
-    """The likeliest `top` tokens, or the tokens `ids` (T, k), at these rows of the logits (K, V); softmax in float32."""
+def _probe(logits: Tensor, places: np.ndarray, rows: Rows | None, top: int, ids: np.ndarray | None) -> Probe:
+    """The likeliest `top` tokens, or the tokens `ids` (T, k), at these places of the logits (K, V)."""
     parts: list[Probe] = []
-    for start in range(0, len(rows), _ROWS_OF_LOGITS):
+    for start in range(0, len(places), _ROWS_OF_LOGITS):
         some = slice(start, start + _ROWS_OF_LOGITS)
-        log_probs = logits[torch.from_numpy(rows[some]).to(logits.device)].float().log_softmax(-1)
+        log_probs = _log_probs(logits[torch.from_numpy(places[some]).to(logits.device)], rows)
         if ids is None:
             values, tokens = log_probs.topk(top)
         else:
@@ -246,7 +276,7 @@ def widest_tree(model: PreTrainedModel) -> int:
 
     It must take a mask and positions from outside, and within the tree look at all earlier tokens. Whether it does is
     tried on small trees: a model with a recurrent state, or with positions of its own, does not. The trees' tokens are
-    drawn from the whole vocabulary, and the median of several positions decides: the first tokens of a vocabulary are
+    drawn from all rows of the embedding, and the median of several positions decides: the first tokens of a vocabulary are
     special ones, after which the rounding of bfloat16 alone may change logits by half and more.
     """
     config = model.config.get_text_config()
@@ -255,10 +285,10 @@ def widest_tree(model: PreTrainedModel) -> int:
     if config._attn_implementation not in ("sdpa", "eager"):
         return 0
     shared, own = 8, 4  # tokens
-    pairs = np.random.default_rng(0).integers(0, config.vocab_size, (4, shared + 2 * own)).tolist()
+    pairs = np.random.default_rng(0).integers(0, reading.embedded(model), (4, shared + 2 * own)).tolist()
     trees, chains = [], []
-    for tokens in pairs:
-        paths = tuple(tokens[: shared + own]), (*tokens[:shared], *tokens[shared + own :])
+    for pair in pairs:
+        paths = tuple(pair[: shared + own]), (*pair[:shared], *pair[shared + own :])
         trees.append(Tree())
         trees[-1].grow(paths[0], [])
         trees[-1].grow(paths[1], trees[-1].paths[paths[0]][:shared])
@@ -277,21 +307,30 @@ def widest_tree(model: PreTrainedModel) -> int:
 class Scorer(HFLM):
     """lm-eval's HFLM with the scoring above. Tokenisation, truncation and what is scored are HFLM's; generation is too.
 
-    scores  of every request so far, by its arguments, for statistics of single tokens
+    Beside what lm-eval asks for, each text is scored as it is: HFLM begins a rolled text with a BOS of its own beside the
+    tokenizer's and has the second predicted, and where a tokenizer ends texts, it scores that end as part of the answer.
+    Where nothing is put around a text, both are one request and cost nothing.
+
+    texts  every text and ending so far, by its request's arguments, for statistics of single tokens
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
                          max_length=max_length)  # fmt: skip
         self.budget = batch_size * TOKENS_PER_ROW
-        self.scores: dict[tuple[str, ...], tuple[list[int], Scores]] = {}
+        self.whole = vocabulary.original(tokenizer)  # all ids here are its
+        self.rows = reading.Rows.of(tokenizer, reading.embedded(model))
+        self.prefix = int(self.whole.eos_token_id if self.whole.bos_token_id is None else self.whole.bos_token_id)
+        self.before, self.after = reading.around(tokenizer)
+        self.special = reading.special(tokenizer)
+        self.texts: dict[tuple[str, ...], Text] = {}
         self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `probes`
         self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
-        self.probes: dict[str, Probe] = {}
+        self.probes: dict[str, Probe] = {}  # (T, k); ids of the whole vocabulary
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """`tok_encode` of each text, all at once: the tokenizer then works in parallel."""
-        prefix = self.tokenizer.decode(self.prefix_token_id)
+        prefix = self.whole.decode(self.prefix)
         found: dict[str, list[int]] = {}
         for begun in (False, True):
             options = _add_special_kwargs(add_special_tokens, self.add_bos_token)
@@ -299,100 +338,125 @@ class Scorer(HFLM):
                 options["add_special_tokens"] = False  # the text begins with the special token itself
             some = [t for t in dict.fromkeys(texts) if bool(has_bos_prefix(t, prefix)) == begun]
             if some:
-                found |= dict(zip(some, self.tokenizer(some, verbose=False, **options)["input_ids"], strict=True))
+                found |= dict(zip(some, self.whole(some, verbose=False, **options)["input_ids"], strict=True))
         return [found[text] for text in texts]
 
-    def offsets(self, text: str, tokens: Sequence[int]) -> list[tuple[int, int]] | None:
-        """Where each of the text's tokens stands in it, (0, 0) for special tokens before it.
+    def unended(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Each text with what the tokenizer puts before it, once, and without what it puts behind it."""
+        before = self.before if add_special_tokens else []
+        return [before + ids for ids in reading.own(self.whole, texts, before)]
 
-        None when the tokenizer cannot tell (one without offsets), or when `tokens` are not the text's.
-        """
-        if not self.tokenizer.is_fast:
+    def offsets(self, text: str) -> list[tuple[int, int]] | None:
+        """Where each of the text's own tokens stands in it; None when the tokenizer cannot tell."""
+        if not self.whole.is_fast:
             return None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        before = len(tokens) - len(encoded["input_ids"])
-        if before < 0 or list(tokens[before:]) != list(encoded["input_ids"]):
-            return None
-        return [(0, 0)] * before + [tuple(span) for span in encoded["offset_mapping"]]
+        encoded = self.whole(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["offset_mapping"][reading.begun(encoded["input_ids"], self.before or [self.prefix]) :]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
-        encoded = self._encode_pairs(arguments)
-        cut = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in encoded)
+        encoded = self._encode_pairs(arguments, self.encode)
+        cut = sum(len(context) + len(ids) > self.max_length + 1 for context, ids in encoded)
         if cut:
             log.warning("%d of %d requests are longer than max_length=%d tokens and lose their beginning",
                         cut, len(encoded), self.max_length)  # fmt: skip
+        if self.after:
+            encoded += self._encode_pairs(arguments, self.unended)
         asked: list[Request] = []
-        for (_, continuation), (context_tokens, tokens) in zip(arguments, encoded, strict=True):
-            if not 0 < len(tokens) <= self.max_length:
-                raise ValueError(f"a continuation has {len(tokens)} tokens; 1 to max_length={self.max_length} can be "
+        for i, (context, ids) in enumerate(encoded):
+            if not 0 < len(ids) <= self.max_length:
+                _, continuation = arguments[i % len(arguments)]
+                raise ValueError(f"a continuation has {len(ids)} tokens; 1 to max_length={self.max_length} can be "
                                  f"scored: {continuation[:80]!r}")  # fmt: skip
-            asked.append(((context_tokens + tokens)[-(self.max_length + 1) :], len(tokens)))
-        found = score(self.model, asked, self.budget)
-        for argument, (_, tokens), scores in zip(arguments, encoded, found, strict=True):
-            self.scores[argument] = (tokens, scores)
-        return [(float(s.log_probs.sum(dtype=np.float64)), bool(s.greedy.all())) for s in found]
+            asked.append((self.rows((context + ids)[-(self.max_length + 1) :]).tolist(), len(ids)))
+        found = score(self.model, asked, self.budget, rows=self.rows)
+        own = slice(len(encoded) - len(arguments), None)
+        for argument, (_, ids), scores in zip(arguments, encoded[own], found[own], strict=True):
+            self.texts[argument] = self._text(ids, scores)
+        return [(_sum(scores), bool(scores.greedy.all())) for scores in found[: len(arguments)]]
 
-    def _encode_pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _encode_pairs(
+        self, arguments: Sequence[tuple[str, str]], encode: Callable[..., list[list[int]]]
+    ) -> list[tuple[list[int], list[int]]]:
         """lm-eval's `_encode_pair` and its rule for an empty context, for all pairs at once."""
         pairs = []
         for context, continuation in arguments:
             stripped = context.rstrip()
             pairs.append((stripped, context[len(stripped) :] + continuation) if context else (context, continuation))
         texts = [text for context, continuation in pairs if context for text in (context, context + continuation)]
-        whole = dict(zip(texts, self.encode(texts), strict=True))
+        whole = dict(zip(texts, encode(texts), strict=True))
         alone = [continuation for context, continuation in pairs if not context]
-        bare = dict(zip(alone, self.encode(alone, add_special_tokens=False), strict=True))
+        bare = dict(zip(alone, encode(alone, add_special_tokens=False), strict=True))
         encoded = []
         for context, continuation in pairs:
             if context:
                 begin = whole[context]
                 encoded.append((begin, whole[context + continuation][len(begin) :]))
-            elif bare[continuation][:1] == [self.prefix_token_id]:
+            elif bare[continuation][:1] == [self.prefix]:
                 encoded.append((bare[continuation][:1], bare[continuation][1:]))
             else:
-                encoded.append(([self.prefix_token_id], bare[continuation]))
+                encoded.append(([self.prefix], bare[continuation]))
         return encoded
+
+    def _text(self, ids: Sequence[int], scores: Scores) -> Text:
+        asked = np.asarray(ids, dtype=np.int64)
+        return Text(asked, ~np.isin(asked, self.special), self.rows.removed[asked], scores)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [str(request.args[0]) for request in requests]
-        encoded = self.encode(texts)
-        windows: list[tuple[int, Request]] = []
-        for i, tokens in enumerate(encoded):
-            rolled = utils.get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id,
-                                                     max_seq_len=self.max_length, context_len=1)  # fmt: skip
-            windows += [(i, (a + b, len(b))) for a, b in map(utils.make_disjoint_window, rolled)]
-        parts: list[list[Scores]] = [[] for _ in texts]
+        beginning = self.before or [self.prefix]
+        own = reading.own(self.whole, texts, beginning)
+        ours = [self._windows(ids, beginning) for ids in own]
+        theirs = [self._windows(ids, [self.prefix]) for ids in self.encode(texts)]
         probed = {i for i, text in enumerate(texts) if self.top or text in self.ids}
-        for looked_at in (False, True):
-            mine = [(i, window) for i, window in windows if (i in probed) == looked_at]
-            for (i, _), scores in zip(mine, self._rolled(texts, mine, looked_at), strict=True):
-                parts[i].append(scores)
-        sums = []
-        for text, tokens, scored in zip(texts, encoded, parts, strict=True):
-            joined = Scores(*(np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
-                              for name in ("log_probs", "greedy")))  # fmt: skip
-            self.scores[(text,)] = (tokens, joined)
-            sums.append(float(joined.log_probs.sum(dtype=np.float64)))
-        return sums
+        scored = self._rolled(texts, ours, probed)
+        for text, ids, scores in zip(texts, own, scored, strict=True):
+            self.texts[(text,)] = self._text(ids, scores)
+        apart = [i for i in range(len(texts)) if theirs[i] != ours[i]]
+        for i, scores in zip(apart, self._rolled(texts, [theirs[i] for i in apart], set()), strict=True):
+            scored[i] = scores
+        return [_sum(scores) for scores in scored]
 
-    def _rolled(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
+    def _windows(self, ids: list[int], beginning: list[int]) -> list[Request]:
+        """lm-eval's windows of a rolled text: every token is scored once, the first after the beginning."""
+        *earlier, last = beginning
+        rolled = utils.get_rolling_token_windows(token_list=ids, prefix_token=last, context_len=1,
+                                                 max_seq_len=self.max_length - len(earlier))  # fmt: skip
+        windows = [(a + b, len(b)) for a, b in map(utils.make_disjoint_window, rolled)]
+        return [(self.rows(earlier + window if i == 0 else window).tolist(), count)
+                for i, (window, count) in enumerate(windows)]  # fmt: skip
+
+    def _rolled(self, texts: Sequence[str], windows: Sequence[Sequence[Request]], probed: set[int]) -> list[Scores]:
+        """The scores of each text from those of its windows; of `probed` ones, what is asked goes into `probes`."""
+        parts: list[list[Scores]] = [[] for _ in windows]
+        for looked_at in (False, True):
+            mine = [(i, window) for i in range(len(windows)) if (i in probed) == looked_at for window in windows[i]]
+            for (i, _), scores in zip(mine, self._scored(texts, mine, looked_at), strict=True):
+                parts[i].append(scores)
+        return [Scores(*(np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
+                         for name in ("log_probs", "greedy"))) for scored in parts]  # fmt: skip
+
+    def _scored(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
         """The scores of windows of texts; where `probed`, what is asked of their positions goes into `probes`."""
         requests = [window for _, window in windows]
         if not probed:
-            return score(self.model, requests, self.budget)
+            return score(self.model, requests, self.budget, rows=self.rows)
         ids, done = [], dict.fromkeys([i for i, _ in windows], 0)
-        for i, (_, scored) in windows:
-            ids.append(self.ids[texts[i]][done[i] : done[i] + scored] if self.ids else np.zeros(0))
-            done[i] += scored
+        for i, (_, count) in windows:
+            ids.append(self.rows(self.ids[texts[i]][done[i] : done[i] + count]) if self.ids else np.zeros(0))
+            done[i] += count
         found: list[Probe] = []
-        scores = score(self.model, requests, self.budget, top=self.top, ids=ids if self.ids else None, probes=found)
+        scores = score(self.model, requests, self.budget, rows=self.rows, top=self.top, ids=ids if self.ids else None,
+                       probes=found)  # fmt: skip
         for i in done:
             mine = [probe for (j, _), probe in zip(windows, found, strict=True) if j == i]
-            self.probes[texts[i]] = Probe(
-                *(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs"))
-            )
+            probe = Probe(*(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs")))
+            self.probes[texts[i]] = Probe(self.rows.ids[probe.ids], probe.log_probs)
         return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return super().generate_until(requests, disable_tqdm=True)
+
+
+def _sum(scores: Scores) -> float:
+    return float(scores.log_probs.sum(dtype=np.float64))

@@ -47,6 +47,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
     if plain:
         return
     facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
+    if kept is not None:
+        facts["token_rows"] = vocabulary.rows_before(tokenizer)
     compressed = {name: m.in_features for name, m in model.named_modules() if isinstance(m, bitmap.BitmapLinear)}
     facts |= {"format": COMPRESSED_FORMAT, "bitmap_columns": compressed} if compressed else {}
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
@@ -89,7 +91,7 @@ def load_model(
     place = path if kept is None else path / _TOKENIZER
     tokenizer = AutoTokenizer.from_pretrained(place, **options) if headers.has_tokenizer(place) else None
     if kept is not None and tokenizer is not None:
-        tokenizer = vocabulary.remapped(tokenizer, kept)
+        tokenizer = vocabulary.remapped(tokenizer, kept, facts.get("token_rows"))
     return model.to(device).eval(), tokenizer
 
 

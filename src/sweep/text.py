@@ -259,4 +259,9 @@ def calibration_stream(
     settings: Calibration, tokenizer: PreTrainedTokenizerBase, data_root: str | None = None
 ) -> Tensor:
     """The whole calibration text, (tokens,) int64."""
-    return tokenizer(calibration_text(settings, data_root), return_tensors="pt", verbose=False).input_ids[0]
+    import torch
+
+    from sweep import reading
+
+    stream = reading.stream(tokenizer, calibration_text(settings, data_root))
+    return torch.from_numpy(reading.Rows.of(tokenizer)(stream))

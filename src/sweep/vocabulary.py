@@ -3,8 +3,8 @@
 The tokenizer splits text as before; then old ids become new ones, and those of removed tokens become the unknown
 token's. Splitting by the smaller vocabulary instead would give other tokens than the model was trained on.
 
-A pruned model gives the unknown token's probability where the text has a removed one, over fewer alternatives: its
-perplexity on text with removed tokens is not comparable with the dense model's; that on kept tokens nearly is.
+Where the text has a removed token the pruned model tells the unknown one. Its probability is shared equally by the tokens
+it stands for wherever a text is scored (scorer.py), so that losses can be compared with the dense model's.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def prune(
     remove special tokens.
     """
     size = model.get_input_embeddings().weight.shape[0]
-    unknown = unknown_id(tokenizer)
-    protected = {unknown, *tokenizer.all_special_ids}
+    unknown = unknown_id(tokenizer, size)
+    protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
     drop = select.count(size, sparsity)
     if drop > size - len(protected):
         raise RequestError(f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
@@ -49,7 +49,7 @@ def prune(
         scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
     elif method.criterion == "frequency":
         assert tokens is not None
-        scores = frequency(torch.bincount(tokens.flatten(), minlength=size)[:size], _zipf(tokenizer, size)).double()
+        scores = frequency(torch.bincount(tokens.flatten(), minlength=size), _zipf(tokenizer, size)).double()
     else:
         raise ValueError(f"method.criterion={method.criterion} scores no tokens: it needs its line in vocabulary.py")
     scores[sorted(protected)] = torch.inf
@@ -63,7 +63,7 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
         units_removed=drop,
-        tokenizer=remapped(tokenizer, kept.tolist()),
+        tokenizer=remapped(tokenizer, kept.tolist(), size),
     )
 
 
@@ -71,7 +71,7 @@ def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
     """The rank of each token by how often it stands in the text; equal counts go by how frequent the word is that it spells.
 
     counts   (tokens,) int64
-    zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8
+    zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8; -1 for a row of no token
     returns  (tokens,) int64, all different: what is still equal goes by id, since later merges of a tokenizer are rarer.
              No sum of the three, in which a large count would round the others away
     """
@@ -79,35 +79,49 @@ def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
     return torch.from_numpy(order).argsort()
 
 
-def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def unknown_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     """The id that stands for removed tokens: the unknown token, or the end-of-text token where there is none.
 
+    rows  of the embedding, in which it must have one
     Raises RequestError when the tokenizer has neither.
     """
     for found in (tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if found is not None:
+        if found is not None and found < rows:
             return int(found)
     raise RequestError("method=vocab: the tokenizer has neither an unknown nor an end-of-text token to stand for "
                        "removed ones; add one to it")  # fmt: skip
 
 
 def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """Of each row: many models have more rows than their tokenizer has tokens."""
     from wordfreq import zipf_frequency  # loads its word list on first use
 
-    words = [tokenizer.decode([i]).strip() for i in range(min(size, len(tokenizer)))]
-    values = [zipf_frequency(word, "en") if word.isalpha() else 0.0 for word in words]
-    return torch.tensor(values + [0.0] * (size - len(values)), dtype=torch.float64)
+    found = torch.full((size,), -1.0, dtype=torch.float64)
+    for i in tokenizer.get_vocab().values():
+        if i < size:
+            word = tokenizer.decode([i]).strip()
+            found[i] = zipf_frequency(word, "en") if word.isalpha() else 0.0
+    return found
 
 
-def remapped(tokenizer: PreTrainedTokenizerBase, kept: Iterable[int]) -> PreTrainedTokenizerBase:
+def remapped(
+    tokenizer: PreTrainedTokenizerBase, kept: Iterable[int], rows: int | None = None
+) -> PreTrainedTokenizerBase:
     """A tokenizer that splits as `tokenizer` does and speaks in positions of `kept`, the old ids that stay, ascending.
 
-    It is of a class derived from the tokenizer's own, so that whatever asks for a tokenizer accepts it.
+    rows  of the embedding before it was cut; None where an older checkpoint does not say: as many as ids are known of
+
+    It is of a class derived from the tokenizer's own, so that whatever asks for a tokenizer accepts it. Of a tokenizer
+    that was remapped before, `kept` are positions, and the ids of the whole vocabulary stay the ones it knows.
     """
-    new = copy.copy(tokenizer)
-    new.kept_ids = list(kept)
-    new.unknown_id = unknown_id(tokenizer)
-    cls: Any = type(tokenizer)
+    whole, before, kept = original(tokenizer), kept_ids(tokenizer), list(kept)
+    if before is not None:
+        kept, rows = [before[i] for i in kept], rows_before(tokenizer)
+    new = copy.copy(whole)
+    new.kept_ids = kept
+    new.rows_before = rows or 1 + max(*kept, *whole.get_vocab().values())
+    new.unknown_id = unknown_id(whole, new.rows_before)
+    cls: Any = type(whole)
     new.__class__ = _remapped_class(cls)
     return new
 
@@ -117,12 +131,17 @@ def kept_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return getattr(tokenizer, "kept_ids", None)
 
 
+def rows_before(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The rows of the embedding before it was cut, likewise."""
+    return getattr(tokenizer, "rows_before", None)
+
+
 def original(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer that `remapped` was given, with all its ids; any other tokenizer itself."""
     if kept_ids(tokenizer) is None:
         return tokenizer
     old = copy.copy(tokenizer)
-    for name in ("kept_ids", "unknown_id", "_table"):
+    for name in ("kept_ids", "rows_before", "unknown_id", "_table"):
         old.__dict__.pop(name, None)
     old.__class__ = type(tokenizer).__mro__[1]
     return old
@@ -134,6 +153,7 @@ def _remapped_class(cls: Any) -> Any:
 
     class Remapped(cls):
         kept_ids: list[int]
+        rows_before: int
         unknown_id: int
 
         def _new(self, old: int | None) -> int | None:

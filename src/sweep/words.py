@@ -58,13 +58,13 @@ def of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[NDArray[np
     return np.array([NO_WORD if word < 0 else bands[word] for word in words], dtype=np.int64), words
 
 
-def of_vocabulary(tokenizer: Any) -> NDArray[np.int64]:
-    """The band of each token id, by the word that the token alone spells; a piece of a word is as rare as it is a word.
+def of_vocabulary(tokenizer: Any, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """The band of each of these tokens, by the word that it alone spells; a piece of a word is as rare as it is a word.
 
     Special tokens have no word.
     """
     special = set(tokenizer.all_special_ids)
-    return np.array([NO_WORD if i in special else band(tokenizer.decode([i])) for i in range(len(tokenizer))])
+    return np.array([NO_WORD if i in special else band(tokenizer.decode([i])) for i in ids], dtype=np.int64)
 
 
 def by_band(
@@ -88,19 +88,6 @@ def by_band(
             if removed is not None:
                 found[f"removed_band_{name}"] = float((here & removed).sum())
     return found
-
-
-def charged(losses: NDArray[np.floating], removed: NDArray[np.bool_], candidates: int) -> NDArray[np.float64]:
-    """Losses in which a token that the vocabulary has lost costs what it takes to tell it.
-
-    losses      (T,) nats; at a removed token, the loss of the unknown token that stands for it
-    candidates  how many tokens the unknown token stands for, itself included
-
-    The unknown token's probability is shared equally by those it stands for, so that probabilities still sum to 1 over
-    the dense model's vocabulary and the loss can be compared with its. Taken as it is, the model would be praised for
-    the sheer frequency of what it no longer tells apart.
-    """
-    return np.where(removed, losses + math.log(candidates), losses)
 
 
 def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
