@@ -16,7 +16,7 @@ import torch
 from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import catalogue, classification, perplexity, quality, surgery, text, vocabulary, words
+from sweep import classification, perplexity, quality, surgery, text, vocabulary, words
 from sweep.config import Benchmarks, Perplexity
 from test_identity import write_task
 
