@@ -135,6 +135,7 @@ def test_published_numbers_have_a_source_and_meet_the_cells_of_their_study(path:
     made = cells([f"+experiment={path.parent.name}"])
     made += list({cell.dense() for cell in made})
     rows = pd.DataFrame([{"status": "ok", "model": cell.model.name, "method": cell.method.family, "sparsity": cell.sparsity,
+                          "seed": cell.seed, "execution": cell.execution.name,
                           "criterion": getattr(cell.method, "criterion", None), "config": json.dumps(config.as_dict(cell)),
                           **dict.fromkeys(table.metric, 1.0)} for cell in made])  # fmt: skip
     text, agrees = published.compare(rows, path)

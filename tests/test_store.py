@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -334,3 +336,158 @@ def test_a_folder_that_cannot_be_read_is_refused(
     monkeypatch.setattr(Folder, "get", refuses)
     with pytest.raises(RequestError, match=r"results=.* cannot be read: (Permission denied|RuntimeError: Unable to)"):
         store.check_version(tmp_path)
+
+
+def copied(source: Path, into: Path) -> None:
+    """What `cp -r source/cells into/` does."""
+    shutil.copytree(source / "cells", into / "cells", dirs_exist_ok=True)
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two results folders with a task each, and a cell that both have."""
+    for name, day in (("a", 1), ("b", 2)):
+        at = f"2026-01-0{day}T00:00:00+00:00"
+        for i in (day, 9):
+            samples = pd.DataFrame({"task": name, "document": ["0"], "metric": ["acc"], "value": [day / 4]})
+            store.write(tmp_path / name, row(cell_name(i), started_at=at, **{f"{name}/acc": day / 4}),
+                        {"samples": samples})  # fmt: skip
+    return tmp_path / "a", tmp_path / "b"
+
+
+@pytest.mark.parametrize("mend", [sweep.load, store.compact, store.mend_schema])
+def test_a_folder_that_another_was_copied_into_shows_all_columns(mend: Any, two_folders: tuple[Path, Path]) -> None:
+    a, b = two_folders
+    copied(b, a)  # with the other folder's schema file over its own
+    mend(a)
+    plain = pd.read_parquet(a / "cells").set_index("cell")
+    assert plain["a/acc"][cell_name(1)] == 0.25 and plain["b/acc"][cell_name(2)] == 0.5
+    store.write(a, row(cell_name(7), **{"c/acc": 0.75}), {})
+    copied(b, a)
+    mend(a)
+    assert {"a/acc", "b/acc", "c/acc"} <= set(pd.read_parquet(a / "cells").columns)
+
+
+def test_a_schema_that_names_all_columns_is_told_without_opening_rows(
+    two_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = two_folders
+    store.mend_schema(a)
+    opened: list[str] = []
+    read = Folder.get
+    monkeypatch.setattr(Folder, "get", lambda self, name: (opened.append(name), read(self, name))[1])
+    store.mend_schema(a)
+    assert opened == ["cells/0-schema.parquet"]
+    (b / "cells" / f"{cell_name(2)}.parquet").rename(a / "cells" / f"{cell_name(2)}.parquet")
+    opened.clear()
+    store.mend_schema(a)
+    assert sorted(set(opened)) == ["cells/0-schema.parquet", f"cells/{cell_name(2)}.parquet"]
+    assert "b/acc" in pd.read_parquet(a / "cells")
+
+
+def test_a_reader_who_may_not_write_reads_a_merged_folder(
+    two_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = two_folders
+    copied(b, a)
+
+    def refuses(self: Folder, name: str, content: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Folder, "put", refuses)
+    assert {"a/acc", "b/acc"} <= set(sweep.load(a).columns)
+
+
+def test_compaction_drops_a_failure_that_was_copied_beside_a_finished_row(tmp_path: Path) -> None:
+    store.write(tmp_path / "a", row(cell_name(1), started_at="2026-01-01"), {})
+    store.compact(tmp_path / "a")
+    store.write(tmp_path / "b", {"cell": cell_name(1), "status": "failed", "started_at": "2026-01-02"}, {})
+    copied(tmp_path / "b", tmp_path / "a")
+    store.compact(tmp_path / "a")
+    assert pd.read_parquet(tmp_path / "a" / "cells").status.tolist() == ["ok"]
+
+
+def test_merging_takes_what_is_better_or_newer_with_its_tables(
+    two_folders: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    a, b = two_folders
+    store.write(a, row(cell_name(3), started_at="2026-01-01", seed=1), {})
+    store.write(b, {"cell": cell_name(3), "status": "failed", "started_at": "2026-01-03", "error": "later"}, {})
+    store.write(a, {"cell": cell_name(4), "status": "timeout", "started_at": "2026-01-05"}, {})
+    store.write(b, row(cell_name(4), started_at="2026-01-01", seed=2), {})
+    store.compact(b)
+    before = sweep.load(b)
+    store.main(["merge", str(a), str(b)])
+    assert f"{a}: 3 rows from {b}; it had 1 as new" in capsys.readouterr().out
+    rows = sweep.load(a).set_index("cell")
+    assert (rows.status == "ok").all() and rows.seed[cell_name(3)] == 1 and rows.seed[cell_name(4)] == 2
+    assert rows["b/acc"][cell_name(9)] == 0.5 and pd.isna(rows["a/acc"][cell_name(9)])  # the newer row, and it alone
+    tables = store.table(a, "samples").set_index("cell")
+    assert tables.value.to_dict() == {cell_name(1): 0.25, cell_name(2): 0.5, cell_name(9): 0.5}
+    plain = pd.read_parquet(a / "cells").set_index("cell").sort_index()
+    pd.testing.assert_frame_equal(plain[rows.columns], rows, check_dtype=False)
+    pd.testing.assert_frame_equal(sweep.load(b), before)  # as it was
+    assert store.merge(a, b) == {str(b): (0, 4)} and store.merge(b, a)[str(a)] == (2, 3)
+    pd.testing.assert_frame_equal(sweep.load(b)[sorted(rows)], rows.reset_index()[sorted(rows)], check_dtype=False)
+
+
+def test_an_interrupted_merge_loses_nothing_and_goes_on(
+    two_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = two_folders
+    put, left = Folder.put, 4
+
+    def dies(self: Folder, name: str, content: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        put(self, name, content)
+
+    both = {cell_name(i) for i in (1, 2, 9)}
+    for allowed in range(8):
+        left = allowed
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "put", dies)
+            try:
+                store.merge(a, b)
+            except KeyboardInterrupt:
+                assert {cell_name(1), cell_name(9)} <= set(sweep.load(a).cell) and len(sweep.load(b)) == 2
+                continue
+    assert set(sweep.load(a).cell) == both and set(store.table(a, "samples").cell) == both
+    assert store.merge(a, b) == {str(b): (0, 2)}
+
+
+def test_a_merge_that_cannot_be_is_refused_before_anything_is_taken(
+    two_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = two_folders
+    with pytest.raises(RequestError, match="are the same folder"):
+        store.merge(a, b, tmp_path / "b" / ".." / "a")
+    with pytest.raises(FileNotFoundError, match="nowhere is no results folder"):
+        store.merge(a, b, tmp_path / "nowhere")
+    assert len(sweep.load(a)) == 2
+    store.merge(tmp_path / "new", a, b)
+    assert len(sweep.load(tmp_path / "new")) == 3
+
+
+def test_polars_and_duckdb_read_the_rows_as_the_readme_says(two_folders: tuple[Path, Path]) -> None:
+    import duckdb
+    import polars
+
+    a, b = two_folders
+    store.write(a, {"cell": cell_name(5), "status": "failed", "error": "because"}, {})
+    store.merge(a, b)
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    lines = [line.partition("  #")[0] for line in readme.splitlines() if "results/cells/*.parquet" in line]
+    assert [line.split("(")[0] for line in lines] == ["polars.read_parquet", "duckdb.sql"]
+    expected = pd.read_parquet(a / "cells").sort_values("cell").reset_index(drop=True)
+    for line in lines:
+        found = eval(line.replace("results/cells", f"{a}/cells"), {"polars": polars, "duckdb": duckdb})
+        rows = pd.DataFrame(found.to_dicts()) if hasattr(found, "to_dicts") else found.df()
+        rows = rows.sort_values("cell").reset_index(drop=True)
+        assert set(rows.columns) == set(expected.columns)
+        for name in ("cell", "status", "error", "a/acc", "b/acc"):
+            assert [None if pd.isna(v) else v for v in rows[name]] == [
+                None if pd.isna(v) else v for v in expected[name]
+            ]

@@ -37,15 +37,29 @@ class Folder:
     def is_remote(self) -> bool:
         return self.fs is not None
 
+    def is_same(self, other: Folder) -> bool:
+        if self.is_remote or other.is_remote:
+            return self.is_remote and other.is_remote and self.root == other.root
+        return Path(self.root).resolve() == Path(other.root).resolve()
+
     def names(self, folder: str) -> list[str]:
         """The parquet files that readers see, sorted. Raises FileNotFoundError when there is no such folder."""
         if self.is_remote:
+            return list(self.sizes(folder))
+        with os.scandir(self._at(folder)) as entries:
+            return sorted(entry.name for entry in entries if _is_seen(entry.name))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The same files with their sizes in bytes. Raises FileNotFoundError when there is no such folder."""
+        if self.is_remote:
             self.fs.invalidate_cache()
-            found = [path.rpartition("/")[2] for path in self.fs.ls(self._at(folder), detail=False)]
+            found = [
+                (info["name"].rpartition("/")[2], info["size"]) for info in self.fs.ls(self._at(folder), detail=True)
+            ]
         else:
             with os.scandir(self._at(folder)) as entries:
-                found = [entry.name for entry in entries]
-        return sorted(name for name in found if name.endswith(".parquet") and not name.startswith("."))
+                found = [(entry.name, entry.stat().st_size) for entry in entries if _is_seen(entry.name)]
+        return {name: size for name, size in sorted(found) if _is_seen(name)}
 
     def exists(self, name: str) -> bool:
         if self.is_remote:
@@ -125,6 +139,10 @@ class Folder:
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+
+def _is_seen(name: str) -> bool:
+    return name.endswith(".parquet") and not name.startswith(".")
 
 
 def _remote(url: str) -> tuple[Any, str]:

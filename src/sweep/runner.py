@@ -48,8 +48,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
             break
     names = [step.name for step in (*plan.done, *plan.left, *plan.todo)]
     rows = store.read_rows(options.results, names)
-    if plan.todo and rows:
-        store.widen_schema(options.results, {name for row in rows.values() for name in row if "/" in name})
+    store.mend_schema(options.results)
     print("\n" + table(rows.values()) + f"\nrows: {options.results}/cells")
     not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
     outdone = [step for step in plan.todo if step.name in outcomes and outcomes[step.name].outdone]

@@ -75,7 +75,7 @@ TABLES = ("samples", "latency", "layers", "units")
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
 _COMPACT = "0-table-"
-_VERSION = b"sweep_schema_version"
+_VERSION, _FILES = b"sweep_schema_version", b"sweep_files"
 _NAMELESS = range(1, 6)  # measuring versions whose rows do not tell it
 _ALWAYS = ["cell", "status", "started_at", "schema_version"]  # read with any selection of columns
 _LOCK, _COMPACTION_LOCK = "cells/.lock", "cells/.compaction"
@@ -90,7 +90,11 @@ def load(results: Where = "results") -> pd.DataFrame:
     A file that is no row of ours is named in a warning and left out.
     Raises FileNotFoundError when there is no results folder, RequestError when a newer version has written it.
     """
-    return _rows(results).to_pandas()
+    rows = _rows(results)
+    if not set(_metrics(rows.column_names)) <= set(_schema_file(Folder(results))[0]):
+        with contextlib.suppress(OSError):  # a reader may not be allowed to write
+            widen_schema(results, _metrics(rows.column_names))
+    return rows.to_pandas()
 
 
 def statuses(results: Where, cells: Iterable[str]) -> dict[str, str]:
@@ -132,12 +136,56 @@ def table(results: Where, name: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def write(results: Where, row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
+def merge(into: Where, *others: Where) -> dict[str, tuple[int, int]]:
+    """Bring the rows of other results folders into one, with their tables; the others stay as they are.
+
+    A row is taken where its cell has none, only an older one, or one that is not ok while this one is. Each appears as
+    if it had been measured there, its tables first: what is interrupted loses nothing and is finished by doing it again.
+    returns  for each of the others (rows taken, rows that `into` had as good and as new)
+    Raises RequestError for a folder that cannot be written to, that a newer version has written, or that is the same;
+    FileNotFoundError for one that is no results folder.
+    """
+    for other in others:
+        if Folder(other).is_same(Folder(into)):
+            raise RequestError(f"merge: {other} and {into} are the same folder; give another one to merge from")
+        if not Folder(other).exists("cells"):
+            raise FileNotFoundError(_no_folder(other))
+        check_version(other)
+    check_writable(into)
+    taken: dict[str, tuple[int, int]] = {}
+    for other in others:
+        rows = _rows(other)
+        stood = 0
+        for row in rows.to_pylist():
+            known = {name: value for name, value in row.items() if value is not None}
+            stood += write(into, known, _tables(Folder(other), row["cell"]), if_newer=True) is not None
+        taken[str(other)] = (rows.num_rows - stood, stood)
+    return taken
+
+
+def _tables(folder: Folder, cell: str) -> dict[str, pa.Table]:
+    """The tables of one cell."""
+    found = {}
+    for name in TABLES:
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = pq.read_table(pa.BufferReader(folder.get(f"{name}/{cell}.parquet")))
+    return found
+
+
+def write(
+    results: Where,
+    row: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame | pa.Table],
+    *,
+    if_newer: bool = False,
+) -> dict[str, Any] | None:
     """Write one cell: its tables first, its row last. A row of the same cell is replaced.
 
-    row      `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
-    tables   by name, of TABLES
-    returns  None; or, with nothing changed, the row of status ok that stands there, which no other is to replace
+    row       `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
+    tables    by name, of TABLES
+    if_newer  replace only an older row, or one that is not ok by one that is
+    returns   None; or, with nothing changed, the row that stands there and is not to be replaced: one of status ok by
+              one that is not, or with if_newer one that is as good and as new
     Raises OSError when the folder does not take it; what other cells have there stays as it is.
 
     Object storage has no locks: of two processes that write one cell at the same moment the later wins there.
@@ -150,17 +198,22 @@ def write(results: Where, row: Mapping[str, Any], tables: Mapping[str, pd.DataFr
     widen_schema(results, metrics)
     content = pa.Table.from_pylist([{"schema_version": SCHEMA_VERSION, **row}], schema=schema(metrics))
     with folder.locked(_LOCK):  # no other row of this cell, and no compaction, comes in between
-        standing = read_row(results, cell) if row["status"] != "ok" else None
-        if standing is not None and standing["status"] == "ok":
+        standing = read_row(results, cell) if if_newer or row["status"] != "ok" else None
+        if standing is not None and (_rank(standing) >= _rank(row) if if_newer else standing["status"] == "ok"):
             return standing
         for name in TABLES:
             if name in tables:
-                folder.put(f"{name}/{cell}.parquet", _bytes(pa.Table.from_pandas(tables[name], preserve_index=False)))
+                folder.put(f"{name}/{cell}.parquet", _bytes(_arrow(tables[name])))
             else:
                 folder.remove(f"{name}/{cell}.parquet")  # of an earlier run of the cell
         folder.put(f"cells/{cell}.parquet", _bytes(content))
     _drop_from_compact(folder, cell)
     return None
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Of two rows of one cell the higher counts: one that is ok, then the newer."""
+    return row["status"] == "ok", row.get("started_at") or ""
 
 
 def schema(metrics: Iterable[str]) -> pa.Schema:
@@ -169,21 +222,60 @@ def schema(metrics: Iterable[str]) -> pa.Schema:
     return pa.schema(columns, metadata={_VERSION: str(SCHEMA_VERSION).encode()})
 
 
-def widen_schema(results: Where, metrics: Iterable[str]) -> None:
+def widen_schema(results: Where, metrics: Iterable[str], files: Iterable[str] | None = None) -> None:
     """Make the schema file name every column, so that pandas shows the new ones whichever file comes first.
 
+    files  marks of all files, when all their columns are among these or named already: see mend_schema
+
     Object storage has no locks: of two processes that add different columns at the same moment, one's may stay hidden
-    from pandas (never from `load`) until the sweep, at its end, calls this with all columns of its rows.
+    from pandas (never from `load`) until a sweep, at its end, mends the schema.
     """
     folder = Folder(results)
     with folder.locked(_LOCK):
-        known: list[str] = []
-        with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or damaged: written anew
-            known = pq.read_schema(pa.BufferReader(folder.get(f"cells/{_SCHEMA_FILE}"))).names
+        known, marks = _schema_file(folder)
         union = [name for name in known if name not in COLUMNS]
-        union += [name for name in metrics if name not in known and name not in COLUMNS]
-        if [*COLUMNS, *union] != known:
-            folder.put(f"cells/{_SCHEMA_FILE}", _bytes(schema(union).empty_table()))
+        union += [name for name in dict.fromkeys(metrics) if name not in known and name not in COLUMNS]
+        seen = marks if files is None else set(files)
+        if [*COLUMNS, *union] != known or seen != marks:
+            wide = schema(union)
+            wide = wide.with_metadata({**wide.metadata, _FILES: " ".join(sorted(seen)).encode()})
+            folder.put(f"cells/{_SCHEMA_FILE}", _bytes(wide.empty_table()))
+
+
+def mend_schema(results: Where) -> None:
+    """Make the schema file name the columns of all files, also of those that were copied in from another folder.
+
+    The schema file keeps a mark of every file that it has the columns of (its name and size), and only others are opened.
+    """
+    folder = Folder(results)
+    if not folder.exists("cells"):
+        return
+    marks = {name: _mark(name, size) for name, size in folder.sizes("cells").items() if name != _SCHEMA_FILE}
+    _, seen = _schema_file(folder)
+    found: dict[str, None] = {}
+    for name, mark in marks.items():
+        if mark not in seen:
+            with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):  # gone meanwhile, or no row of ours
+                found |= dict.fromkeys(pq.read_schema(pa.BufferReader(folder.get(f"cells/{name}"))).names)
+    if seen != set(marks.values()):
+        widen_schema(results, _metrics(found), marks.values())
+
+
+def _metrics(columns: Iterable[str]) -> list[str]:
+    return [name for name in columns if "/" in name]
+
+
+def _schema_file(folder: Folder) -> tuple[list[str], set[str]]:
+    """(columns, marks) of the schema file; nothing when there is none, or when it is damaged."""
+    try:
+        found = pq.read_schema(pa.BufferReader(folder.get(f"cells/{_SCHEMA_FILE}")))
+    except (FileNotFoundError, pa.ArrowInvalid):  # written anew
+        return [], set()
+    return found.names, set((found.metadata or {}).get(_FILES, b"").decode().split())
+
+
+def _mark(name: str, size: int) -> str:
+    return hashlib.sha256(f"{name} {size}".encode()).hexdigest()[:8]
 
 
 def check_writable(results: Where) -> None:
@@ -254,15 +346,19 @@ def compact(results: Where) -> tuple[int, int]:
         names = [name for name in folder.names("cells") if name != _SCHEMA_FILE]
         stamps = {name: folder.stamp(f"cells/{name}") for name in names}
         tables = {name: found for name in names if (found := _read(folder, name, None)) is not None}
+        widen_schema(results, [name for found in tables.values() for name in _metrics(found.column_names)])
         done = {name: found for name, found in tables.items()
                 if name.startswith(_COMPACT) or set(found["status"].to_pylist()) == {"ok"}}  # fmt: skip
-        if not done or (len(done) == 1 and next(iter(done)).startswith(_COMPACT)):
+        finished = {row["cell"] for found in done.values() for row in found.select(["cell", "status"]).to_pylist()
+                    if row["status"] == "ok"}  # fmt: skip
+        outdone = [name for name in tables if name not in done and _cell(name) in finished]
+        if not done or (len(done) == 1 and next(iter(done)).startswith(_COMPACT) and not outdone):
             return sum(found.num_rows for found in done.values()), 0
         merged = _unified(results, done)
         folder.put(f"cells/{_COMPACT}{uuid.uuid4().hex[:12]}.parquet", _bytes(merged))
         removed = 0
         with folder.locked(_LOCK):
-            for name in done:
+            for name in (*done, *outdone):
                 if folder.stamp(f"cells/{name}") == stamps[name]:  # else measured again since it was read
                     folder.remove(f"cells/{name}")
                     removed += 1
@@ -300,7 +396,7 @@ def _rows(
     """The rows in the files whose name is wanted, each cell once. Names of files that are no rows go to `damaged`."""
     folder = Folder(results)
     if not folder.exists("cells"):
-        raise FileNotFoundError(f"{results} is no results folder: there is no {results}/cells")
+        raise FileNotFoundError(_no_folder(results))
     for _ in range(100):  # as often as a compaction has moved rows under the reader's eyes
         names = folder.names("cells")
         files = [name for name in names if name != _SCHEMA_FILE and wanted(name)]
@@ -321,6 +417,10 @@ def _rows(
     else:
         damaged += bad
     return _unified(results, {name: found for name, found in zip(files, read, strict=True) if found is not None})
+
+
+def _no_folder(results: Where) -> str:
+    return f"{results} is no results folder: there is no {results}/cells"
 
 
 def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | None:
@@ -408,6 +508,10 @@ def _is_cell(name: str) -> bool:
     return len(name) == 16 and set(name) <= set("0123456789abcdef")
 
 
+def _arrow(content: pd.DataFrame | pa.Table) -> pa.Table:
+    return content if isinstance(content, pa.Table) else pa.Table.from_pandas(content, preserve_index=False)
+
+
 def _bytes(content: pa.Table) -> memoryview:
     buffer = io.BytesIO()
     pq.write_table(content, buffer)
@@ -418,15 +522,23 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line. Exits 2 for a wrong request."""
     from sweep import messages
 
-    parser = argparse.ArgumentParser(prog="python -m sweep.store", description="Care for a results folder.")
-    parser.add_argument("command", choices=["compact"], help="compact: put the rows of finished cells into one file")
-    parser.add_argument("results", nargs="?", default="results", help="results folder or URL (default: results)")
+    parser = argparse.ArgumentParser(prog="python -m sweep.store", description="Care for results folders.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("compact", help="put the rows of finished cells into one file")
+    one.add_argument("results", nargs="?", default="results", help="results folder or URL (default: results)")
+    several = commands.add_parser("merge", help="bring the rows of other results folders into one, with their tables")
+    several.add_argument("into", metavar="INTO", help="results folder or URL that receives them, which may be new")
+    several.add_argument("others", metavar="FROM", nargs="+", help="results folders or URLs, which stay as they are")
     options = parser.parse_args(arguments)
     try:
-        rows, removed = compact(options.results)
+        if options.command == "compact":
+            rows, removed = compact(options.results)
+            print(f"{options.results}: {rows} finished cells in one file, which replaced {removed}")
+        else:
+            for other, (taken, stood) in merge(options.into, *options.others).items():
+                print(f"{options.into}: {taken} rows from {other}" + (f"; it had {stood} as new" if stood else ""))
     except (RequestError, FileNotFoundError) as error:
         sys.exit(messages.complain(error))
-    print(f"{options.results}: {rows} finished cells in one file, which replaced {removed}")
 
 
 if __name__ == "__main__":
