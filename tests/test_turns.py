@@ -105,20 +105,24 @@ def check_that_none_meet(cells: list[Cell]) -> None:
                         assert until <= begun + SLACK or ended <= since + SLACK, (state, begun, ended, since, until)
 
 
-def test_one_leaves_while_another_waits_and_a_third_enters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("comes", ["before the first leaves", "when the first has left"])
+def test_one_leaves_while_another_waits_and_a_third_enters(comes: str, tmp_path: Path) -> None:
     """The third must not find a lock of its own: it would be timed beside the second."""
     a, b, c = cells = [Cell(tmp_path / name) for name in "abc"]
     a.do("enter")
     b.do("enter")
     a.await_state("work")
     b.await_state("work")
-    b.do("time 0.5", "leave")
+    b.do("time 1.5", "leave")
     until(lambda: blocked(b))
-    c.do("enter", "time 0.5", "leave")
-    until(lambda: blocked(c))
+    if comes == "before the first leaves":
+        c.do("enter", "time 0.5", "leave")
+        until(lambda: blocked(c))
     assert "timed" not in b.states() + c.states()
     a.do("leave")
     b.await_state("timed")
+    if comes == "when the first has left":
+        c.do("enter", "time 0.5", "leave")
     for cell in cells:
         cell.end()
     assert len(b.spans("timed")) == len(c.spans("timed")) == 1
