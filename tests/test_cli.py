@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 
 import sweep
+from sweep import messages
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["benchmarks.limit=4", "benchmarks.max_length=256", "efficiency.prompt_tokens=8", "efficiency.output_tokens=2",
@@ -152,6 +155,99 @@ def test_a_mistake_is_a_line_and_no_traceback(arguments: list[str], message: str
     assert "Traceback" not in output and "Error executing job" not in output
     assert len(output.splitlines()) <= 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cfg", "job", "-m"], "Only one of --run, --multirun, --cfg"),
+        (["--resolve"], "--resolve flag can only be used in conjunction with --cfg"),
+        (["benchmarks=null", "model=local"], "sweep: benchmarks=null: a group is chosen by the name of one of its options"),
+        (["benchmarks.tasks.x=1"], "sweep: Hydra cannot read the command: invalid literal"),
+        (["~benchmarks", "benchmarks.limit=3"], "sweep: '~benchmarks' takes away benchmarks, which the command needs"),
+        (["~benchmarks", "benchmarks.limit=3", "-m"], "sweep: '~benchmarks' takes away benchmarks"),
+        (["benchmarks=pydoc", "~benchmarks"], "sweep: '~benchmarks' takes away benchmarks"),
+        (["~calibration.source"], "sweep: '~calibration.source' takes away calibration.source"),
+        (["data_root=${nosuch}"], "sweep: data_root: Interpolation key 'nosuch' not found"),
+        (["hydra.run.dir=/proc/nosuch"], "No such file or directory: '/proc/nosuch'"),
+        (["results=a=b"], "sweep: 'results=a=b' cannot be read. A value with other characters"),
+        (["results=a=b", "-m"], """the shell: 'results="a=b"'"""),
+        (["results=it's"], "needs quotes"),
+        (["results=[a"], """'results="[a"'"""),
+        (["data_root=a,b"], """A comma within a name needs quotes: 'data_root="a,b"'"""),
+        (["sparsity"], "sweep: 'sparsity' gives no value: write sparsity=VALUE"),
+        (["benchmarks.tasks[0]=a"], "'benchmarks.tasks[0]' is no key"),
+        (["model="], "sweep: model=: there is no such option. Allowed: "),
+    ],
+)  # fmt: skip
+def test_what_another_library_refuses_is_a_line_too(arguments: list[str], message: str, tmp_path: Path) -> None:
+    output = run("+method=weight", *arguments, cwd=tmp_path, code=2)
+    assert message in output
+    assert "Traceback" not in output and "Error executing job" not in output
+    assert len(output.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["-m"]], ids=["alone", "a sweep"])
+@pytest.mark.parametrize("folder", ["a=b", "a,b", "it's", 'a "b"', "a(b) [c]", "ä", "#1"])
+def test_a_path_of_any_characters_is_read_when_it_is_quoted_as_the_message_says(
+    folder: str, more: list[str], tmp_path: Path, tiny_checkpoint: Path, tiny: list[str]
+) -> None:
+    (tmp_path / folder).symlink_to(tiny_checkpoint)
+    word = shlex.split(messages._quoted(f"model.path={folder}"))
+    settings = [setting for setting in tiny if not setting.startswith("model.path=")]
+    assert "2 to run" in run(*more, "+method=weight", *settings, *word, "plan=true", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("errors", ["", "2>&1"], ids=["output", "output and errors"])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("sweep", ["+method=weight", "plan=true"]),
+        ("sweep", ["+method=weight", "plan=true", "-m"]),
+        ("sweep", ["--help"]),
+        ("sweep", ["--cfg", "job"]),
+        ("sweep.report", ["--help"]),
+        ("sweep.cache", ["list"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_output_that_nobody_reads_ends_the_command_quietly(
+    module: str, words: list[str], errors: str, tmp_path: Path
+) -> None:
+    command = shlex.join([sys.executable, "-m", module, *words])
+    done = subprocess.run(["bash", "-c", f"{command} {errors} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {"SWEEP_CACHE": str(tmp_path / "cache")})  # fmt: skip
+    assert done.stderr == ""
+    assert int(done.stdout) in ((128 + signal.SIGPIPE,) if module == "sweep" else (0, 128 + signal.SIGPIPE))
+
+
+def test_a_sweep_whose_output_nobody_reads_ends_and_keeps_its_rows(tmp_path: Path, tiny: list[str]) -> None:
+    command = shlex.join([sys.executable, "-m", "sweep", "-m", "+method=weight", "sparsity=0.1,0.2,0.3", *tiny])
+    done = subprocess.run(["bash", "-c", f"{command} 2>&1 | head -2; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+                          cwd=tmp_path)  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str(128 + signal.SIGPIPE) and done.stderr == ""
+    rows = sweep.load(tmp_path / "results")
+    assert 1 <= len(rows) < 4 and set(rows.status) == {"ok"}
+
+
+def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None:
+    """The slow ones are those of Hydra and, once it has composed, of pandas and Arrow."""
+    watched = "import sys, os, signal\nclass Watch:\n    def find_spec(self, name, *_):\n        if name == {name!r}:\n" \
+              "            os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Watch())\n"  # fmt: skip
+    for name in (
+        "sweep.messages",
+        "sweep.config",
+        "hydra",
+        "hydra.core.hydra_config",
+        "sweep.plan",
+        "pandas",
+        "pyarrow",
+    ):
+        (tmp_path / "sitecustomize.py").write_text(watched.format(name=name))
+        done = subprocess.run([sys.executable, "-m", "sweep", "+method=weight", "plan=true"], cwd=tmp_path, capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+        assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr, (name, done.stderr)
 
 
 def test_report_says_what_is_missing(tmp_path: Path) -> None:

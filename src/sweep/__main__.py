@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
-from sweep import messages
-from sweep.config import RequestError
+if TYPE_CHECKING:  # imports take long, and are to be interrupted without a traceback: each is made where it is used
+    from omegaconf import DictConfig
 
 
 def compose(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration as plain containers, without Hydra's own part."""
+    from omegaconf import OmegaConf
+
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items() if key != "hydra"}
@@ -24,19 +21,23 @@ def compose(cfg: DictConfig) -> dict[str, Any]:
 
 def task(cfg: DictConfig) -> Any:
     """One cell: within a sweep, run it and return its outcome; alone, run it with its baseline and exit."""
-    from sweep import plan, runner  # here, because they take longer to import than --help may take
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
-    overrides = list(HydraConfig.get().overrides.task)
-    try:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
-            step, options = plan.received(compose(cfg), overrides)
-            return runner.run_one(step.cell, options.of_sweep(), step.overrides, beside_others=True)
+    from sweep import messages, plan, runner
+
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as they were typed
+    assert isinstance(words, list)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
+        step, options = plan.received(compose(cfg), words)
+        return runner.run_one(step.cell, options.of_sweep(), step.overrides, beside_others=True)
+
+    def run() -> int:
         cell, options = plan.prepare(compose(cfg))
-        sys.exit(runner.run_plan(plan.make([(cell, overrides)], options), options))
-    except RequestError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # to the sweeper, wherever it waits for this job
-        sys.exit(messages.complain(error))  # left to Hydra, it would be announced as a failed job
+        return runner.run_plan(plan.make([(cell, words)], options), options)
+
+    sys.exit(messages.guard(run))  # an exception left to Hydra would be announced as a failed job
 
 
 def conf_folder() -> Path:
@@ -47,7 +48,17 @@ def conf_folder() -> Path:
 
 def main() -> None:
     """Entry point of `python -m sweep` and of the console script. Exits 1 when a cell failed, 2 for a wrong request."""
-    sys.exit(messages.guard(hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)))
+    try:
+        from sweep import messages
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(messages.guard(_main))
+
+
+def _main() -> Any:
+    import hydra
+
+    return hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
 
 
 if __name__ == "__main__":

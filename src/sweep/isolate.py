@@ -273,13 +273,12 @@ class _Tail:
         while chunk := self._read():
             text = chunk.decode(errors="replace")
             self.kept = (self.kept + text)[-4 * _TAIL :]
-            if to_terminal:
-                sys.stderr.write(text)
-            else:
+            if not to_terminal:
                 *lines, pending = (pending + text).split("\n")
-                for line in filter(str.strip, map(without_bars, lines)):
-                    sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+                text = "".join(f"{line}\n" for line in map(without_bars, lines) if line.strip())
+            with contextlib.suppress(BrokenPipeError):  # nobody reads it; the child is not to wait for that
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
     def _read(self) -> bytes:
         try:

@@ -367,4 +367,4 @@ def _given(text: str | None) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(messages.guard(main))

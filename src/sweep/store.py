@@ -542,4 +542,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from sweep import messages
+
+    sys.exit(messages.guard(main))
