@@ -107,9 +107,7 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
 
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
-            own = block.__dict__.get("forward")
-            restore.callback(_restore, block, own)
-            block.forward = noting(index, block.forward)
+            models.replace_forward(restore, block, noting(index, block.forward))
         for batch in tokens.split(BATCH):
             try:
                 model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
@@ -124,12 +122,6 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
 
 class _Noted(Exception):
     """All that was to be seen has been: what remains of a model, or of a block, need not run."""
-
-
-def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    del block.forward
-    if own is not None:
-        block.forward = own
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -257,9 +249,12 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
     with ExitStack() as restore:
         waiting = iter(text.hidden)
         for index, block in enumerate(blocks):
-            restore.callback(_restore, block, block.__dict__.get("forward"))
             last = index == len(blocks) - 1
-            block.forward = lambda hidden, *_, last=last, **__: next(waiting).to(hidden.device) if last else hidden
+            models.replace_forward(
+                restore,
+                block,
+                lambda hidden, *_, last=last, **__: next(waiting).to(hidden.device) if last else hidden,
+            )
         restore.callback(head.register_forward_pre_hook(observe).remove)
         for hidden in text.hidden:
             try:

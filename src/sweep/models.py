@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -339,13 +341,24 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return [names[id(block)] for block in blocks(model)]
 
 
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that owns the blocks: what the text goes through between its ids and the head."""
+    return model.get_submodule(block_names(model)[0].rpartition(".")[0].rpartition(".")[0])
+
+
+def replace_forward(restore: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have `forward` stand in for what the module does, until `restore` is closed."""
+    own = module.__dict__.get("forward")
+    restore.callback(lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own))
+    module.forward = forward
+
+
 def products(model: PreTrainedModel) -> list[Linear]:
     """Every linear layer that a token's hidden state goes through: in the decoder, routers left out, and the head.
 
     Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
     """
-    decoder = model.get_submodule(block_names(model)[0].rpartition(".")[0].rpartition(".")[0])
-    found = [module for path, module in decoder.named_modules()
+    found = [module for path, module in decoder(model).named_modules()
              if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS]  # fmt: skip
     head = model.get_output_embeddings()
     return found if head is None else [*found, head]

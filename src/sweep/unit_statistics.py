@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import LABELS
+from sweep.logits import Tail, descend
 from sweep.unit_scores import Statistics
 
 BATCH = 4  # sequences in one forward pass
@@ -65,6 +66,10 @@ def gather(
         if labels is not None:
             x.register_hook(on_gradient)
 
+    def drawn(probabilities: Tensor, _: slice) -> Tensor:
+        return torch.multinomial(probabilities, 1, generator=draw).squeeze(1)
+
+    tail = Tail(model)
     with (
         inputs_observed(outputs, observe),
         activations_differentiable(model) if labels is not None else torch.no_grad(),
@@ -74,11 +79,9 @@ def gather(
             if labels is None:
                 model(input_ids=batch, use_cache=False, logits_to_keep=1)
                 continue
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            wanted = batch[:, 1:].flatten()
-            if labels == "model":
-                wanted = torch.multinomial(logits.detach().softmax(1), 1, generator=draw).squeeze(1)
-            nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+            own = batch[:, 1:].flatten()
+            wanted = drawn if labels == "model" else lambda _, some, own=own: own[some]
+            descend(tail, tail.states(input_ids=batch)[:, :-1].flatten(0, 1), wanted)
     return found
 
 
