@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import tiny_model
-from sweep import models, text, weights
+from sweep import config, models, plan, run, text, weights
 from sweep.config import Calibration, RequestError, Weight
 
 
@@ -99,7 +99,7 @@ def test_a_model_whose_blocks_differ_says_what_its_own_save_pretrained_cannot(
         ({"method": "wanda", "sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
         ({"method": "wanda", "patern": "2:4"}, "unknown key 'method.patern'. Did you mean 'pattern'"),
         ({"method": "neuron", "device": "cpu"}, "device is read by weight methods only"),
-        ({"method": "wanda", "length": 10**7}, "gives 0 sequences of 10000000 tokens; 16 are asked"),
+        ({"method": "wanda", "length": 10**7}, "bytes, which cannot give 16 sequences of 10000000 tokens"),
     ],
 )
 def test_a_wrong_request_is_refused(tiny_checkpoint: Path, asked: dict, message: str) -> None:
@@ -107,3 +107,83 @@ def test_a_wrong_request_is_refused(tiny_checkpoint: Path, asked: dict, message:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     with pytest.raises(RequestError, match=message):
         sweep.prune(model, tokenizer, **{"sparsity": 0.5, **asked})
+
+
+DOORS: dict[str, dict] = {  # from Python; on the command line the same, under the method's family and criterion
+    "magnitude": {"method": "magnitude", "scope": "global"},
+    "random weights": {"method": "random", "seed": 3},
+    "wanda": {"method": "wanda", "pattern": "2:4", "seed": 1},
+    "dense activations": {"method": "ria", "sequential": False},
+    "outliers": {"method": "wanda", "allocation": "owl"},
+    "sparsegpt": {"method": "sparsegpt", "targets": "ffn"},
+    "neuron": {"method": "neuron", "seed": 2},
+    "neurons that are mended": {"method": "neuron", "criterion": "l2", "repair": True},
+    "drop on text": {"method": "neuron", "criterion": "drop", "group": 4},
+    "drop on a task": {"method": "head", "criterion": "drop", "metric": "f1", "task": "continents", "documents": 20},
+    "head": {"method": "head"},
+    "layer": {"method": "layer"},
+    "vocab": {"method": "vocab"},  # which counts the whole text
+    "random vocab": {"method": "vocab", "criterion": "random", "seed": 4},
+}
+FEW = {"source": "pydoc", "sequences": 4, "length": 32}
+
+
+def composed(checkpoint: Path, asked: dict) -> dict:
+    """What the command line composes for a request of `sweep.prune`."""
+    knobs = {k: v for k, v in asked.items() if k not in ("method", "sparsity", "seed", "sequential")}
+    name = asked["method"]
+    family = {"family": name} if name in config.FAMILIES else {"family": "weight", "criterion": name}
+    return {
+        "model": {"name": "tiny", "source": "local", "path": str(checkpoint)}, "method": family | knobs,
+        "sparsity": asked.get("sparsity", 0.5), "seed": asked.get("seed", 0), "benchmarks": {"tasks": []},
+        "calibration": FEW | {"sequential": asked.get("sequential", True)}, "efficiency": {"repeats": 0, "prompt_tokens": 8},
+        "execution": {}, "dtype": "float32", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", DOORS.values(), ids=DOORS)
+def test_both_doors_prune_alike(tiny_checkpoint: Path, tmp_path: Path, cache_folder: Path, asked: dict) -> None:
+    (cell, _) = plan.prepare(composed(tiny_checkpoint, asked))
+    run.run_cell(cell, save_model=str(tmp_path / "pruned"))
+    by_command, its_tokenizer = sweep.load_model(tmp_path / "pruned")
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    before = sum(int((p != 0).sum()) for p in model.parameters())
+    outcome = sweep.prune(model, tokenizer, **{"sparsity": 0.5, "sequences": 4, "length": 32, **asked})
+    assert sum(int((p != 0).sum()) for p in model.parameters()) < before
+    found, expected = (dict(m.named_parameters()) for m in (model, by_command))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert getattr(outcome.tokenizer, "kept_ids", None) == getattr(its_tokenizer, "kept_ids", None)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "neuron", "criterion": "drop", "metric": "f1"},
+        {"method": "neuron", "criterion": "drop", "task": "pydoc"},
+        {"method": "layer", "criterion": "drop", "screen": "taylor"},
+        {"method": "wanda", "pattern": "2:4", "sparsity": 0.3},
+        {"method": "wanda", "pattern": "5:7", "sparsity": 2 / 7},
+        {"method": "wanda", "allocation": [0.5, 0.5, 0.5]},
+        {"method": "wanda", "skip_lowest": 0.9},
+        {"method": "head", "blocks": [7]},
+        {"method": "neuron", "sparsity": 0.99},
+        {"method": "neuron", "multiple_of": 100},
+        {"method": "layer", "sparsity": 0.9},
+        {"method": "wanda", "sparsity": -0.1},
+        {"method": "head", "unit": "heads"},
+        {"method": "wanda", "seed": -1},
+    ],
+    ids=str,
+)
+def test_both_doors_refuse_alike(tiny_checkpoint: Path, asked: dict) -> None:
+    with pytest.raises(RequestError) as on_the_command_line:
+        plan.prepare(composed(tiny_checkpoint, asked))
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    with pytest.raises(RequestError) as from_python:
+        sweep.prune(model, tokenizer, **{"sparsity": 0.5, "sequences": 4, "length": 32, **asked})
+    assert str(from_python.value) == str(on_the_command_line.value)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import checkpoint, config, methods, shrunk, text, vocabulary, weights
-from sweep.config import Calibration, RequestError, Weight
+from sweep import checkpoint, config, methods, plan, shrunk, text, vocabulary
+from sweep.config import RequestError, Weight
 from sweep.outcome import Outcome
 
 
@@ -56,18 +56,27 @@ def prune(
         known = [*criteria, *config.FAMILIES]
         raise RequestError(f"method must be one of {', '.join(known)}; got {method!r}."
                            f"{config.did_you_mean(method, known)}")  # fmt: skip
-    asked = config.build(config.FAMILIES[knobs["family"]], knobs, "method")
-    if not 0 <= sparsity < 1:
-        raise RequestError(f"sparsity must be in [0, 1), got {sparsity}")
-    tokens = None
-    if config.reads_text(asked):
-        tokens = text.calibration_tokens(Calibration(calibration, sequences, length), tokenizer, seed, data_root)
-    if isinstance(asked, Weight):
-        return weights.prune(model, asked, sparsity, tokens, seed=seed, sequential=sequential, device=device)
-    if device is not None:
+    (cell, _) = config.parse({
+        "model": {"name": type(model).__name__, "source": "local"}, "method": knobs, "sparsity": sparsity, "seed": seed,
+        "calibration": {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential},
+        "benchmarks": {"tasks": []}, "efficiency": {"repeats": 0}, "execution": {}, "data_root": data_root,
+    })  # fmt: skip
+    if device is not None and not isinstance(cell.method, Weight):
         raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
-    outcome = methods.prune(model, asked, sparsity, tokens, seed=seed, tokenizer=tokenizer)
-    shrunk.save_pretrained_as_sweep(model)
+    plan.check_method(cell, model.config.to_dict())
+    tokens = text.for_cell(cell, tokenizer)
+    outcome = methods.prune(
+        model,
+        cell.method,
+        cell.sparsity,
+        tokens,
+        seed=cell.seed,
+        tokenizer=tokenizer,
+        sequential=sequential,
+        device=device,
+    )
+    if cell.method.family in config.SHRINKING:
+        shrunk.save_pretrained_as_sweep(model)
     return outcome
 
 

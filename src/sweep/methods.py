@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequential: bool = True,
     share: shared.Share = shared.alone,
+    device: torch.device | str | None = None,
 ) -> Outcome:
     """Prune the model in place and report what was removed.
 
@@ -34,6 +36,7 @@ def prune(
     tokenizer  for methods that change the vocabulary or measure on a task
     sequential weight methods calibrate a block on what the pruned blocks before it put out
     share      where statistics of the unpruned model come from: by default they are measured
+    device     where a weight method works, one block at a time; None = where the model lies
     Raises RuntimeError when the removed count is not the requested one, RequestError when the text has a token that the
     model has no row for.
     """
@@ -46,7 +49,9 @@ def prune(
                 removed=0,
             )
         case Weight():
-            return weights.prune(model, method, sparsity, tokens, seed=seed, sequential=sequential, share=share)
+            return weights.prune(
+                model, method, sparsity, tokens, seed=seed, sequential=sequential, device=device, share=share
+            )
         case Neuron() | Head():
             return units.prune(model, method, sparsity, tokens, seed, tokenizer, share)
         case Layer():

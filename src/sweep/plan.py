@@ -110,14 +110,22 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     headers.check(cell.model)
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
+    check_method(cell, sources.shape(cell.model))
+    if isinstance(cell.method, Weight) and (cell.method.exclude or cell.method.pattern is not None):
+        _check_targets(cell.method, cell.model)
+    return cell, options
+
+
+def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
+    """Refuse a method and a calibration text that no model of this shape can meet. Raises RequestError.
+
+    shape  what the model's configuration says; what it does not say is told once the model is loaded
+    """
     if cell.calibration is not None:
         _check_calibration(cell.calibration, cell.data_root)
     if isinstance(cell.method, Weight):
-        _check_shapes(cell.method, sources.shape(cell.model))
-        if cell.method.exclude or cell.method.pattern is not None:
-            _check_targets(cell.method, cell.model)
-    unit_requests.check(cell)
-    return cell, options
+        _check_shapes(cell.method, shape)
+    unit_requests.check(cell, shape)
 
 
 def check_models(cells: Iterable[Cell]) -> None:

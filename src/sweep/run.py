@@ -25,7 +25,7 @@ from sweep import (
     text,
     turns,
 )
-from sweep.config import Cell, Dense, Vocab, as_dict
+from sweep.config import Cell, Dense, as_dict
 from sweep.locks import working_seconds
 
 
@@ -51,13 +51,7 @@ def run_cell(
     if cell.benchmarks.tasks:
         models.check_tokenizer(tokenizer, cell.model.name)
     efficiency.check_fits(model, cell.efficiency)
-    tokens = None
-    if cell.calibration is not None and isinstance(cell.method, Vocab):
-        # rare tokens are told by much text
-        tokens = text.calibration_stream(cell.calibration, tokenizer, cell.data_root)
-    elif cell.calibration is not None:
-        tokens = text.calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
-
+    tokens = text.for_cell(cell, tokenizer)
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
     targets = methods.targets(model, cell.method)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sweep import hub
-from sweep.config import Calibration, RequestError
+from sweep.config import Calibration, Cell, RequestError, Vocab
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,6 +232,19 @@ def read_file(source: str, key: str, allowed: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{key}: {source} is not UTF-8 text: {error}") from error
+
+
+def for_cell(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    """The token ids that a cell's method reads; None for one that reads no text.
+
+    (sequences, length) that the seed draws; for the frequencies of tokens the whole text, (tokens,): rare ones are told
+    by much of it.
+    """
+    if cell.calibration is None:
+        return None
+    if isinstance(cell.method, Vocab):
+        return calibration_stream(cell.calibration, tokenizer, cell.data_root)
+    return calibration_tokens(cell.calibration, tokenizer, cell.seed, cell.data_root)
 
 
 def calibration_tokens(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sweep import sources, text
+from sweep import text
 from sweep.config import Cell, Drop, Head, Layer, Neuron, RequestError
 
 QUERY = "method.unit=query, which removes a query head of every key-value group"
@@ -19,15 +19,20 @@ QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {
 }
 
 
-@functools.lru_cache
 def questions_fingerprint(task: str) -> str:
     """Of the questions on which a drop is measured."""
-    return text.fingerprint([QUESTIONS[task](document) for document in text.EMBEDDED[task]()])
+    return _fingerprint(task, QUESTIONS[task])
 
 
-def check(cell: Cell) -> None:
+@functools.cache
+def _fingerprint(task: str, question: Callable[[dict[str, Any]], Any]) -> str:
+    return text.fingerprint([question(document) for document in text.EMBEDDED[task]()])
+
+
+def check(cell: Cell, shape: Mapping[str, Any]) -> None:
     """Refuse a cell that would leave a block without a unit, or names blocks that are not there.
 
+    shape  of the model, as its configuration says it
     Raises RequestError. What the model's configuration does not tell is left to the surgery.
     """
     method = cell.method
@@ -35,7 +40,6 @@ def check(cell: Cell) -> None:
         return
     if method.criterion == "drop":
         check_drop(method)
-    shape = sources.shape(cell.model)
     depth = _first(shape, "num_hidden_layers", "n_layer")
     if not depth:
         return
@@ -120,6 +124,6 @@ def _check(cell: Cell, left: str, needed: int, units: int, noun: str, instead: s
                            + ", or ".join(way for way in ways if way))  # fmt: skip
 
 
-def _first(shape: dict[str, Any], *names: str) -> int:
+def _first(shape: Mapping[str, Any], *names: str) -> int:
     """The first of these that is there; 0 when none is."""
     return next((int(shape[name]) for name in names if shape.get(name)), 0)
