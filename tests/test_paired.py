@@ -68,12 +68,7 @@ def test_a_difference_that_no_draw_denies_stays_news_in_a_large_table() -> None:
     assert few["p"] == 2.0**-4  # five documents cannot tell more, however far apart
 
 
-def test_chance_is_called_news_about_as_often_as_it_says() -> None:
-    wrong = sum(paired.difference(*losses(seed, 0.0), "loss")["p"] < 0.05 for seed in range(100))
-    assert wrong <= 12  # 5 expected; 13 or more of 100 has probability 0.0015
-
-
-def test_f1_is_scikit_learns_on_every_draw() -> None:
+def test_f1_is_scikit_learns_and_its_interval_as_wide_as_a_bootstraps() -> None:
     draw = np.random.default_rng(0)
     target = draw.integers(0, 4, 80)
     before, after = (pd.DataFrame({"target": target, "chosen": np.where(draw.random(80) < right, target, 0)})
@@ -111,23 +106,80 @@ def test_the_gap_between_bands_is_a_difference_of_differences() -> None:
     assert 0 < found["low"] < 0.5 < found["high"] + 0.1 and found["p"] < 0.01
 
 
-def test_a_loss_that_is_no_number_gives_no_verdict() -> None:
+@pytest.mark.parametrize("strange", [np.nan, -np.inf])
+def test_a_loss_that_is_no_number_gives_no_verdict(strange: float) -> None:
     before, after = losses(0, 0.2)
-    after.loc[0, "log_likelihood"] = np.nan
+    after.loc[0, "log_likelihood"] = strange
     found = paired.difference(before, after, "loss")
-    assert np.isnan(found["p"]) and np.isnan(found["difference"])
+    assert np.isnan(found["p"]) and not np.isfinite(found["difference"])
+    before = pd.DataFrame({"loss_band_zipf0to3": [2.0, 1.0], "tokens_band_zipf0to3": [1.0, 1.0]})
+    after = before.assign(loss_band_zipf0to3=[np.nan, 1.0])  # no band that the document lacks
+    assert np.isnan(paired.difference(before, after, "loss_band_zipf0to3")["after"])
+
+
+def test_windows_of_the_papers_perplexity_are_paired_like_any_documents(tmp_path: Path) -> None:
+    before, after = losses(0, 0.2)
+    windows = [pd.DataFrame({"loss": -o.log_likelihood / o.tokens}) for o in (before, after)]
+    found = {name: paired.difference(*windows, name) for name in ("loss", "perplexity", "token_perplexity")}
+    assert found["loss"] == found["perplexity"] == found["token_perplexity"]
+    assert found["loss"]["difference"] == pytest.approx(windows[1].loss.mean() - windows[0].loss.mean())
+    assert found["loss"]["test"] == "sign flips" and found["loss"]["p"] < 0.01
+    results(tmp_path, {"dense": windows[0], "weight": windows[1]}, task="wikitext2")
+    (line,) = paired.table(tmp_path, ["wikitext2/perplexity"]).itertuples()
+    assert line.verdict == "worse" and line.documents == 60
+
+
+def test_metrics_of_log_likelihoods_are_losses_and_point_the_right_way(tmp_path: Path) -> None:
+    likelihood = pd.DataFrame({"word_perplexity": [-20.0, -30.0], "word_perplexity_weight": [10.0, 5.0],
+                               "bits_per_byte": [-20.0, -30.0], "bits_per_byte_weight": [40.0, 20.0],
+                               "perplexity": [-20.0, -30.0]})  # fmt: skip
+    words, bits, mean = (paired.estimate(likelihood, m) for m in ("word_perplexity", "bits_per_byte", "perplexity"))
+    assert words.value == pytest.approx(50 / 15) and mean.value == 25  # exp of which is lm-eval's perplexity
+    assert bits.value == pytest.approx(50 / 60 / np.log(2))
+    many = pd.DataFrame({"perplexity": np.linspace(-9, -3, 12)})
+    results(tmp_path, {"dense": many, "weight": many - 1}, task="lambada_openai")
+    assert paired.table(tmp_path, ["lambada_openai/perplexity"]).verdict.item() == "worse"
+
+
+def test_a_divergence_is_a_mean_over_tokens() -> None:
+    pages = pd.DataFrame({"kl_from_dense": [1.0, 8.0], "tokens": [10.0, 20.0]})
+    assert paired.estimate(pages, "kl_from_dense").value == pytest.approx(9 / 30)
+
+
+def test_what_a_document_does_to_a_metric_is_told_to_first_order() -> None:
+    """Leaving a document out moves a metric by minus its residual, as far as a straight line goes."""
+    draw = np.random.default_rng(0)
+    found, _ = losses(0, 0.0, documents=200)
+    found["target"], found["chosen"] = draw.integers(0, 3, (2, 200))
+    for metric in ("loss", "f1_macro", "tokens"):
+        whole = paired.estimate(found, metric)
+        assert whole.residuals.sum() == pytest.approx(0, abs=1e-9) and whole.shares.sum() == pytest.approx(1)
+        left_out = [paired.estimate(found.drop(i), metric).value - whole.value for i in range(10)]
+        assert left_out == pytest.approx(-whole.residuals[:10], rel=0.05, abs=1e-5)
+
+
+def results(
+    folder: Path, cells: dict[str, pd.DataFrame], task: str = "t", dtype: str = "float32", start: int = 0
+) -> None:
+    """A results folder of cells named a, b, …: their methods, and the outcomes of their documents."""
+    for i, (method, outcomes) in enumerate(cells.items(), start):
+        config = json.dumps({"model": "m", "dtype": dtype, "device": "cpu", "threads": 1, "benchmarks": {}})
+        samples = outcomes.melt(var_name="metric", ignore_index=False).rename_axis("document").reset_index()
+        row = {
+            "cell": "abcdefgh"[i],
+            "status": "ok",
+            "method": method.partition(" ")[0],
+            "config": config,
+            "sparsity": 0.5,
+        }
+        store.write(folder, row, {"samples": samples.assign(task=task, document=samples.document.astype(str))})
 
 
 def test_a_table_says_what_is_within_noise(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    easy = draw.random(300)
-    for cell, method, skill, dtype in (("a", "dense", 0.7, "float32"), ("b", "weight", 0.69, "float32"),
-                                       ("c", "weight", 0.3, "float32"), ("d", "weight", 0.3, "bfloat16")):  # fmt: skip
-        config = json.dumps({"model": "m", "dtype": dtype, "device": "cpu", "threads": 1, "benchmarks": {}})
-        samples = pd.DataFrame({"task": "t", "document": [str(i) for i in range(300)], "metric": "acc",
-                                "value": (easy < skill).astype(float)})  # fmt: skip
-        row = {"cell": cell, "status": "ok", "method": method, "config": config, "sparsity": 0.5, "t/acc": skill}
-        store.write(tmp_path, row, {"samples": samples})
+    easy = np.random.default_rng(0).random(300)
+    dense, near, far = (pd.DataFrame({"acc": (easy < skill).astype(float)}) for skill in (0.7, 0.69, 0.3))
+    results(tmp_path, {"dense": dense, "weight near": near, "weight far": far})
+    results(tmp_path, {"weight": far}, dtype="bfloat16", start=3)
     found = paired.table(tmp_path, ["t/acc", "missing/acc"]).set_index("after")
     assert found.verdict.to_dict() == {"b": "within noise", "c": "worse"}  # d has no dense cell of its dtype
     assert (found.p_holm >= found.p).all()
@@ -137,3 +189,32 @@ def test_a_table_says_what_is_within_noise(tmp_path: Path) -> None:
         paired.table(tmp_path, ["t/acc_nrm"])
     with pytest.raises(RequestError, match="t/f1_macro: the examples of t have no f1_macro"):
         paired.table(tmp_path, ["t/f1_macro"])
+
+
+def test_a_table_too_large_for_its_documents_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before, after = losses(0, 5.0, documents=8)
+    results(tmp_path, {"dense": before, **{f"weight {i}": after for i in range(6)}})
+    assert (paired.table(tmp_path, ["t/loss"]).verdict == "worse").all() and not caplog.text  # 6 / 128 is below 0.05
+    results(tmp_path, {"weight": after}, start=7)
+    assert (paired.table(tmp_path, ["t/loss"]).verdict == "within noise").all()
+    assert "t/loss: 8 documents give no p-value below 0.0078, and Holm's correction of 7 comparisons" in caplog.text
+
+
+OUTCOMES = {"of windows": {"loss"}, "of pages": {"log_likelihood", "tokens"}, "of choices": {"acc", "target", "chosen"},
+            "of old pages": {"log_likelihood", "tokens", "word_perplexity"},
+            "of pages by band": {"log_likelihood", "tokens", "loss_band_no_word", "tokens_band_no_word"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", OUTCOMES.values(), ids=OUTCOMES)
+def test_what_is_refused_is_not_what_is_offered(columns: set[str]) -> None:
+    found = pd.DataFrame({column: [1.0, 0.0, 1.0] for column in columns})
+    offered = paired.comparable(found)
+    for metric in offered:
+        paired._check(f"t/{metric}", found)
+        assert paired.difference(found, found, metric)["difference"] == 0
+    for metric in {"loss", "perplexity", "word_perplexity", "f1_macro", "loss_band_no_word", "kl_from_dense", "los"} - {
+        *offered
+    }:
+        with pytest.raises(RequestError) as refused:
+            paired._check(f"t/{metric}", found)
+        assert f"have no {metric}." in str(refused.value) and f"'{metric}'" not in str(refused.value)

@@ -1,156 +1,159 @@
 """Whether two cells differ, told from the same documents. No torch.
 
 Two intervals that overlap say little: both cells answered the same documents, and most of what makes one document
-harder than another cancels in the difference. So a comparison joins the cells by document. Accuracy is tested by
-McNemar's exact test on the documents that flipped; loss and F1 by a bootstrap over documents; and over a table of
-comparisons the p-values are Holm's, or one in twenty would be news by chance.
+harder than another cancels in the difference. So a comparison joins the cells by document, and sweep.chance tells a
+difference from what chance makes: McNemar's exact test where answers are right or wrong, flipped signs for losses, F1
+and everything else; and over a table of comparisons the p-values are Holm's, or one in twenty would be news by chance.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from numpy.typing import NDArray
 
-from sweep import classification, columns, frontier, store
+from sweep import chance, classification, columns, frontier, store
+from sweep.chance import LEVEL, holm, mcnemar
 from sweep.config import RequestError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
 
-DRAWS = 2000
-LEVEL = 0.05
 BETTER, WORSE, NOISE = "better", "worse", frontier.WITHIN_NOISE
-TRUTHS = ("acc", "acc_norm", "exact_match", "told", "em")  # metrics that are right or wrong for each document
+_LOSSES = ("loss", "token_perplexity", "perplexity")
+_SPREAD = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # what lm-eval makes of log-likelihoods and weights
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> tuple[float, int, int]:
-    """(p-value, wrong to right, right to wrong) of two answers, right (1) or wrong (0), to each document.
+class Estimate(NamedTuple):
+    """A metric of a set of documents, and what each of them does to it."""
 
-    Exact and two-sided: where nothing changed, each flip is as likely to go either way (McNemar 1947,
-    doi:10.1007/BF02295996). Without flips the p-value is 1.
-    """
-    a, b = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
-    flips = gained + lost
-    return (float(binomtest(gained, flips, 0.5).pvalue) if flips else 1.0), gained, lost
+    value: float
+    residuals: NDArray[np.float64]  # by how much each document moves it, to first order; they sum to 0
+    shares: NDArray[np.float64]  # the weight of each document; they sum to 1
 
-
-def bootstrap(
-    difference: Callable[[NDArray[np.int64]], NDArray[np.float64]], documents: int, seed: int = 0
-) -> tuple[float, float, float]:
-    """(low, high, p-value): the 95 % percentile interval of a difference, and how often its sign is the other one.
-
-    difference  from draws of documents, (DRAWS, documents) indices with replacement, to one difference a draw
-    The p-value is two-sided. Where no draw has the other sign, draws tell only that it is below 2 / (DRAWS + 1), and over
-    a large table Holm would call every such difference noise: then it is that of a normal distribution with the draws'
-    spread, but not below 2^(1 - documents), the least that flipping the signs of so many documents can tell.
-    NaN in, NaN out.
-    """
-    draws = np.random.default_rng(seed).integers(0, documents, (DRAWS, documents))
-    found = difference(draws)
-    if not len(found) or np.isnan(found).any():
-        return (np.nan,) * 3
-    low, high = np.quantile(found, [0.025, 0.975])
-    tail = min((found <= 0).sum(), (found >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
-    if tail == 0:
-        spread = found.std()
-        far = 2 * norm.sf(abs(found.mean()) / spread) if spread else 0.0
-        p = max(min(p, far), 2.0 ** (1 - documents))
-    return float(low), float(high), float(p)
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm's adjusted p-values (1979): the k-th smallest of n times n - k + 1, never falling, at most 1. NaN stays NaN."""
-    p = np.asarray(p_values, dtype=float)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    adjusted = np.full(len(p), np.nan)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors)) if len(order) else []
-    return adjusted
+    def parts(self) -> NDArray[np.float64]:
+        """What each document adds to the value."""
+        with np.errstate(invalid="ignore"):
+            return self.value * self.shares + self.residuals
 
 
 def outcomes(samples: pd.DataFrame, cell: str, task: str) -> Outcomes:
-    """A cell's outcomes in a task, one line a document.
+    """A cell's outcomes in a task, one line a document."""
+    return _wide(samples[(samples.cell == cell) & (samples.task == task)])
+
+
+def _wide(samples: pd.DataFrame) -> Outcomes:
+    """Outcomes of a cell's samples of a task.
 
     What older versions wrote twice of a document, under two answer filters that they did not name, is left out.
     """
-    mine = samples[(samples.cell == cell) & (samples.task == task)]
-    clear = mine.drop_duplicates(["document", "metric"], keep=False)
+    clear = samples.drop_duplicates(["document", "metric"], keep=False)
     wide = clear.pivot_table(index="document", columns="metric", values="value", aggfunc="first", dropna=False)
-    return wide if len(clear) == len(mine) else wide.reindex(sorted(set(mine.document)))
+    return wide if len(clear) == len(samples) else wide.reindex(sorted(set(samples.document)))
+
+
+def estimate(found: Outcomes, metric: str) -> Estimate:
+    """A metric from its documents.
+
+    metric   f1_macro; a loss: `loss`, `token_perplexity`, `perplexity` (nats a token), `loss_band_B` (nats a token of the
+             band), `word_perplexity`, `byte_perplexity` (nats a word or byte), `bits_per_byte`; `kl_from_dense`; or any
+             other value of single documents (acc, exact_match, told), of which it is the mean
+    Raises KeyError when the outcomes lack what the metric is made of: see `comparable`.
+    """
+    if metric == "f1_macro":
+        return _f1(found["target"].to_numpy(int), found["chosen"].to_numpy(int))
+    terms = _terms(metric, found)
+    if terms is None:
+        raise KeyError(metric)
+    sums, counts, unit = terms
+    n = np.ones(len(found)) if counts is None else found[counts].to_numpy(float)
+    absent = np.isnan(n)  # not every document has words of every band
+    return _ratio(np.where(absent, 0, found[sums].to_numpy(float) / unit), np.where(absent, 0, n))
+
+
+def comparable(found: Outcomes) -> list[str]:
+    """The metrics that a task's outcomes are enough for."""
+    known = {m for m in (*found, *_LOSSES) if _terms(m, found) is not None}
+    return sorted(known | ({"f1_macro"} if {"target", "chosen"} <= set(found) else set()))
+
+
+def _terms(metric: str, found: Outcomes) -> tuple[str, str | None, float] | None:
+    """(column to sum, column of the counts to divide by, unit of the first): None for counts of 1, and for lack of them."""
+    weight, name = f"{metric}_weight", columns.metric(metric)
+    if weight in found:
+        terms: tuple[str, str | None, float] = metric, weight, -math.log(2) if name == "bits_per_byte" else -1
+    elif name in _SPREAD:
+        return None  # from before the weights were kept
+    elif metric.startswith("loss_band_"):
+        terms = metric, metric.replace("loss_", "tokens_", 1), 1
+    elif metric in _LOSSES and "tokens" in found:
+        terms = "log_likelihood", "tokens", -1
+    elif metric in _LOSSES and "loss" in found:  # of windows of one length
+        terms = "loss", None, 1
+    elif name == "perplexity":  # which lm-eval makes of log-likelihoods
+        terms = metric, None, -1
+    else:
+        terms = metric, "tokens" if metric == "kl_from_dense" else None, 1
+    return terms if {c for c in terms[:2] if c is not None} <= set(found) else None
 
 
 def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]:
-    """`metric` of `after` less that of `before`, on the documents that both have.
+    """`metric` (see `estimate`) of `after` less that of `before`, on the documents that both have.
 
-    metric   a truth (acc, acc_norm, exact_match, told), f1_macro, a loss (`loss` or `token_perplexity`: nats a token;
-             `loss_band_B`: nats a token of the band), or any other value of single documents, whose means are compared
-    returns  documents, before, after, difference, low, high (95 %), p, test, and for truths gained and lost
-    Raises KeyError when an outcome lacks what the metric is made of.
+    returns  documents, before, after, difference, low, high (95 %), p, test, and for answers that are right or wrong
+             gained and lost
     """
     both = before.index.intersection(after.index)
-    a, b = before.loc[both], after.loc[both]
-    found: dict[str, Any] = {"documents": len(both)}
-    if metric == "f1_macro":
-        values, of_draws = _f1(a, b)
-        test = "bootstrap"
-    elif metric in ("loss", "token_perplexity") or metric.startswith("loss_band_"):
-        values, of_draws = _loss(a, b, metric)
-        test = "bootstrap"
-    else:
-        x, y = a[metric].to_numpy(float), b[metric].to_numpy(float)
-        values = (float(x.mean()), float(y.mean()))
-        test, of_draws = "bootstrap", lambda draws: (y - x)[draws].mean(1)
-    low, high, p = bootstrap(of_draws, len(both))
-    if columns.metric(metric) in TRUTHS:
-        p, found["gained"], found["lost"] = mcnemar(a[metric], b[metric])
-        test = "McNemar"
-    return found | {"before": values[0], "after": values[1], "difference": values[1] - values[0], "low": low,
-                    "high": high, "p": p, "test": test}  # fmt: skip
+    a, b = (estimate(o.loc[both], metric) for o in (before, after))
+    found: dict[str, Any] = {"documents": len(both), "before": a.value, "after": b.value,
+                             "difference": b.value - a.value}  # fmt: skip
+    if metric in before and metric in after and _are_answers(answers := [o.loc[both, metric] for o in (before, after)]):
+        p, gained, lost = mcnemar(*answers)
+        low, high = chance.flip_interval(gained, lost, len(both), p)
+        return found | {"low": low, "high": high, "p": p, "test": "McNemar", "gained": gained, "lost": lost}
+    less = minus(b, a)
+    low, high, p = chance.sign_flips(less.parts(), less.shares)
+    return found | {"low": low, "high": high, "p": p, "test": "sign flips"}
 
 
-def _f1(a: Outcomes, b: Outcomes) -> tuple[tuple[float, float], Callable[[NDArray], NDArray]]:
-    truth, *choices = (x.to_numpy(int) for x in (a["target"], a["chosen"], b["chosen"]))
-    classes = max(int(x.max()) for x in (truth, *choices)) + 2
-    pairs = [truth * classes + np.where(chosen < 0, classes - 1, chosen) for chosen in choices]
-
-    def f1(which: int, draws: NDArray) -> NDArray[np.float64]:
-        drawn = pairs[which][draws] + np.arange(len(draws))[:, None] * classes**2
-        counts = np.bincount(drawn.ravel(), minlength=len(draws) * classes**2)
-        return classification.f1_macro(counts.reshape(-1, classes, classes))
-
-    whole = np.arange(len(truth))[None]
-    return (float(f1(0, whole)[0]), float(f1(1, whole)[0])), lambda draws: f1(1, draws) - f1(0, draws)
+def minus(after: Estimate, before: Estimate) -> Estimate:
+    """The difference of two estimates of the same documents, in the same order."""
+    return Estimate(after.value - before.value, after.residuals - before.residuals, (after.shares + before.shares) / 2)
 
 
-def _loss(a: Outcomes, b: Outcomes, metric: str) -> tuple[tuple[float, float], Callable[[NDArray], NDArray]]:
-    """Losses are sums over tokens: documents are drawn, and the sums divided by the drawn documents' tokens."""
-    if metric.startswith("loss_band_"):
-        count = metric.replace("loss_", "tokens_", 1)
-        sums = [o[metric].fillna(0.0).to_numpy(float) for o in (a, b)]
-        tokens = [o[count].fillna(0.0).to_numpy(float) for o in (a, b)]
-    else:
-        sums = [-o["log_likelihood"].to_numpy(float) for o in (a, b)]
-        tokens = [o["tokens"].to_numpy(float) if "tokens" in o else np.ones(len(o)) for o in (a, b)]
-    values = tuple(float(s.sum() / n.sum()) for s, n in zip(sums, tokens, strict=True))
+def _are_answers(values: Sequence[pd.Series]) -> bool:
+    """Whether every value is right (1) or wrong (0), and there are any."""
+    return all(len(v) and v.isin((0.0, 1.0)).all() for v in values)
 
-    def of_draws(draws: NDArray) -> NDArray[np.float64]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = sums[1][draws].sum(1) / tokens[1][draws].sum(1) - sums[0][draws].sum(1) / tokens[0][draws].sum(1)
-        # A band so rare that a draw has none of it says nothing of the difference; NaN losses stay NaN.
-        empty = (tokens[0][draws].sum(1) == 0) | (tokens[1][draws].sum(1) == 0)
-        return found[~empty] if not np.isnan(np.concatenate(sums)).any() else found
 
-    return (values[0], values[1]), of_draws
+def _ratio(x: NDArray[np.float64], n: NDArray[np.float64]) -> Estimate:
+    """The sum over documents divided by the sum of their counts, such as nats by tokens."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, shares = x.sum() / n.sum(), n / n.sum()
+        return Estimate(float(value), x / n.sum() - value * shares, shares)
+
+
+def _f1(truth: NDArray[np.int64], chosen: NDArray[np.int64]) -> Estimate:
+    """Macro F1; what a document does to it is told by leaving it out (the jackknife)."""
+    documents = len(truth)
+    if documents < 2:
+        return Estimate(math.nan, np.full(documents, math.nan), np.full(documents, math.nan))
+    classes = int(max(truth.max(), chosen.max())) + 2
+    answers = np.where(chosen < 0, classes - 1, chosen)  # no choice is a choice that is never right
+    counts = classification.confusion(truth, answers, classes)
+    kinds, kind = np.unique(truth * classes + answers, return_inverse=True)
+    without = np.repeat(counts[None], len(kinds), axis=0)
+    without[np.arange(len(kinds)), kinds // classes, kinds % classes] -= 1
+    left = classification.f1_macro(without)[kind]
+    residuals = (documents - 1) / documents * (left.mean() - left)
+    return Estimate(float(classification.f1_macro(counts)), residuals, np.full(documents, 1 / documents))
 
 
 def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[str, float]:
@@ -159,15 +162,10 @@ def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[st
     returns  gap, low, high (95 %), p. Positive: `one` suffers more.
     """
     both = before.index.intersection(after.index)
-    pairs = [_loss(before.loc[both], after.loc[both], f"loss_band_{band}") for band in (one, other)]
-    (a, b), (c, d) = (values for values, _ in pairs)
-
-    def of_draws(draws: NDArray) -> NDArray[np.float64]:
-        grown = [difference_of(draws) for _, difference_of in pairs]
-        return grown[0] - grown[1] if len(grown[0]) == len(grown[1]) else np.array([])  # a band that a draw may lack
-
-    low, high, p = bootstrap(of_draws, len(both))
-    return {"gap": (b - a) - (d - c), "low": low, "high": high, "p": p}
+    grown = [minus(*(estimate(o.loc[both], f"loss_band_{band}") for o in (after, before))) for band in (one, other)]
+    gap = minus(*grown)
+    low, high, p = chance.sign_flips(gap.parts(), gap.shares)
+    return {"gap": gap.value, "low": low, "high": high, "p": p}
 
 
 def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
@@ -179,7 +177,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
              newer measuring version has measured again
     Raises RequestError for a metric that a task's examples do not have. A task that no cell ran gives no line.
     verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
-             a loss is no number
+             a loss is no number. A table that is too large for so few documents to say anything is told in a warning.
     """
     rows, samples = store.load(results), store.table(results, "samples")
     rows = rows[rows.status == "ok"].set_index("cell")
@@ -187,15 +185,18 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     if pairs is None and left_out:
         log.warning(*left_out)
     chosen = list(pairs) if pairs is not None else against_dense(current)
+    of_task = dict(list(samples.groupby(["cell", "task"], sort=False))) if len(samples) else {}
+    wide = functools.cache(lambda cell, task: _wide(of_task[cell, task]))
     lines = []
     for before, after in chosen:
         for name in metrics:
             task, _, metric = name.partition("/")
-            a, b = (outcomes(samples, cell, task) for cell in (before, after))
-            if not len(a) or not len(b):
+            if (before, task) not in of_task or (after, task) not in of_task:
                 continue
+            a, b = (wide(cell, task) for cell in (before, after))
             row = rows.loc[after]
-            _check(name, a)
+            for found in (a, b):
+                _check(name, found)
             metric = _written(metric, a)
             lines.append({"before": before, "after": after, "method": row.method, "criterion": row.criterion,
                           "sparsity": row.sparsity, "seed": row.seed, "metric": name}
@@ -205,6 +206,7 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     if found.empty:
         return found
     found["p_holm"] = holm(found.p)
+    _say_what_cannot_be_told(found)
     worse = (found.difference > 0) == [columns.is_loss(name, rows) for name in found.metric]
     verdict = np.where(found.p_holm >= LEVEL, NOISE, np.where(worse, WORSE, BETTER))
     return found.assign(verdict=pd.Series(verdict, index=found.index).where(found.p_holm.notna(), None))
@@ -213,12 +215,14 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
 def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The pruned rows with `lost` (right to wrong) and `gained` (wrong to right): shares of the documents of a task.
 
-    metric  `task/acc` or another truth. Rows without a dense row of their settings, or without samples, are left out.
+    metric  `task/acc` or another of which every document's value is right (1) or wrong (0): else no row is left
+    Rows without a dense row of their settings, or without samples, are left out.
     """
     task, _, truth = metric.partition("/")
     samples = samples[(samples.task == task) & samples.metric.isin([truth, columns.metric(truth)])]
     samples = samples.drop_duplicates(["cell", "document"], keep=False)  # as in outcomes
     answers = {cell: mine.set_index("document").value for cell, mine in samples.groupby("cell")}
+    answers = {cell: values for cell, values in answers.items() if _are_answers([values])}
     found = rows.set_index("cell")
     turned: dict[str, dict[str, float]] = {}
     for before, after in against_dense(found):
@@ -227,6 +231,17 @@ def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFram
             _, gained, lost = mcnemar(a, b)
             turned[after] = {"lost": lost / len(a), "gained": gained / len(a)}
     return found.join(pd.DataFrame.from_dict(turned, orient="index", columns=["lost", "gained"]), how="inner")
+
+
+def _say_what_cannot_be_told(found: pd.DataFrame) -> None:
+    """Warn of metrics whose smallest possible p-value is not news in a table of this size."""
+    compared = int(found.p.notna().sum())
+    for name, documents in found.groupby("metric", sort=False).documents.max().items():
+        least = chance.least(documents)
+        if compared and least * compared >= LEVEL:
+            log.warning("%s: %d documents give no p-value below %.2g, and Holm's correction of %d comparisons asks for one "
+                        "below %.2g: whatever the difference, the verdict is `%s`. Compare fewer at a time, or on more "
+                        "documents", name, documents, least, compared, LEVEL / compared, NOISE)  # fmt: skip
 
 
 def _written(metric: str, found: Outcomes) -> str:
@@ -238,13 +253,11 @@ def _written(metric: str, found: Outcomes) -> str:
 def _check(name: str, found: Outcomes) -> None:
     """Raises RequestError when a task's outcomes lack what a metric is made of."""
     task, _, metric = name.partition("/")
-    metric = _written(metric, found)
-    made_of = {"f1_macro": "chosen", "loss": "tokens", "token_perplexity": "tokens"}.get(metric, metric)
-    if made_of not in found and not metric.startswith("loss_band_"):
-        known = sorted(c for c in found.columns if "_band_" not in c)
-        known += [m for m, needs in (("f1_macro", "chosen"), ("loss", "tokens")) if needs in found]
+    known = comparable(found)
+    if _written(metric, found) not in known:
         near = did_you_mean(metric, known) if known else " Older versions wrote answers under several filters as one."
-        raise RequestError(f"{name}: the examples of {task} have no {metric}.{near} They have: {', '.join(known)}")
+        shown = ", ".join(m for m in known if "_band_" not in m)
+        raise RequestError(f"{name}: the examples of {task} have no {metric}.{near} They have: {shown}")
 
 
 def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:

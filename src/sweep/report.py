@@ -187,7 +187,7 @@ def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFram
 def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, metrics: Sequence[str], out: Path,
            suffix: str, width: str) -> None:  # fmt: skip
     for metric in metrics:
-        if samples is not None and columns.metric(metric) in paired.TRUTHS:
+        if samples is not None:
             turned = paired.flips(rows, samples, metric)
             if len(turned):
                 task = metric.partition("/")[0]
