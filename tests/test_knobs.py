@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import frontier, knobs, paired, plot, published, report, store
+from sweep import frontier, identity, knobs, paired, plot, published, report, store
 from sweep.config import Benchmarks
 
 ONE = frames.METHODS[:1]
@@ -115,6 +115,23 @@ def test_other_documents_under_one_name_are_another_setting() -> None:
     rows["data_fingerprints"] = data[0]
     rows["config"] = [json.dumps(c | {"calibration": {"source": f"{i}/text.txt"}}) for i, c in enumerate(moved)]
     assert set(knobs.with_variant(rows).variant) == {""}  # one text, wherever it lies
+
+
+def test_a_setting_that_no_cells_name_depends_on_parts_no_rows() -> None:
+    """Else a pruned row would lack the dense row that it shares with another: see identity.FINGERPRINTED."""
+    by_name = {"model.name", "benchmarks.tasks", "perplexity.source", "calibration.source"}
+    for key in identity.FINGERPRINTED:
+        settings = [json.dumps({"method": {"family": "weight"}, **_nested(key, value)}) for value in ("one", "two")]
+        rows = pd.concat([one_cell(config=text, data_fingerprints='{"pydoc": "a", "calibration": "b", "perplexity:x": "c"}')[1:]
+                          for text in settings], ignore_index=True)  # fmt: skip
+        told = knobs.with_variant(rows)
+        assert key in by_name or key.startswith("model.") or key in knobs._ASIDE, key
+        assert set(told.setting) == set(told.variant) == {""}, key
+
+
+def _nested(key: str, value: str) -> dict[str, object]:
+    group, _, name = key.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
 
 
 def test_paired_latency_is_never_pooled_over_processors() -> None:
