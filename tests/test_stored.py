@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from conftest import random_tokens, tiny_model
-from sweep import headers, models, stored
-from sweep.config import Model, RequestError
+from sweep import checkpoint, headers, methods, models, plan, stored
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Neuron, RequestError, Vocab, Weight
 from test_cli import QUICK, run
 
 State = dict[str, Tensor]
@@ -58,11 +58,19 @@ def local(folder: Path) -> Model:
     return Model(folder.name, "local", path=str(folder))
 
 
+def asked(model: Model, method: Any = None, tasks: tuple[str, ...] = ("pydoc",)) -> None:
+    """As the sweep asks before its first cell."""
+    cell = Cell(
+        model, method or Weight("weight"), 0.5, Benchmarks(tasks), None, Efficiency(), Execution(), device="cpu"
+    )
+    plan.check_models([cell])
+
+
 def refused(folder: Path, message: str) -> None:
     """Both before the first cell and on loading."""
     with pytest.raises(RequestError, match=message):
         headers.check(local(folder))
-        models.check(local(folder), scores_text=True)
+        asked(local(folder))
     with pytest.raises(RequestError, match=message):
         models.load(local(folder), "float32", "cpu")
 
@@ -85,7 +93,7 @@ def renamed(old: str, new: str) -> Edit:
     [
         (without("layers.1."), r"tensors missing: 9 \(model.layers.1.input_layernorm.weight, .*, … 6 more\)$"),
         (without("embed_tokens"), r"tensors missing: 1 \(model.embed_tokens.weight\)"),
-        (without("lm_head"), r"missing: 1 \(lm_head.weight\). Was it saved without its head"),
+        (without("lm_head"), r"missing: 1 \(lm_head.weight\). Save the model with its head"),
         (renamed("layers.1", "layers.2"), "tensors missing: 9 .*; tensors that are none of its own: 9 "),
         (renamed("lm_head", "score"), "missing: 1 .* none of its own: 1 .*another head than a language model's"),
         (renamed("q_proj.", "q_proj.base_layer."), "q_proj.base_layer.weight.*Merge the adapter first"),
@@ -102,7 +110,7 @@ def renamed(old: str, new: str) -> Edit:
 def test_tensors_that_do_not_fit_are_named(folder: Path, edit: Edit, message: str) -> None:
     refused(edited(folder, edit), message)
     with pytest.raises(RequestError, match=message) if "NaN" not in message else pytest.raises(RequestError):
-        models.check(local(folder), scores_text=False)
+        models.check(local(folder))
 
 
 def test_more_layers_than_the_configuration_tells_of_are_refused(folder: Path) -> None:
@@ -229,7 +237,7 @@ def test_damaged_and_missing_files_are_named(folder: Path, spoil: Callable[[Path
     spoil(folder)
     with pytest.raises(RequestError, match=message):
         headers.check(local(folder))
-        models.check(local(folder), scores_text=True)
+        asked(local(folder))
     with pytest.raises(RequestError):
         models.load(local(folder), "float32", "cpu")
 
@@ -239,7 +247,7 @@ def test_shards_and_pickles_of_both_formats_load(folder: Path) -> None:
     for write in (in_shards, lambda f: as_pickle(f, _use_new_zipfile_serialization=False)):
         write(folder)
         headers.check(local(folder))
-        models.check(local(folder), scores_text=True)
+        asked(local(folder))
         assert torch.equal(logits(models.load(local(folder), "float32", "cpu")[0]), expected)
         model = AutoModelForCausalLM.from_pretrained(folder)
         for file in folder.glob("model*"):
@@ -287,7 +295,7 @@ def test_models_that_are_no_decoders_are_refused_in_short(folder: Path, kind: st
     auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
     refused(folder, message + ".*sweep prunes decoders that predict the next token of a text, such as llama")
     with pytest.raises(RequestError) as error:
-        models.check(local(folder), scores_text=True)
+        asked(local(folder))
     assert len(str(error.value)) < 300
 
 
@@ -313,7 +321,7 @@ def test_decoders_are_found_to_be_decoders(family: str) -> None:
 
 def test_numbers_too_large_for_the_dtype_are_refused_with_another(folder: Path) -> None:
     edited(folder, lambda state: state | {"model.norm.weight": torch.full((16,), 1e6)})
-    models.check(local(folder), scores_text=True)
+    asked(local(folder))
     models.load(local(folder), "bfloat16", "cpu")
     with pytest.raises(RequestError, match="model.norm.weight. as float16: try dtype=bfloat16 or float32"):
         models.load(local(folder), "float16", "cpu")
@@ -323,12 +331,33 @@ def test_a_tokenizer_that_cannot_begin_a_text_is_refused_where_text_is_scored(fo
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).eos_token is None
-    models.check(local(folder), scores_text=False)
+    asked(local(folder), tasks=())
     with pytest.raises(RequestError, match="neither a BOS nor an EOS token, and benchmarks need one"):
-        models.check(local(folder), scores_text=True)
+        asked(local(folder))
+    with pytest.raises(
+        RequestError, match="method=vocab: the tokenizer has neither an unknown nor an end-of-text token"
+    ):
+        asked(local(folder), Vocab(), tasks=())
     tokenizer.eos_token = "</s>"
     tokenizer.save_pretrained(folder)
-    models.check(local(folder), scores_text=True)
+    asked(local(folder), Vocab())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without("layers.1.mlp.up"), r"tensors missing: 1 \(model.layers.1.mlp.up_proj.weight\)"),
+        (lambda state: state | {"model.extra": torch.ones(2)}, r"none of its own: 1 \(model.extra\)"),
+        (lambda state: state | {"model.norm.weight": torch.ones(9)}, r"another shape: 1 \(model.norm.weight \(9,\) and not"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_sweep_is_held_to_the_same(folder: Path, tmp_path: Path, edit: Edit, message: str) -> None:
+    model, tokenizer = models.load(local(folder), "float32", "cpu")
+    methods.prune(model, Neuron(criterion="l2", blocks=(0,)), 0.5, None)
+    checkpoint.save(model, tokenizer, tmp_path / "own")
+    asked(local(tmp_path / "own"))
+    assert torch.equal(logits(models.load(local(tmp_path / "own"), "float32", "cpu")[0]), logits(model))
+    refused(edited(tmp_path / "own", edit), message)
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, cache_folder: Path) -> None:
@@ -382,7 +411,7 @@ def test_models_of_the_hub_are_held_to_the_same(folder: Path, tmp_path: Path, mo
 
     def loaded() -> Tensor:
         headers.check(model)
-        models.check(model, scores_text=True)
+        asked(model)
         return logits(models.load(model, "float32", "cpu")[0])
 
     expected = loaded()

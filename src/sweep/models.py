@@ -120,26 +120,26 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def check(model: Model, *, scores_text: bool) -> None:
-    """Refuse, from the headers of its files, a model that `load` would refuse; and a tokenizer that cannot begin a text,
-    where `scores_text`.
+def check(model: Model) -> PreTrainedTokenizerBase | None:
+    """Refuse, from the headers of its files, a model that `load` would refuse; its tokenizer, for further checks.
 
-    Raises RequestError. What is not on this machine yet, or runs code of its own, is left to loading.
+    Raises RequestError. What is not on this machine yet, or runs code of its own, is left to loading: then None.
     """
     folder = headers.folder_of(model)
     if folder is None or model.trust_remote_code:
-        return
+        return None
     place, options = (
         (str(folder), {}) if model.source == "local" else (model.name, {"revision": model.revision or "main"})
     )
     try:
         check_decoder(AutoConfig.from_pretrained(folder), place)
         if (folder / headers.SWEEP_FILE).is_file():
-            return  # whose shapes only loading can tell
+            from sweep import shrunk  # here, since it needs this module to find the parts of a model
+
+            return shrunk.check(folder)
         if model.source == "local" or headers.is_whole(folder):
             stored.check(folder)
-        if scores_text:
-            check_tokenizer(AutoTokenizer.from_pretrained(place, **options), place)
+        return AutoTokenizer.from_pretrained(place, **options)
     except RequestError:
         raise
     except (OSError, ValueError) as error:
@@ -233,7 +233,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     except RequestError:
         raise
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
-        raise RequestError(f"model file {gguf} is damaged and cannot be converted: {error}") from error
+        raise RequestError(f"model file {gguf} is damaged and cannot be converted: {_first_line(error)}") from error
     # Left in place, these make save_pretrained refuse: the weights are no longer quantised.
     model.hf_quantizer = None
     del model.config.quantization_config

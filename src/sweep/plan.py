@@ -6,7 +6,7 @@ import base64
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,7 +23,7 @@ from sweep import (
     text,
     unit_requests,
 )
-from sweep.config import Calibration, Cell, Model, Options, RequestError, Weight
+from sweep.config import Calibration, Cell, Model, Options, RequestError, Vocab, Weight
 
 _ENOUGH = 2000  # rows that expectations are drawn from
 
@@ -128,16 +128,18 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
     unit_requests.check(cell, shape)
 
 
-def check_models(cells: Iterable[Cell]) -> None:
+def check_models(cells: Sequence[Cell]) -> None:
     """Refuse models that the cells would fail on, as far as their files' headers tell. Needs torch. Raises RequestError."""
-    from sweep import models
+    from sweep import models, vocabulary
 
-    text_of: dict[Model, bool] = {}  # whether any of the model's cells scores text
-    for cell in cells:
-        text_of[cell.model] = text_of.get(cell.model, False) or bool(cell.benchmarks.tasks)
     models.quiet()
-    for model, scores_text in text_of.items():
-        models.check(model, scores_text=scores_text)
+    tokenizers = {model: models.check(model) for model in dict.fromkeys(cell.model for cell in cells)}
+    for cell in cells:
+        if (tokenizer := tokenizers[cell.model]) is not None:
+            if cell.benchmarks.tasks:
+                models.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
+            if isinstance(cell.method, Vocab):
+                vocabulary.unknown_id(tokenizer, sources.shape(cell.model).get("vocab_size") or len(tokenizer))
 
 
 def _check_calibration(asked: Calibration, data_root: str | None) -> None:

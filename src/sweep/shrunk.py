@@ -85,24 +85,51 @@ def load_model(
     if not (path / "config.json").is_file():
         raise RequestError(f"{folder} is no checkpoint: there is no config.json in it")
     kind = getattr(torch, dtype) if dtype else "auto"
-    facts = sources.read_json(path / FILE) if (path / FILE).is_file() else {}
-    kept = facts.get("kept_token_ids")
+    facts = _facts(path)
     model = _load_own(path, facts, kind, **options) if facts else stored.load(path, kind, **options)
-    place = path if kept is None else path / _TOKENIZER
-    tokenizer = AutoTokenizer.from_pretrained(place, **options) if headers.has_tokenizer(place) else None
-    if kept is not None and tokenizer is not None:
-        tokenizer = vocabulary.remapped(tokenizer, kept, facts.get("token_rows"))
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), _tokenizer(path, facts, **options)
 
 
-def _load_own(path: Path, facts: dict[str, Any], dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
-    """The model of a folder with `sweep.json`, which has come to `facts`."""
+def check(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Refuse, from the headers of its files, a folder with `sweep.json` that `load_model` would refuse; its tokenizer.
+
+    Raises RequestError. Layers in the bitmap format are left to loading.
+    """
+    facts = _facts(folder)
+    if not facts.get("bitmap_columns"):
+        _load_own(folder, facts, "auto", place="meta")
+    stored.check_finite(folder)
+    return _tokenizer(folder, facts)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What `sweep.json` says; empty where there is none."""
+    if not (path / FILE).is_file():
+        return {}
+    facts = sources.read_json(path / FILE)
     if facts.get("format") not in (FORMAT, COMPRESSED_FORMAT):
         raise RequestError(f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads {FORMAT} and "
                            f"{COMPRESSED_FORMAT}: install the version that wrote it")  # fmt: skip
-    weights = stored.tensors(path)
+    return facts
+
+
+def _tokenizer(path: Path, facts: dict[str, Any], **options: Any) -> PreTrainedTokenizerBase | None:
+    kept = facts.get("kept_token_ids")
+    place = path if kept is None else path / _TOKENIZER
+    if not headers.has_tokenizer(place):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    return tokenizer if kept is None else vocabulary.remapped(tokenizer, kept, facts.get("token_rows"))
+
+
+def _load_own(
+    path: Path, facts: dict[str, Any], dtype: torch.dtype | str, place: str = "cpu", **options: Any
+) -> PreTrainedModel:
+    """The model of a folder with `sweep.json`; on the device "meta" without its numbers."""
+    weights = stored.tensors(path, place)
     config = AutoConfig.from_pretrained(path, **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    with torch.device(place):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
     compressed = facts.get("bitmap_columns", {})
     _take_shapes(model, weights)
     _take_compressed(model, weights, compressed)

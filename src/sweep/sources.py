@@ -54,7 +54,9 @@ def checkpoint_folder(model: Model) -> Path:
     if not path.is_dir():
         raise RequestError(f"model.path: there is no folder {path}")
     if not (path / "config.json").is_file():
-        raise RequestError(f"model.path: {path} holds no config.json; give a folder written by save_pretrained")
+        inside = [child.parent.name for child in sorted(path.glob("*/config.json"))]
+        raise RequestError(f"model.path: {path} holds no config.json; give a folder written by save_pretrained"
+                           + (f", such as {path / inside[-1]}" if inside else ""))  # fmt: skip
     return path
 
 

@@ -44,7 +44,8 @@ _ADVICE = (  # by what a name has in it
     (r"parametrizations|_orig$|_mask$|weight_[guv]$", "Remove the parametrisations, such as prune.remove(module, 'weight'), "
                                                       "before saving"),
     (r"v_head\.|score\.|classifier|pooler", "It is a model with another head than a language model's"),
-    (r"lm_head|embed_out", "Was it saved without its head? Save the model of AutoModelForCausalLM"),
+    (r"lm_head|embed_out", "Save the model with its head, of AutoModelForCausalLM; or, where the head is the embedding, set "
+                            "tie_word_embeddings to true in config.json"),
 )  # fmt: skip
 _UNREADABLE = (
     SafetensorError,
@@ -91,6 +92,11 @@ def check(folder: Path, **options: Any) -> None:
     found = tensors(folder, "meta")
     _, told = _from_tensors(folder, _renamed(found) or found, dtype="auto", device_map={"": "meta"}, **options)
     refuse(told, str(folder))
+    check_finite(folder)
+
+
+def check_finite(folder: Path) -> None:
+    """Refuse a checkpoint folder whose tensors hold NaN or infinite numbers; reads all of it. Raises RequestError."""
     if wrong := not_finite((n, t) for n, t in _each(folder, "cpu") if not _REMADE.search(n)):
         raise RequestError(f"{folder} has NaN or infinite numbers in {len(wrong)} of its tensors ({some(wrong)}): the "
                            "checkpoint is damaged")  # fmt: skip
