@@ -126,7 +126,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     report.main([place, "--formats", "png"])
     files = {path.stem for path in (tmp_path / "rows" / "report").iterdir()}
     assert {"gsm8k-exact_match-strict-match-against-sparsity", "gsm8k-exact_match-flexible-extract-against-sparsity",
-            "gsm8k-flips"} <= files  # fmt: skip
+            "gsm8k-exact_match-strict-match-flips", "gsm8k-exact_match-flexible-extract-flips"} <= files  # fmt: skip
     table = pd.read_csv(tmp_path / "rows" / "report" / "table.csv")
     assert table[f"{STRICT}_high"].tolist() == pytest.approx([0.4392, 0.1392])  # its own standard error
     page = (tmp_path / "rows" / "report" / "report.html").read_text()

@@ -75,6 +75,7 @@ def test_expectations_come_from_rows_of_like_cells(cell: Cell, tmp_path: Path) -
     found = expected(cell)
     assert found is not None and (found.seconds, found.known, found.peak_memory) == (50.0, 1, 2**31)
     assert str(found) == "about 50 s of work and up to 2.0 GiB a cell"
+    assert expected(replace(cell, model=replace(cell.model, name="another name"))) == found
     assert expected(replace(cell, benchmarks=Benchmarks(("capitals",)))) is None  # other work
     assert expected(replace(cell, threads=2)) is None  # another machine
     store.compact(tmp_path)

@@ -225,16 +225,17 @@ def expectation(steps: list[Step], results: str) -> Expectation | None:
     Like is a row of the same model, method, benchmarks, timing, device, threads and dtype, whatever its sparsity or
     seed; failing that, of any method.
     """
-    wanted = ["status", "config", "cell_seconds", "peak_memory_bytes"]
+    wanted = ["status", "config", "model_fingerprint", "cell_seconds", "peak_memory_bytes"]
     rows = store.recent(results, wanted) if steps else None
     if rows is None or rows.empty:
         return None
     rows = rows[(rows.status == "ok") & rows.cell_seconds.notna()].tail(_ENOUGH)
     by_kind: dict[str, list[tuple[float, int]]] = {}
     for row in rows.itertuples():
-        for kind in _kinds(json.loads(row.config)):
+        for kind in _kinds(json.loads(row.config), row.model_fingerprint):
             by_kind.setdefault(kind, []).append((row.cell_seconds, int(row.peak_memory_bytes or 0)))
-    like = [next((by_kind[kind] for kind in _kinds(asdict(step.cell)) if kind in by_kind), None) for step in steps]
+    kinds = [_kinds(asdict(step.cell), sources.fingerprint(step.cell.model)) for step in steps]
+    like = [next((by_kind[kind] for kind in of_step if kind in by_kind), None) for of_step in kinds]
     seconds = [statistics.median(second for second, _ in found) for found in like if found]
     if not seconds:
         return None
@@ -242,9 +243,11 @@ def expectation(steps: list[Step], results: str) -> Expectation | None:
     return Expectation(statistics.fmean(seconds) * len(steps), len(seconds), peak)
 
 
-def _kinds(cell: Mapping[str, Any]) -> list[str]:
+def _kinds(cell: Mapping[str, Any], model: str | None) -> list[str]:
     """What makes two cells alike in cost, the closer kind first."""
-    setting = {key: cell.get(key) for key in ("model", "benchmarks", "efficiency", "device", "threads", "dtype")}
+    setting = {"model": model} | {
+        key: cell.get(key) for key in ("benchmarks", "efficiency", "device", "threads", "dtype")
+    }
     method = cell.get("method") or {}
     exact = setting | {"method": [method.get("family"), method.get("criterion")]}
     return [json.dumps(kind, sort_keys=True) for kind in (exact, setting)]

@@ -6,6 +6,7 @@ import argparse
 import operator
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,12 +187,16 @@ def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFram
 
 def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, metrics: Sequence[str], out: Path,
            suffix: str, width: str) -> None:  # fmt: skip
+    tasks = Counter(metric.partition("/")[0] for metric in metrics)
     for metric in metrics:
         if samples is not None:
             turned = paired.flips(rows, samples, metric)
             if len(turned):
-                task = metric.partition("/")[0]
-                save(plot.flips_figure(turned, task, width), out / f"{_file_name(task)}-flips{suffix}")
+                task, _, name = metric.partition("/")
+                shown = (
+                    task if tasks[task] == 1 else f"{task} ({name})"
+                )  # of several metrics of a task each has a figure
+                save(plot.flips_figure(turned, shown, width), out / f"{_file_name(shown)}-flips{suffix}")
 
 
 def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], drop: tuple[float, bool],
