@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from sweep import models
 from sweep.config import RequestError
+from sweep.logits import Tail, descend
 
 BATCH = 4  # sequences in one forward pass
 _NO_FLOAT64 = {"mps"}  # kinds of devices
@@ -274,12 +275,15 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Te
     needed = {id(owner): owner for owner in owners.values()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     sums = {name: torch.zeros(view.shape, device=view.device) for name, view in weights.items()}
+    tail = Tail(model)
     try:
         for parameter in required:
             parameter.requires_grad_(id(parameter) in needed)
         for sequence in tqdm(tokens.split(1), desc="gradients", unit="sequence", leave=False):
             with torch.enable_grad():
-                _loss(model, sequence).backward()
+                states = tail.states(input_ids=sequence.to(model.device))[0, :-1]
+            following = sequence[0, 1:].to(model.device)
+            descend(tail, states, lambda _, some, following=following: following[some])
             for name, view in weights.items():
                 owner = owners[name]
                 if owner.grad is not None:
@@ -299,14 +303,6 @@ def _owner(view: Tensor, model: PreTrainedModel) -> nn.Parameter:
     """The parameter that a matrix is a view of."""
     place = view.data_ptr()
     return next(p for p in model.parameters() if p.data_ptr() <= place < p.data_ptr() + p.numel() * p.element_size())
-
-
-def _loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """The summed next-token cross-entropy of some sequences."""
-    logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten().to(model.device), reduction="sum"
-    )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep import cache, identity, models, normaliser, reading, text
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
+from sweep.logits import Tail, descend
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
 from sweep.unit_statistics import BATCH, activations_differentiable, first_tensor
 
@@ -302,17 +303,17 @@ def first_order(model: PreTrainedModel, probe: Probe, outputs: Sequence[models.L
 
         x.register_hook(on_gradient)
 
+    tail = Tail(model)
     with inputs_observed(outputs, observe), activations_differentiable(model):
         for start in range(0, len(probe.rows), BATCH):
             row, position = probe.places[reads[:, 0]].t()
             here = (row >= start) & (row < start + BATCH)
             if not here.any():
                 continue
-            logits = model(input_ids=probe.rows[start : start + BATCH].to(model.device), use_cache=False).logits
-            scored = logits[row[here] - start, position[here]].float()
-            loss = nn.functional.cross_entropy(scored, reads[here, 1].to(scored.device), reduction="sum")
-            (loss / len(reads)).backward()
-    return totals
+            states = tail.states(input_ids=probe.rows[start : start + BATCH].to(model.device))
+            wanted = reads[here, 1].to(states.device)
+            descend(tail, states[row[here] - start, position[here]], lambda _, some, wanted=wanted: wanted[some])
+    return [total / len(reads) for total in totals]
 
 
 class Resumed:

@@ -121,7 +121,8 @@ def descend(tail: Tail, states: Tensor, wanted: Callable[[Tensor, slice], Tensor
         probabilities[torch.arange(len(part), device=part.device), wanted(probabilities, some)] -= 1
         torch.autograd.backward(logits, probabilities.to(logits.dtype))
         gradient[some] = part.grad
-    torch.autograd.backward(states, gradient)
+    if states.requires_grad:  # else nothing but the head itself is asked for
+        torch.autograd.backward(states, gradient)
 
 
 def _unchanged(*args: Any, **kwargs: Any) -> Tensor:

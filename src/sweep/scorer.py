@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep import reading, vocabulary
+from sweep.logits import Tail
 from sweep.reading import Rows
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ TOKENS_PER_ROW = 128  # `benchmarks.batch_size` counts rows of this many tokens
 _WIDEST_TREE = 1024  # tokens; attention costs grow with the width of a row
 _WORTH_SHARING = 0.25  # of a request's tokens must be in the tree already for it to join
 _FULL = 0.8  # a row of a batch is at least so much of the longest: the rest is padding, and computed in vain
-_ROWS_OF_LOGITS = 64  # positions whose log-softmax, in float32, is held at once: memory that the allocator keeps
 
 Request: TypeAlias = tuple[Sequence[int], int]  # tokens, of which the last so many are scored
 
@@ -153,6 +153,7 @@ def score(
     top     also the likeliest so many tokens at each scored position, appended to `probes` request by request
     ids     also these tokens, (T, k) for each request, appended to `probes`
     """
+    tail = Tail(model)
     widest = widest_tree(model) if widest is None else widest
     inputs = [tuple(tokens[:-1]) for tokens, _ in requests]
     ends: dict[tuple[int, ...], list[int]] = {}  # requests by input
@@ -168,17 +169,18 @@ def score(
                   for j, node in enumerate(path[len(path) - count :])]  # fmt: skip
         positions = sorted({(row, node) for row, node, _, _ in wanted})
         index = {position: k for k, position in enumerate(positions)}
-        logits = _logits(model, batch, positions)
         at = torch.tensor([index[row, node] for row, node, _, _ in wanted])
         targets = torch.tensor([target for _, _, target, _ in wanted])
-        log_probs, greedy = _gather(logits, at, targets, rows)
         owner = np.array([i for _, _, _, i in wanted])
         cuts = np.flatnonzero(np.diff(owner)) + 1
-        for i, a, b in zip(owner[[0, *cuts]], np.split(log_probs, cuts), np.split(greedy, cuts), strict=True):
-            found[int(i)] = Scores(a, b)
-        if top or ids is not None:
-            for i, places in zip(owner[[0, *cuts]], np.split(at.numpy(), cuts), strict=True):
-                probed[int(i)] = _probe(logits, places, rows, top, None if ids is None else ids[int(i)])
+        owners = [int(i) for i in owner[[0, *cuts]]]
+        asked = None if ids is None else torch.from_numpy(np.concatenate([ids[i] for i in owners]))
+        scores, probe = _read(tail, _states(tail, batch, positions), at, targets, rows, top, asked)
+        for i, a, b in zip(owners, np.split(scores.log_probs, cuts), np.split(scores.greedy, cuts), strict=True):
+            found[i] = Scores(a, b)
+        if probe is not None:
+            for i, a, b in zip(owners, np.split(probe.ids, cuts), np.split(probe.log_probs, cuts), strict=True):
+                probed[i] = Probe(a, b)
     if probes is not None:
         probes += [probed[i] for i in range(len(requests))]
     return [found[i] for i in range(len(requests))]
@@ -192,58 +194,36 @@ def _log_probs(logits: Tensor, rows: Rows | None) -> Tensor:
     return found
 
 
-def _gather(logits: Tensor, at: Tensor, targets: Tensor, rows: Rows | None) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probability, whether the likeliest) of `targets` at places `at` of the logits (K, V)."""
+def _read(
+    tail: Tail, states: Tensor, at: Tensor, targets: Tensor, rows: Rows | None, top: int, ids: Tensor | None
+) -> tuple[Scores, Probe | None]:
+    """What the model says of the tokens `targets` at places `at` of the states (K, d), N of them.
+
+    top, ids  the likeliest so many tokens there, or these tokens (N, k), are the probe; None where neither is asked for
+    """
+    count = ids.shape[1] if ids is not None else top
     log_probs, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
-    for start in range(0, len(logits), _ROWS_OF_LOGITS):
-        some = _log_probs(logits[start : start + _ROWS_OF_LOGITS], rows)
-        here = (at >= start) & (at < start + len(some))
-        place, target = (at[here] - start).to(some.device), targets[here].to(some.device)
+    probe_ids, probe_log_probs = torch.empty(len(at), count, dtype=torch.long), torch.empty(len(at), count)
+    for piece in tail.pieces(states):
+        some = _log_probs(tail.logits(states[piece]), rows)
+        here = (at >= piece.start) & (at < piece.start + len(some))
+        place, target = (at[here] - piece.start).to(some.device), targets[here].to(some.device)
         log_probs[here] = some[place, target].cpu()
         greedy[here] = (some.argmax(-1)[place] == target).cpu()
+        if count:
+            tokens = some.topk(top).indices[place] if ids is None else ids[here].to(some.device)
+            probe_ids[here], probe_log_probs[here] = tokens.cpu(), some[place[:, None], tokens].cpu()
     if rows is not None and rows.candidates > 1:
         greedy &= targets != rows.unknown
-    return log_probs.numpy(), greedy.numpy()
+    probe = Probe(probe_ids.numpy(), probe_log_probs.numpy()) if count else None
+    return Scores(log_probs.numpy(), greedy.numpy()), probe
 
 
-def _probe(logits: Tensor, places: np.ndarray, rows: Rows | None, top: int, ids: np.ndarray | None) -> Probe:
-    """The likeliest `top` tokens, or the tokens `ids` (T, k), at these places of the logits (K, V)."""
-    parts: list[Probe] = []
-    for start in range(0, len(places), _ROWS_OF_LOGITS):
-        some = slice(start, start + _ROWS_OF_LOGITS)
-        log_probs = _log_probs(logits[torch.from_numpy(places[some]).to(logits.device)], rows)
-        if ids is None:
-            values, tokens = log_probs.topk(top)
-        else:
-            tokens = torch.from_numpy(ids[some]).to(logits.device)
-            values = log_probs.gather(1, tokens)
-        parts.append(Probe(tokens.cpu().numpy(), values.cpu().numpy()))
-    return Probe(np.concatenate([p.ids for p in parts]), np.concatenate([p.log_probs for p in parts]))
-
-
-def _logits(model: PreTrainedModel, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
-    """The model's logits (K, V) at these (row, node) positions.
-
-    The model's own forward pass runs, so that whatever it does to its logits (a cap, a scale) is done. Only the input
-    of its head is narrowed; where no head can be found, all logits are computed and narrowed afterwards.
-    """
-    rows = torch.tensor([row for row, _ in positions], device=model.device)
-    nodes = torch.tensor([node for _, node in positions], device=model.device)
-    arguments = _arguments(batch, model)
-    shape = arguments["input_ids"].shape
-    head = model.get_output_embeddings()
-
-    def narrow(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = inputs[0]
-        return (hidden[rows, nodes].unsqueeze(0), *inputs[1:]) if hidden.shape[:2] == shape else None
-
-    handle = head.register_forward_pre_hook(narrow) if head is not None else None
-    try:
-        logits = model(**arguments, use_cache=False).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    return logits[rows, nodes] if logits.shape[:2] == shape else logits[0]
+def _states(tail: Tail, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
+    """What the model's head gets, (K, d), at these (row, node) positions."""
+    device = tail.model.device
+    rows, nodes = (torch.tensor(places, device=device) for places in zip(*positions, strict=True))
+    return tail.states(**_arguments(batch, tail.model))[rows, nodes]
 
 
 def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -296,7 +276,9 @@ def widest_tree(model: PreTrainedModel) -> int:
         chains[-1].grow(paths[1], [])  # the first would be read right even without mask and positions
     ends = [[(row, node) for row, tree in enumerate(batch) for node in range(len(tree.tokens))[-own:]]
             for batch in (trees, chains)]  # fmt: skip
-    together, apart = (_logits(model, batch, end).float() for batch, end in zip((trees, chains), ends, strict=True))
+    tail = Tail(model)
+    together, apart = (tail.logits(_states(tail, batch, end)).float()
+                       for batch, end in zip((trees, chains), ends, strict=True))  # fmt: skip
     gaps = (together - apart).norm(dim=-1) / apart.norm(dim=-1)
     alike = gaps.median() < 0.5 * torch.finfo(model.dtype).eps ** 0.5
     if not alike:

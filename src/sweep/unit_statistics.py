@@ -77,7 +77,7 @@ def gather(
         for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
             batch, sequences = batch.to(model.device), len(batch)
             if labels is None:
-                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+                tail.states(input_ids=batch)
                 continue
             own = batch[:, 1:].flatten()
             wanted = drawn if labels == "model" else lambda _, some, own=own: own[some]
@@ -119,13 +119,14 @@ def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: T
     def observe(index: int, before: Tensor, after: Tensor) -> None:
         totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
 
+    tail = Tail(model)
     handles = [block.register_forward_hook(
         lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
         with_kwargs=True) for i, block in enumerate(blocks)]  # fmt: skip
     try:
         with torch.no_grad():
             for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
-                model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+                tail.states(input_ids=batch.to(model.device))
     finally:
         for handle in handles:
             handle.remove()
