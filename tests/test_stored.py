@@ -390,6 +390,11 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, cache_folder
         RequestError, match=r"lacks.gguf is not the model .* missing: 1 \(model.layers.0.mlp.up_proj.weight\)"
     ):
         models.load(write(tmp_path / "lacks.gguf", "blk.0.ffn_up"), "float32", "cpu")
+    lacks = Cell(Model("lacks", "gguf", path=str(tmp_path / "lacks.gguf")), Weight("weight"), 0.5, Benchmarks(()), None,
+                 Efficiency(), Execution())  # fmt: skip
+    plan.check_models([lacks])  # where other machines are to convert it, they tell
+    with pytest.raises(RequestError, match="tensors missing: 1"):
+        plan.check_models([lacks], convert=True)
 
 
 def test_a_sweep_refuses_what_its_cells_would_fail_on(folder: Path, tmp_path: Path) -> None:

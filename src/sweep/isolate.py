@@ -312,6 +312,7 @@ def ask(question: Callable[..., T], *arguments: Any) -> T:
     answer.close()
     try:
         said, error = answers.recv()
+        child.join(_GRACE)
     except EOFError:
         child.join()
         raise RuntimeError(f"a child process died with exit code {child.exitcode}") from None

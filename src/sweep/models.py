@@ -120,11 +120,14 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def check(model: Model) -> PreTrainedTokenizerBase | None:
+def check(model: Model, *, convert: bool = False) -> PreTrainedTokenizerBase | None:
     """Refuse, from the headers of its files, a model that `load` would refuse; its tokenizer, for further checks.
 
+    convert  a GGUF file that was never converted, which else is left to loading
     Raises RequestError. What is not on this machine yet, or runs code of its own, is left to loading: then None.
     """
+    if convert and model.source == "gguf":
+        return AutoTokenizer.from_pretrained(converted(sources.gguf_file(model)))
     folder = headers.folder_of(model)
     if folder is None or model.trust_remote_code:
         return None

@@ -128,12 +128,16 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
     unit_requests.check(cell, shape)
 
 
-def check_models(cells: Sequence[Cell]) -> None:
-    """Refuse models that the cells would fail on, as far as their files' headers tell. Needs torch. Raises RequestError."""
+def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
+    """Refuse models that the cells would fail on, as far as their files' headers tell. Needs torch.
+
+    convert  GGUF files that were never converted are converted, where cells run that would do it
+    Raises RequestError.
+    """
     from sweep import models, vocabulary
 
     models.quiet()
-    tokenizers = {model: models.check(model) for model in dict.fromkeys(cell.model for cell in cells)}
+    tokenizers = {model: models.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
     for cell in cells:
         if (tokenizer := tokenizers[cell.model]) is not None:
             if cell.benchmarks.tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
@@ -36,7 +37,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         return 0
     if plan.todo:
         store.check_writable(options.results)
-        isolate.ask(check_models, [step.cell for step in plan.todo])
+        isolate.ask(functools.partial(check_models, convert=launch is None), [step.cell for step in plan.todo])
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
     outcomes: dict[str, Outcome] = {}  # of this run, by cell
