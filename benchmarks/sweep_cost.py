@@ -80,6 +80,12 @@ def main() -> None:
             script = str(Path(__file__).with_name("plain_cell.py"))
             words = [sys.executable, script, str(gguf), criterion, "0.5", "0", options.dtype]
             plain[criterion], outputs[criterion] = cpu_seconds(words, folder)
+        text = Path(folder) / "text.txt"
+        text.write_text("words of a text that is long enough " * (20_000_000 // 36))
+        grid = ["sparsity=0.2,0.4,0.6,0.8", f"seed={','.join(map(str, range(250)))}", "max_cells=2000", "plan=true"]
+        planned, _ = cpu_seconds(
+            [*SWEEP, *untimed, wanda, *grid, "calibration=file", f"calibration.source={text}"], folder
+        )
         timed = cpu_seconds([*SWEEP, magnitude], folder)[0] if options.timed else None  # the first two, and timed
     # By magnitude, which draws nothing, three seeds are one cell. Of Wanda's sparsities one a seed finds nothing to share.
     cells = {"magnitude": again - start, "wanda": second - start, "again": third - start}
@@ -90,6 +96,7 @@ def main() -> None:
              ("one by Wanda", plain["wanda"], cells["wanda"]),
              ("one by Wanda of another sparsity", plain["wanda"], cells["again"]),
              ("start of a sweep", None, start),
+             ("a plan of 1,000 cells that read a text of 20 MB", None, planned),
              ("what timing adds to a cell", None, timed and (timed - first) / 2),
              ("the reference sweep", whole_plain, whole_sweep)]  # fmt: skip
     print(tabulate(lines, headers=["CPU seconds", f"plain script ({options.dtype})", "sweep"], floatfmt=".1f",

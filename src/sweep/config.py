@@ -43,11 +43,14 @@ class _Named:
                 raise RequestError(_not_among(name, value, choices))
 
 
+_hints = functools.cache(typing.get_type_hints)  # which takes longer than all else in building a cell
+
+
 @functools.cache
 def _choices(cls: type) -> dict[str, tuple[str, ...]]:
     """The names that each field may have; fields that may be any text are left out."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         choices = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
         if choices and str not in kinds:
@@ -556,7 +559,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str, also: Iterable[str]
     where  the dotted path of `data`, for messages
     also   further keys that are legal beside these fields, for suggestions
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():

@@ -193,6 +193,7 @@ def gpu_name(device: str) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
