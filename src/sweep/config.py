@@ -37,7 +37,7 @@ class _Named:
     """Settings whose names are among the declared ones however they are made: whoever dispatches on one need not ask."""
 
     def __post_init__(self) -> None:
-        for name, choices in _choices(type(self)).items():
+        for name, choices in _choices(type(self)).items():  # type: ignore[arg-type]  # a class can be hashed
             value = getattr(self, name)
             if isinstance(value, str) and value not in choices:
                 raise RequestError(_not_among(name, value, choices))
@@ -559,7 +559,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str, also: Iterable[str]
     where  the dotted path of `data`, for messages
     also   further keys that are legal beside these fields, for suggestions
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():

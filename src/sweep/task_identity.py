@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     """Reads a task's YAML without lm-eval, which takes seconds to import; functions stay names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 @functools.lru_cache
