@@ -2,10 +2,10 @@
 
 Mean over calibration seeds of the perplexity per token on the first tokens of every development page of pydoc: studies
 report the test pages, on which nothing is chosen. Arguments name criteria (`taylor_abs+repair` with the repair); none =
-all. Two constants are tuned here, each value a line beside the others:
+all. Two constants are tuned here, each value a line beside the others, about 8 and 15 minutes of one core:
 
-    python benchmarks/neuron_criteria.py taylor_sampled --balance 0.3 0 0.15 0.45 0.6
-    python benchmarks/neuron_criteria.py taylor_sampled+repair --damping 0.3 0.03 0.1 1
+    python benchmarks/neuron_criteria.py taylor_sampled --balance 0.3 0 0.15 0.45 0.6 --dtype bfloat16
+    python benchmarks/neuron_criteria.py taylor_sampled+repair --damping 0.3 0.1 1 --seeds 2 --dtype bfloat16
 
 `range` is that over seeds. `gap` is the loss above the first line's, nats a token, with its standard error over pages:
 both lines have read the same calibration texts and are evaluated on the same pages.

@@ -154,7 +154,7 @@ def rows_by_band(
 
     ids = reading.known(dense)
     bands = words.of_vocabulary(vocabulary.original(dense), ids)
-    found = {}
+    found: dict[str, float] = {}
     for matrix, norms in rows.items():
         before, after = (reading.Rows.of(tokenizer, len(norms)) for tokenizer in (dense, pruned))
         here = (before.table[ids] >= 0) & ~before.removed[ids]

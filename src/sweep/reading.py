@@ -41,8 +41,8 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts (before, after) a text: mostly one BOS or none, and none."""
     whole = vocabulary.original(tokenizer)
     full, bare = (whole("a", add_special_tokens=added).input_ids for added in (True, False))
-    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return full[:start], full[start + len(bare) :]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    return ([], []) if start is None else (full[:start], full[start + len(bare) :])
 
 
 def own(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], beginning: Sequence[int]) -> list[list[int]]:

@@ -152,7 +152,9 @@ def accuracy_by_band(bands: Sequence[int], right: Sequence[float]) -> dict[str, 
     return found
 
 
-def rows_by_band(bands: NDArray[np.int64], norms: NDArray[np.floating], kept: Sequence[int]) -> dict[str, float]:
+def rows_by_band(
+    bands: NDArray[np.int64], norms: NDArray[np.floating], kept: Sequence[int] | NDArray[np.int64]
+) -> dict[str, float]:
     """Of a matrix with one row a token: the mean L2 norm of the dense model's rows by band, and the share removed.
 
     bands, norms  (V,) of the dense model
