@@ -182,3 +182,21 @@ def test_a_comparison_leaves_older_versions_out_and_says_so(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING):
         found = paired.table(tmp_path, ["capitals/acc"])
     assert len(found) == 1 and "2 of version 5" in caplog.text
+
+
+def test_what_two_machines_timed_is_not_compared(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1, methods=ONE).assign(cpu=["slow", "slow", "slow", "fast", "fast"], gpu=None)
+    (tmp_path / "cells").mkdir()
+    rows.to_parquet(tmp_path / "cells" / "0-table-made.parquet")
+    report.report([str(tmp_path)], tmp_path / "out", report.Wanted(formats=("png",), html=False))
+    files = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert {f"capitals-acc-against-latency-cpu-{cpu}" for cpu in ("slow", "fast")} <= files
+    assert "capitals-acc-against-latency" not in files
+    front = (tmp_path / "out" / "README.md").read_text()
+    assert "- cpu=fast: At most 2 % worse than dense on acc on capitals: " in front and "cannot be told" not in front
+    rows["dense_decode_ms_per_token_p50"] = [40.0, 40, 40, 20, 20]
+    ((_, slow), (_, fast)) = report.by_machine(frontier.with_paired_latency(rows))
+    (dense,) = fast[fast.method == "dense"].itertuples()
+    assert dense.decode_ms_paired == 20 and np.isnan(dense.peak_memory_bytes) and dense.weights_bytes > 0
+    assert plot.drop_table(fast, ["capitals/acc"])["capitals/acc"].notna().all()
+    assert slow.decode_ms_paired.notna().all() and len(slow) == 3 and len(fast) == 3

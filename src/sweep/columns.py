@@ -176,6 +176,12 @@ def unit(column: str) -> str:
     return "milliseconds" if "_ms_" in column or column.endswith("_ms") else ""
 
 
+def is_measured(column: str) -> bool:
+    """Whether a column was timed or read from the system, and so belongs to the machine in the row."""
+    kind, _ = MEANINGS.get(column, (MEASURED if re.fullmatch(r"\w+_ms_paired(_low|_high)?", column) else COUNTED, ""))
+    return kind == MEASURED
+
+
 def metric(column: str) -> str:
     """The metric in a task's column, without the answer filter: `exact_match` of `gsm8k/exact_match,strict-match`."""
     return column.rpartition("/")[2].partition(",")[0]

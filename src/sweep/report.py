@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sweep import advice, columns, frontier, knobs, messages, page, paired, plot, published, store, tables
@@ -143,14 +144,39 @@ def quality_metrics(rows: pd.DataFrame) -> list[str]:
 
 
 def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
-    """(suffix of the file names, rows) of each facet; without one, a facet for each model when there are several."""
+    """(suffix of the file names, rows) of each facet; without one, a facet for each model when there are several.
+
+    Where rows come from several machines each has figures of its own, since what was timed on two cannot be compared.
+    """
     column = _column(rows, by, "--facet") if by else "model"
     values = rows[column].dropna().unique()
-    if by is None and len(values) == 1:
-        return [("", rows)]
     keeps_dense = column in ("method", "criterion", "execution", "variant", "sparsity", "seed")
-    return [(f"-{column}-{_file_name(value)}",
-             rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)]) for value in values]  # fmt: skip
+    parts = [(f"-{column}-{_file_name(value)}",
+              rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)]) for value in values]  # fmt: skip
+    if by is None and len(values) == 1:
+        parts = [("", rows)]
+    return [(words + (f"-{_file_name(machine)}" if machine else ""), mine)
+            for words, part in parts for machine, mine in by_machine(part)]  # fmt: skip
+
+
+def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(machine, its rows) where there are several, else all rows under no name.
+
+    A dense cell is measured once, on one of the machines. For the others its row lends what is no measurement of the
+    machine, and the dense model's time is that of the turns that it took there with the pruned ones.
+    """
+    machines = rows.machine.unique()
+    if len(machines) == 1:
+        return [("", rows)]
+    foreign = rows[rows.method == "dense"].copy()
+    foreign[[c for c in rows.columns if columns.is_measured(c)]] = np.nan
+    parts = []
+    for machine in machines:
+        mine = rows[rows.machine == machine]
+        lent = foreign[(foreign.machine != machine) & ~foreign.setting.isin(mine.setting[mine.method == "dense"])]
+        lent = lent.assign(**{name: mine[name].iloc[0] for name in ("machine", "cpu", "gpu") if name in mine})
+        parts.append((machine, frontier.with_paired_latency(pd.concat([mine, lent]).sort_index())))
+    return parts
 
 
 def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], out: Path,
@@ -203,14 +229,18 @@ def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], dr
             wanted: Wanted) -> list[str]:  # fmt: skip
     latency, memory = "decode_ms_paired", "peak_memory_bytes"
     sentences = []
-    for metric in metrics:
-        sentences += [advice.cheapest_within(rows, cost, metric, *drop) for cost in costs[:1]]
-        if wanted.max_ms is not None:
-            sentences.append(advice.best_within(rows, latency, metric, wanted.max_ms))
-        if wanted.max_bytes is not None:
-            sentences.append(advice.best_within(rows, memory, metric, wanted.max_bytes))
-        sentences += [advice.knee(rows, cost, metric) for cost in costs[:1]]
-    return sentences + advice.break_even(rows)
+    for machine, mine in by_machine(rows):
+        said = []
+        for metric in metrics:
+            said += [advice.cheapest_within(mine, cost, metric, *drop) for cost in costs[:1]]
+            if wanted.max_ms is not None:
+                said.append(advice.best_within(mine, latency, metric, wanted.max_ms))
+            if wanted.max_bytes is not None:
+                said.append(advice.best_within(mine, memory, metric, wanted.max_bytes))
+            said += [advice.knee(mine, cost, metric) for cost in costs[:1]]
+        said += advice.break_even(mine)
+        sentences += [f"{machine}: {sentence}" if machine else sentence for sentence in said]
+    return sentences
 
 
 def _readme(results: Sequence[str], rows: pd.DataFrame, left_out: Sequence[str], failed: Sequence[str],

@@ -41,7 +41,7 @@ def marks(table: pd.DataFrame, column: str, *, loss: bool) -> pd.Series:
     """
     found = pd.Series("", index=table.index)
     pruned = table[(table.method != "dense") & table[column].notna()]
-    for _, group in pruned.groupby(["model", "setting", "sparsity"], dropna=False):
+    for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
         if len(group) < 2:
             continue
         winner = group[column].idxmin() if loss else group[column].idxmax()
