@@ -129,7 +129,16 @@ def test_examples_are_those_that_there_are(tmp_path: Path, caplog: pytest.LogCap
     write_task(tmp_path, count=3)
     mine = Benchmarks(("mine",), include_path=str(tmp_path))
     assert catalogue.check(mine, None) == catalogue.check(replace(mine, num_fewshot=2), None)
-    with pytest.raises(RequestError, match="num_fewshot=3: the task mine is to show 3 and has 3 examples to show"):
+    catalogue.check(replace(mine, num_fewshot=3), None)  # all that there are, as MMLU does
+    with pytest.raises(RequestError, match="num_fewshot=4: the task mine is to show 4 and has 3 examples to show"):
+        catalogue.check(replace(mine, num_fewshot=4), None)
+    write_task(tmp_path, count=3, shots=7)
+    with pytest.raises(RequestError, match="num_fewshot=null: the task mine is to show 7 and has 3 examples to show"):
+        catalogue.check(mine, None)
+    (tmp_path / "mine.yaml").write_text(
+        (tmp_path / "mine.yaml").read_text().replace("fewshot_split: train", "fewshot_split: test")
+    )
+    with pytest.raises(RequestError, match="is to show 3 and has 3"):  # one of them may be the question itself
         catalogue.check(replace(mine, num_fewshot=3), None)
     write_task(tmp_path, shots=0)
     catalogue.check(replace(mine, num_fewshot=3), None)

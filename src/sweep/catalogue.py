@@ -77,12 +77,22 @@ def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any
             shown = shots(task, settings)
             if settings.num_fewshot and not shown:
                 log.warning("%s shows no examples, whatever benchmarks.num_fewshot is: it says so itself", name)
-            if shown and (have := len(task.fewshot_docs() or ())) <= shown:
-                raise RequestError(f"benchmarks.num_fewshot={settings.num_fewshot}: the task {name} is to show {shown} "
-                                   f"and has {have} examples to show, too few to draw from: use fewer, or 0")  # fmt: skip
+            _check_examples(name, task, shown, settings)
             fingerprints[name] = task_identity.of_task(task, shown, settings.fewshot_seed)
         fingerprints |= {f"group {name}": task_identity.of_group(group) for name, group in loaded["groups"].items()}
     return fingerprints
+
+
+def _check_examples(name: str, task: Any, shown: int, settings: Benchmarks) -> None:
+    """Refuse to show more examples than there are; a split that holds a single row is a placeholder."""
+    if not shown:
+        return
+    shows = getattr(task, "fewshot_cfg", None)
+    needed = shown + (shows is not None and shows.split == task.config.test_split)  # one may be the question itself
+    have = len(task.fewshot_docs() or ())
+    if have < max(needed, 2):
+        raise RequestError(f"benchmarks.num_fewshot={'null' if settings.num_fewshot is None else settings.num_fewshot}: the "
+                           f"task {name} is to show {shown} and has {have} examples to show: use fewer, or 0")  # fmt: skip
 
 
 def shots(task: Any, settings: Benchmarks) -> int:
