@@ -250,6 +250,34 @@ def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None
         assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr, (name, done.stderr)
 
 
+@pytest.mark.parametrize("more", [[], ["-m"]], ids=["alone", "a sweep"])
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({"SWEEP_CACHE": "file"}, [], "sweep: the cache, file, cannot be written to: File exists. Set SWEEP_CACHE=FOLDER"),
+        ({"SWEEP_CACHE": "file/below"}, [], "sweep: the cache, file/below, cannot be written to: Not a directory"),
+        ({"SWEEP_CACHE": "takes_nothing"}, [], "sweep: the cache, takes_nothing, cannot be written to: "),
+        ({"SWEEP_CACHE": "partly"}, [], "sweep: the cache, partly/models, cannot be written to: "),
+        ({"SWEEP_TURNS": "file"}, [], "sweep: file, where cells wait for their turn to be timed, cannot be written to: "),
+        ({}, ["save_model=file/below"], "sweep: save_model=file/below"),
+        ({}, ["save_model=takes_nothing/model"], "sweep: save_model=takes_nothing/model"),
+        ({}, ["results=takes_nothing"], "sweep: results=takes_nothing cannot be written to: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)[:30],
+)  # fmt: skip
+def test_a_place_that_takes_nothing_is_refused_before_the_first_cell(
+    environment: dict[str, str], words: list[str], message: str, more: list[str], tmp_path: Path, tiny: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "partly").mkdir()
+    for folder in ("takes_nothing", "partly/models"):
+        (tmp_path / folder).symlink_to("/proc/self/fdinfo")  # takes no files, not even from root
+    done = subprocess.run([sys.executable, "-m", "sweep", *more, "+method=weight", *tiny, *words], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | environment)  # fmt: skip
+    assert done.returncode == 2 and "[1/" not in done.stdout, done.stdout + done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_report_says_what_is_missing(tmp_path: Path) -> None:
     assert "is no results folder" in run("results", cwd=tmp_path, code=2, module="sweep.report")
 

@@ -33,6 +33,7 @@ from sweep.locks import is_held, lock
 _MANIFEST = ".sweep-entry.json"  # of each file its size and SHA-256, written when the entry was complete
 _IN_USE = 3600.0  # seconds after its last use in which an entry may still be being read
 _DEFAULT_LIMIT = "100GB"
+_PROBE = 65536  # bytes: on a full disk empty files can still be made
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,31 @@ class Entry:
 
 
 def folder() -> Path:
-    """The cache folder, made if need be."""
+    """The cache folder, made if need be. Raises RequestError where it cannot be made."""
     path = Path(os.environ.get("SWEEP_CACHE") or platformdirs.user_cache_dir("sweep"))
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return path
+
+
+def check_writable() -> None:
+    """Refuse a cache in which nothing new can be kept, as every cell must. Raises RequestError."""
+    top = folder()
+    for path in (top, *(kind for kind in top.iterdir() if kind.is_dir())):
+        try:
+            with tempfile.NamedTemporaryFile(prefix=".probe-", suffix=".lock", dir=path) as probe:
+                probe.write(bytes(_PROBE))
+                probe.flush()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RequestError:
+    return RequestError(
+        f"the cache, {path}, cannot be written to: {error.strerror}. Set SWEEP_CACHE=FOLDER to another one"
+    )
 
 
 def entry(kind: str, key: str, make: Callable[[Path], object], *, resumable: bool = False) -> Path:

@@ -83,10 +83,13 @@ def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[st
         if relation := _relation(path, place):
             raise RequestError(f"save_model={folder} {relation} {what} ({place}), which saving would change: name another "
                                "folder")  # fmt: skip
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    if existing != path and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise RequestError(f"save_model={folder} cannot be made: {existing} is no folder that takes a new one")
-    if existing != path or (path.is_dir() and not any(path.iterdir())):
+    above = next(p for p in path.parents if os.path.lexists(p))
+    try:
+        tempfile.TemporaryDirectory(prefix=".sweep-", dir=above).cleanup()  # as `save` will: written there, and renamed
+    except OSError as error:
+        raise RequestError(f"save_model={folder} cannot be made: {above} is no folder that takes a new one ("
+                           f"{error.strerror})") from error  # fmt: skip
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return path
     saved = _saved(path) if path.is_dir() else {}
     if not (saved or _is_older(path)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sweep import columns, isolate, machine, row, store
+from sweep import cache, columns, isolate, machine, row, store, turns
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Outcome
 from sweep.plan import Plan, Step, check_models
@@ -37,6 +37,8 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         return 0
     if plan.todo:
         store.check_writable(options.results)
+        cache.check_writable()
+        turns.check()
         isolate.ask(functools.partial(check_models, convert=launch is None), [step.cell for step in plan.todo])
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
