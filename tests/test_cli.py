@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +126,31 @@ def test_a_cell_of_quality_alone_has_no_times_and_no_zeros_for_them(tmp_path: Pa
     assert rows["pydoc/token_perplexity"].notna().all() and (rows.peak_memory_bytes > 0).all()
     assert not (tmp_path / "results" / "latency").exists()
     run("results", "--no-html", cwd=tmp_path, module="sweep.report")
+
+
+def test_a_model_of_few_positions_is_refused_only_for_a_prompt_that_is_timed(
+    tmp_path: Path, tiny_checkpoint: Path, tiny: list[str]
+) -> None:
+    short = shutil.copytree(tiny_checkpoint, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    ours = ("model.path=", "efficiency.", "benchmarks.max_length=")
+    words = [word for word in tiny if not word.startswith(ours)]
+    words += [f"model.path={short}", "benchmarks=pydoc", "benchmarks.max_length=64", "results=rows"]
+    for more in ([], ["-m"]):
+        assert "128 tokens" not in run(*more, "+method=weight", *words, "efficiency=none", "plan=true", cwd=tmp_path)
+        refused = run(*more, "+method=weight", *words, cwd=tmp_path, code=2)
+        assert (
+            "efficiency.prompt_tokens=128 and .output_tokens=16 are 144 tokens together, and the model has 64"
+            in refused
+        )
+    run("+method=weight", *words, "efficiency=none", cwd=tmp_path)
+    rows = sweep.load(tmp_path / "rows")
+    assert len(rows) == 2 and set(rows.status) == {"ok"} and rows["pydoc/token_perplexity"].notna().all()
+    assert rows[["kv_cache_bytes", "peak_memory_bytes", "base_memory_bytes"]].isna().all(axis=None)
+    assert "expected: about" in run(
+        "+method=weight", "sparsity=0.1", *words, "efficiency=none", "plan=true", cwd=tmp_path
+    )
 
 
 @pytest.mark.parametrize(

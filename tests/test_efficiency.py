@@ -216,10 +216,11 @@ def test_the_cache_of_a_generation_by_hand() -> None:
     assert efficiency.generate_once(tiny_model("llama"), SETTINGS) == blocks * 2 * heads * width * length * 4
 
 
-def test_more_tokens_than_positions_are_refused() -> None:
+def test_more_tokens_than_positions_are_refused_where_they_would_be_timed() -> None:
     with pytest.raises(RequestError, match=r"efficiency.prompt_tokens=63 .* are 66 tokens together, .* 64 positions"):
-        efficiency.check_fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=63))
-    efficiency.check_fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=61))
+        efficiency.fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=63))
+    assert efficiency.fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=61))
+    assert not efficiency.fits(tiny_model("llama"), replace(SETTINGS, prompt_tokens=63, repeats=0))
 
 
 def test_the_bound_is_the_slower_of_reading_and_multiplying() -> None:

@@ -410,6 +410,21 @@ def _normalised(cell: Cell) -> Cell:
     return cell
 
 
+def fits(asked: Efficiency, positions: int | None) -> bool:
+    """Whether the prompt and what is generated after it fit into a model's positions; True where these are unknown.
+
+    Raises RequestError when they do not fit and are to be timed.
+    """
+    tokens = asked.prompt_tokens + asked.output_tokens
+    if positions is None or tokens <= positions:
+        return True
+    if asked.repeats:
+        raise RequestError(f"efficiency.prompt_tokens={asked.prompt_tokens} and .output_tokens={asked.output_tokens} are "
+                           f"{tokens} tokens together, and the model has {positions} positions: lower one of them, or set "
+                           "efficiency=none")  # fmt: skip
+    return False
+
+
 def _checked_timing(asked: Efficiency) -> Efficiency:
     if 0 < asked.repeats < 6:
         raise RequestError(f"efficiency.repeats must be at least 6, or 0 to time nothing; got {asked.repeats}")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep import energy, models
-from sweep.config import Efficiency, RequestError
+from sweep import config, energy, models
+from sweep.config import Efficiency
 
 _LOOKS, _GROWTH = (
     8,
@@ -281,14 +281,9 @@ def generate_once(model: PreTrainedModel, settings: Efficiency) -> int | None:
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def check_fits(model: PreTrainedModel, settings: Efficiency) -> None:
-    """Refuse a prompt and output that are longer than the model's positions. Raises RequestError."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    asked = settings.prompt_tokens + settings.output_tokens
-    if positions is not None and asked > positions:
-        raise RequestError(f"efficiency.prompt_tokens={settings.prompt_tokens} and .output_tokens="
-                           f"{settings.output_tokens} are {asked} tokens together, and the model has {positions} "
-                           "positions: lower one of them")  # fmt: skip
+def fits(model: PreTrainedModel, settings: Efficiency) -> bool:
+    """Whether the model can generate what is asked for; False only where it would not be timed. Raises RequestError."""
+    return config.fits(settings, getattr(model.config, "max_position_embeddings", None))
 
 
 @functools.lru_cache

@@ -110,7 +110,9 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     headers.check(cell.model)
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
-    check_method(cell, sources.shape(cell.model))
+    shape = sources.shape(cell.model)
+    check_method(cell, shape)
+    config.fits(cell.efficiency, shape.get("max_position_embeddings") or shape.get("n_positions"))
     if isinstance(cell.method, Weight) and (cell.method.exclude or cell.method.pattern is not None):
         _check_targets(cell.method, cell.model)
     return cell, options
@@ -237,13 +239,15 @@ def expectation(steps: list[Step], results: str) -> Expectation | None:
     by_kind: dict[str, list[tuple[float, int]]] = {}
     for row in rows.itertuples():
         for kind in _kinds(json.loads(row.config), row.model_fingerprint):
-            by_kind.setdefault(kind, []).append((row.cell_seconds, int(row.peak_memory_bytes or 0)))
+            by_kind.setdefault(kind, []).append((row.cell_seconds, row.peak_memory_bytes))
     kinds = [_kinds(asdict(step.cell), sources.fingerprint(step.cell.model)) for step in steps]
     like = [next((by_kind[kind] for kind in of_step if kind in by_kind), None) for of_step in kinds]
     seconds = [statistics.median(second for second, _ in found) for found in like if found]
     if not seconds:
         return None
-    peak = max(memory for found in like if found for _, memory in found)
+    peak = max(
+        (int(memory) for found in like if found for _, memory in found if memory == memory), default=0
+    )  # not NaN
     return Expectation(statistics.fmean(seconds) * len(steps), len(seconds), peak)
 
 

@@ -50,7 +50,7 @@ def run_cell(
     row["load_seconds"] = working_seconds() - started
     if cell.benchmarks.tasks:
         models.check_tokenizer(tokenizer, cell.model.name)
-    efficiency.check_fits(model, cell.efficiency)
+    can_generate = efficiency.fits(model, cell.efficiency)
     tokens = text.for_cell(cell, tokenizer)
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
@@ -92,10 +92,11 @@ def run_cell(
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
         checkpoint.save(model, tokenizer, save_model, facts)
 
-    with efficiency.PeakMemory(cell.device) as memory:
-        row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
-    row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
-    row["peak_device_memory_bytes"] = memory.device_peak
+    if can_generate:
+        with efficiency.PeakMemory(cell.device) as memory:
+            row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
+        row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
+        row["peak_device_memory_bytes"] = memory.device_peak
 
     distributions = divergence.of_dense(cell)
     metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions)
