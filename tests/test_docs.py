@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
@@ -65,6 +66,34 @@ def test_what_a_page_points_at_is_there(page: Path) -> None:
         assert (page.parent / link).exists(), link
     for path in re.findall(r"`((?:src|conf|docs|tests|experiments|benchmarks)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def messages() -> list[str]:
+    """Every text of the source that is joined from parts, `…` for what is put in, and whole texts."""
+    found = []
+    for file in sorted((ROOT / "src").glob("**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_what_was_tried_is_told_in_the_words_of_the_messages() -> None:
+    """Each line of docs/files.md that refuses quotes what is said; the tests of each module see that it is said."""
+    lines = re.findall(r"^\|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs/files.md").read_text(), re.M)
+    known = messages()
+    told = 0
+    for tried, outcome, said in lines:
+        if outcome.strip() in ("what happens", "---"):
+            continue
+        assert ("refused" in outcome) == bool(said.strip()), tried
+        for quoted in re.findall(r"`([^`]+)`", said):
+            parts = [re.escape(part) for part in quoted.split("…")]
+            assert any(re.search("[^\n]*".join(parts), text) for text in known), quoted
+            told += 1
+    assert told > 30
 
 
 @pytest.fixture(scope="module")

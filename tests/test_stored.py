@@ -117,6 +117,12 @@ def test_more_layers_than_the_configuration_tells_of_are_refused(folder: Path) -
     refused(configured(folder, num_hidden_layers=1), "none of its own: 9 .model.layers.1.input_layernorm.weight")
 
 
+INNER = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module._checkpoint_wrapped_module",
+)
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_forward_module.")
 
 
@@ -125,7 +131,7 @@ def test_wrappers_around_names_are_read(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     block = f"{models.block_names(model)[0]}."
     for i, edit in enumerate((*(lambda s, w=w: {w + n: t for n, t in s.items()} for w in WRAPPERS),
-                              renamed(block, f"{block}_orig_mod."), renamed(block, f"{block}_fsdp_wrapped_module."))):  # fmt: skip
+                              *(renamed(block, f"{block}{w}.") for w in INNER))):  # fmt: skip
         place = tmp_path / str(i)
         model.config.save_pretrained(place)
         file = "pytorch_model.bin" if i % 2 else "model.safetensors"
@@ -242,15 +248,25 @@ def test_damaged_and_missing_files_are_named(folder: Path, spoil: Callable[[Path
         models.load(local(folder), "float32", "cpu")
 
 
+def as_pickles(folder: Path) -> None:
+    state = list(torch.load(as_pickle(folder)).items())
+    (folder / "pytorch_model.bin").unlink()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name, part in zip(names, (state[:9], state[9:]), strict=True):
+        torch.save(dict(part), folder / name)
+    placed = {tensor: names[i >= 9] for i, (tensor, _) in enumerate(state)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
 def test_shards_and_pickles_of_both_formats_load(folder: Path) -> None:
     expected = logits(models.load(local(folder), "float32", "cpu")[0])
-    for write in (in_shards, lambda f: as_pickle(f, _use_new_zipfile_serialization=False)):
+    for write in (in_shards, lambda f: as_pickle(f, _use_new_zipfile_serialization=False), as_pickles):
         write(folder)
         headers.check(local(folder))
         asked(local(folder))
         assert torch.equal(logits(models.load(local(folder), "float32", "cpu")[0]), expected)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        for file in folder.glob("model*"):
+        for file in (*folder.glob("model*"), *folder.glob("pytorch_model*")):
             file.unlink()
         model.save_pretrained(folder)
 

@@ -114,7 +114,7 @@ def refuse(told: Told, place: str) -> None:
         names = " ".join(name for found in problems.values() for name in found)
         advice = next((f". {advice}" for pattern, advice in _ADVICE if re.search(pattern, names)), "")
         raise RequestError(f"{place} is not the model that its configuration tells of: "
-                           + "; ".join(f"tensors {what}: {len(found)} ({some(found)})" for what, found in problems.items())
+                           + "; ".join(f"{what}: {len(found)} ({some(found)})" for what, found in problems.items())
                            + advice)  # fmt: skip
 
 
@@ -122,7 +122,11 @@ def _problems(told: Told) -> dict[str, list[str]]:
     """What is wrong, and the tensors of which it is true; empty when nothing is."""
     shapes = [f"{name} {tuple(stored)} and not {tuple(wanted)}" for name, stored, wanted in told["mismatched_keys"]]
     unknown = [name for name in told["unexpected_keys"] if not _REMADE.search(name)]
-    found = {"missing": told["missing_keys"], "that are none of its own": unknown, "of another shape": shapes}
+    found = {
+        "tensors missing": told["missing_keys"],
+        "tensors that are none of its own": unknown,
+        "tensors of another shape": shapes,
+    }
     return {what: sorted(names) for what, names in found.items() if names}
 
 
