@@ -102,6 +102,7 @@ def test_a_folder_whose_content_changed_is_two_models() -> None:
     points = frontier.points(rows, "sparsity", "capitals/acc")
     assert (points.seeds == 1).all() and len(points) == 4
     assert len(report.select(rows, ["model=m"])) == 4
+    assert set(report.select(rows, ["model=m (aaaaaaaa)"]).model_fingerprint) == {"folder:aaaaaaaaaaaa"}
 
 
 def test_other_documents_under_one_name_are_another_setting() -> None:

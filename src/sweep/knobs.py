@@ -57,9 +57,9 @@ def versions(rows: pd.DataFrame) -> pd.Series:
 
 
 def is_called(rows: pd.DataFrame, name: str) -> pd.Series:
-    """Whether the model of each row goes by this name, in that row or in another of the same fingerprint."""
+    """Whether the model of each row goes by this name, in that row, in another of the same fingerprint, or in a report."""
     prints = _column(rows, "model_fingerprint")
-    named = rows.model == name
+    named = (rows.model == name) | (_models(rows) == name)
     return named | prints.isin(set(prints[named].dropna()))
 
 
@@ -94,7 +94,7 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
                 for pair in zip(_column(rows, "cpu"), _column(rows, "gpu"), strict=True)]  # fmt: skip
     everything = pd.Series("all", index=rows.index)
     return rows.assign(
-        model=_names(rows.model.tolist(), _column(rows, "model_fingerprint").tolist(), version),
+        model=_models(rows),
         setting=_words(measured, everything),
         variant=_words(chosen, rows.method.astype(str) + "/" + rows.criterion.astype(str)),
         version=["unknown" if v == UNKNOWN else str(v) for v in version] if len(set(version)) > 1 else "",
@@ -104,6 +104,12 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _column(rows: pd.DataFrame, name: str) -> pd.Series:
     return rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
+
+
+def _models(rows: pd.DataFrame) -> pd.Series:
+    """What the model of each row is called: one name for one fingerprint."""
+    shown = _names(rows.model.tolist(), _column(rows, "model_fingerprint").tolist(), versions(rows).tolist())
+    return pd.Series(shown, index=rows.index, dtype=object)
 
 
 def _names(names: Sequence[Any], prints: Sequence[Any], version: Sequence[int]) -> list[Any]:
