@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from sweep import checkpoint, divergence, models, perplexity, quality, reading, run, scorer, shrunk, text, vocabulary
 from sweep.config import (
@@ -122,6 +131,15 @@ def test_a_special_token_that_stands_in_a_text_is_read_and_not_told(loaded: tupl
     read = lm.texts[(page,)]
     assert read.told.tolist() == [True] * 3 + [False] + [True] * 3
     assert read.scores.log_probs == pytest.approx(log_probs(model, [BOS], tokenizer(page).input_ids), abs=1e-4)
+
+
+def test_the_unknown_token_is_told_where_it_stands_for_text(tiny_checkpoint: Path) -> None:
+    of_bytes = AutoTokenizer.from_pretrained(tiny_checkpoint, unk_token="<pad>")
+    assert reading.special(of_bytes).tolist() == [PAD, BOS, EOS]  # every character has its bytes
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "one": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    of_words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    assert of_words("one <s> two").input_ids == [2, 1, 0] and reading.special(of_words).tolist() == [1]
 
 
 @pytest.mark.parametrize("template", ["$A", *TEMPLATES])

@@ -28,13 +28,15 @@ def known(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    """Ids of the tokens that steer and spell nothing. Not the unknown token, which stands for text, unless it is one too."""
+    """Ids of the tokens that steer and spell nothing.
+
+    The unknown token is not among them where it stands for text, which shows in a character that no vocabulary has:
+    tokenizers of bytes name one as well and never give it.
+    """
     whole = vocabulary.original(tokenizer)
     ids = {i for i, token in whole.added_tokens_decoder.items() if token.special} | set(whole.all_special_ids)
-    names = {token for name, token in whole.special_tokens_map.items() if name != "unk_token"}
-    if whole.unk_token not in names:
-        ids.discard(whole.unk_token_id)
-    return np.array(sorted(ids), dtype=np.int64)
+    spelt = {whole.unk_token_id} & set(whole("\ue000", add_special_tokens=False, verbose=False).input_ids)
+    return np.array(sorted(ids - spelt), dtype=np.int64)
 
 
 def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
