@@ -28,8 +28,9 @@ _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a
 _DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
     name: {f.name: f.default for f in fields(kind)} for name, kind in (config.FAMILIES | config.GROUPS).items()
 }
-_SIX = 6  # from this measuring version on, a task's fingerprint says how many examples it shows, and which; before it,
-_FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}  # these were defaults
+# Before this measuring version some defaults were others, and a task's fingerprint did not say which examples it shows.
+_CHANGED = 6
+_FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}
 _OF_THE_METHOD = ("method.", "calibration.", "execution.")
 _MEASUREMENT = ("benchmarks.", "efficiency.", "perplexity.")  # how, and on what, the cell is measured
 UNKNOWN = -1  # the measuring version of a row that cannot tell it: older than any other
@@ -146,7 +147,7 @@ def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: i
              if name != "calibration" and not name.startswith("perplexity:") and not name.endswith(" of the drop")}  # fmt: skip
     if not tasks:
         return None
-    content = [tasks, None if version >= _SIX else setting.get("benchmarks.num_fewshot")]
+    content = [tasks, None if version >= _CHANGED else setting.get("benchmarks.num_fewshot")]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,7 +157,7 @@ def _is_default(key: str, setting: dict[str, Any], version: int) -> bool:
     if key == "method.scope" and setting.get("method.family") == "weight":
         usual = "row" if setting.get("method.criterion") in config.BY_ROW else "matrix"
         return setting[key] in (None, usual) or setting.get("method.pattern") is not None
-    if key in _FORMERLY and version < _SIX:
+    if key in _FORMERLY and version < _CHANGED:
         return setting[key] == _FORMERLY[key]
     defaults = _DEFAULTS.get(setting.get("method.family", "") if group == "method" else group, {})
     return setting[key] == defaults.get(name)
