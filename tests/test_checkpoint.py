@@ -171,7 +171,9 @@ def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path,
         folder = tmp_path / "models" / cell
         assert rows.stored_bytes[cell] == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
         assert "sparsity=0.25,0.5" not in (folder / "README.md").read_text()  # the cell's own command
+    (tmp_path / "models" / saved[0] / "notes.txt").write_text("mine")  # what is done is left alone
     assert "3 already done, 0 to run" in run(*command, cwd=tmp_path)
+    assert "was changed after sweep had written it (notes.txt)" in run("resume=false", *command, cwd=tmp_path, code=2)
     run("+method=weight", "sparsity=0.5", "save_model=one", *tiny, cwd=tmp_path)
     assert (tmp_path / "one" / "config.json").is_file()
     other = ["+method=weight", "sparsity=0.25", "save_model=one", *tiny]

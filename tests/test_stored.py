@@ -180,12 +180,14 @@ def test_pairs_of_torch_pruning_are_their_product(family: str, how: str, tmp_pat
                       "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
         ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
         ("opt", ["model.decoder.version"]),
+        ("phi", ["model.embed.position_ids"]),
     ],
 )  # fmt: skip
-def test_what_modules_make_anew_is_harmless(family: str, names: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_what_modules_make_anew_is_harmless(family: str, names: list[str], dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    edited(tmp_path, lambda state: state | {name: torch.ones(1, 1, 4, 4) for name in names})
+    edited(tmp_path, lambda state: state | {name: torch.ones(4, 4, dtype=dtype) for name in names})
     stored.check(tmp_path)
     assert torch.equal(logits(stored.load(tmp_path, torch.float32)), logits(model))
 

@@ -95,9 +95,8 @@ def check_config(folder: Path) -> None:
 
 
 def _check_types(found: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse matrices of whole numbers or of 8 bits: quantised weights, whatever the configuration says."""
-    packed = sorted(name for name, tensor in found.items()
-                    if len(tensor.shape) == 2 and tensor.dtype not in _FLOATS and not name.endswith("mask"))  # fmt: skip
+    """Refuse weights that are whole numbers or of 8 bits: they are quantised, whatever the configuration says."""
+    packed = sorted(name for name, tensor in found.items() if name.endswith("weight") and tensor.dtype not in _FLOATS)
     if packed:
         raise RequestError(f"{file} holds quantised weights ({some(packed)}: {found[packed[0]].dtype}), and pruning needs "
                            "the weights themselves: give the checkpoint that it was made from")  # fmt: skip

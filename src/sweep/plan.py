@@ -206,9 +206,6 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
         name = identity.cell_name(dense)
         baselines.setdefault(name, Step(name, dense, (*step.overrides, "baseline=true")))
     ordered = [*baselines.values(), *(step for name, step in steps.items() if name not in baselines)]
-    for step in ordered:
-        if (folder := options.checkpoint(step.cell.method, step.name)) is not None:
-            checkpoint.check_place(folder, step.name, checkpoint.guarded(step.cell.model, options.results))
     store.check_version(options.results)
     status = store.statuses(options.results, [step.name for step in ordered])
     todo: list[Step] = []
@@ -220,6 +217,8 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
         if found == "ok" and folder is not None and not checkpoint.holds(folder, step.name):
             found = None  # it has its row and lacks its saved model
         to_run = found in (None, store.UNREADABLE) or (found != "ok" and options.retry in ("all", found))
+        if to_run and folder is not None:
+            checkpoint.check_place(folder, step.name, checkpoint.guarded(step.cell.model, options.results))
         (todo if to_run else done if found == "ok" else left).append(step)
     unreadable = [name for name, found in status.items() if found == store.UNREADABLE]
     return Plan(todo, done, left, repeated, unreadable, expectation(todo, options.results))
