@@ -102,6 +102,8 @@ def test_a_task_of_the_users_own_is_found_by_name_and_by_file(tmp_path: Path, mo
         ("mine.yaml", "task: mine\nflavour: 3", "mine", "mine.yaml cannot be built: TypeError: .*'flavour'"),
         ("mine.yaml", "task: mine\ndoc_to_text: !function nowhere.f", "mine", "cannot be built: .*'nowhere'"),
         ("mine.yaml", "task: mine\ndoc_to_text: !function helpers.f", "mine", "cannot be built: .*has no function 'f'"),
+        ("a.yaml", "task: a/b", "a.yaml", "a.yaml is no task: a task cannot be called 'a/b': no / or comma"),
+        ("a.yaml", "task: calibration", "a.yaml", "a.yaml is no task: a task cannot be called 'calibration': no / or"),
         ("a.yaml", "task: arc_easy", "arc_easy", "a.yaml calls its task 'arc_easy', as does .*arc_easy.yaml: give it a name"),
         ("a.yaml", "task: capitals", "capitals", "a.yaml calls its task 'capitals', as does .*capitals.yaml: give it a name"),
         ("a.yaml", "task: mine", "mine", "mine.yaml calls its task 'mine', as does .*a.yaml: give it a name"),
@@ -121,6 +123,8 @@ def test_a_task_that_is_asked_for_twice_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path)
     (tmp_path / "both.yaml").write_text("group: both\ntask: [mine]")
     assert set(catalogue.check(Benchmarks(("both",), include_path=str(tmp_path)), None)) == {"mine", "group both"}
+    catalogue.check(Benchmarks(("mine", "pydoc", "mine.yaml", "pydoc"), include_path=str(tmp_path)), None)  # is one
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "mine.yaml")
     with pytest.raises(RequestError, match="benchmarks.tasks=mine,both asks for mine twice: leave one out"):
         catalogue.check(Benchmarks(("mine", "both"), include_path=str(tmp_path)), None)
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _INDEX = 1  # raise when what is kept of a task changes
 _YAML = (".yaml", ".yml")
+_RESERVED = {"calibration", "embedding", "head"}  # columns and fingerprints that are no task's
 Known = dict[str, dict[str, Any]]  # by name: kind, path and tags
 
 
@@ -150,21 +151,19 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     theirs, mine, called, unreadable = index(), Known(), dict[Path, str](), list[str]()
-    for path in sorted({*asked.values(), *(TaskIndex._iter_yaml_files(folder) if folder else ())}):
+    inside = (path.resolve() for path in TaskIndex._iter_yaml_files(folder)) if folder else ()
+    for path in sorted({*asked.values(), *inside}):
         try:
             config = load_yaml(path, resolve_func=False)
-            name = config.get("group") or config.get("task")
-            problem = None if isinstance(name, str) else "it names no task"
+            name = _checked_name(config.get("group") or config.get("task"))
         except Exception as error:  # whatever the YAML leads the loader to
-            name, problem = None, " ".join(str(error).split())
-            unreadable.append(f"{path.name}: {problem}")
-        if problem is not None:
+            reason = " ".join(str(error).split())
             if path in asked.values():
-                raise RequestError(f"benchmarks.tasks: {path} is no task: {problem}")
-            continue  # a file that others include, or that is none of the matter
-        other = (
-            TASK_FOLDER / f"{name}.yaml" if name in text.EMBEDDED else (theirs | mine).get(name, {"path": path})["path"]
-        )
+                raise RequestError(f"benchmarks.tasks: {path} is no task: {reason}") from error
+            unreadable.append(f"{path.name}: {reason}")  # one that others include, or that is none of the matter
+            continue
+        taken = theirs | mine | {task: {"path": TASK_FOLDER / f"{task}.yaml"} for task in text.EMBEDDED}
+        other = taken[name]["path"] if name in taken else path
         if other is None or Path(other).resolve() != path:
             raise RequestError(f"{path} calls its task '{name}', as does {other or 'a tag of lm-eval'}: give it a name of "
                                "its own")  # fmt: skip
@@ -178,6 +177,15 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
                 known = mine.setdefault(tag, {"kind": "TAG", "path": None, "tags": []})
                 known["tags"] = sorted({*known["tags"], *entry.tags})
     return mine, [called[asked[task]] if task in asked else task for task in settings.tasks], unreadable
+
+
+def _checked_name(name: Any) -> str:
+    """The name of a task, under which its columns and its fingerprint go. Raises ValueError."""
+    if not isinstance(name, str):
+        raise ValueError("it names no task")
+    if set(name) & set("/,") or name in _RESERVED:
+        raise ValueError(f"a task cannot be called '{name}': no / or comma, and none of {', '.join(sorted(_RESERVED))}")
+    return name
 
 
 def _leaves(name: str, known: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -238,7 +246,7 @@ def load(settings: Benchmarks, data_root: str | None = None) -> dict[str, Any]:
     np.random.seed(1234)  # noqa: NPY002
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     with hub.data_folder(data_root):
-        for name in asked.names:
+        for name in dict.fromkeys(asked.names):
             found = _build(manager, name, asked.mine, data_root)
             if twice := sorted(loaded["tasks"].keys() & found["tasks"].keys()):
                 raise RequestError(f"benchmarks.tasks={','.join(asked.names)} asks for {twice[0]} twice: leave one out")
