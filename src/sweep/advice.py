@@ -7,14 +7,18 @@ import pandas as pd
 
 from sweep import frontier, plot, tables
 from sweep.columns import is_loss
+from sweep.evidence import NOTHING, Evidence
 
 _DRAWS = 500  # resamplings of the knee
 
 
-def cheapest_within(rows: pd.DataFrame, cost: str, metric: str, max_drop: float, relative: bool) -> str:
+def cheapest_within(
+    rows: pd.DataFrame, cost: str, metric: str, max_drop: float, relative: bool, evidence: Evidence = NOTHING
+) -> str:
     """The cheapest cell that loses at most `max_drop` of the metric against dense, in a sentence.
 
     max_drop  a fraction of the dense value when `relative`, else in the metric's own unit
+    Certain is what the whole interval of the difference from dense allows.
     """
     points = _named(rows, cost, metric)
     dense = points[points.method == "dense"]
@@ -26,37 +30,42 @@ def cheapest_within(rows: pd.DataFrame, cost: str, metric: str, max_drop: float,
     per_row = frontier.dense_value(points, "y")
     allowance = max_drop * abs(per_row) if relative else pd.Series(max_drop, index=points.index)
     drop = sign * (points.y - per_row)
-    worst = sign * ((points.y_high if sign > 0 else points.y_low) - per_row)
+    places = frontier.dense_of(points)
+
+    def worst(name: object) -> float:
+        """The largest drop that the interval of the difference from dense allows."""
+        place = points.index.get_loc(name)
+        return max(sign * end for end in evidence.interval(points, place, places[place], metric))
+
     kept = points[(points.method != "dense") & (drop <= allowance)]
     cheaper = kept.sort_values("x", ascending=is_loss(cost, rows), kind="stable")
     if cheaper.empty:
         return f"{start}no pruned cell."
     best = cheaper.iloc[0]
-    surely = worst[best.name] <= allowance[best.name]
     text = f"{start}{_describe(best, cost, metric)}."
-    if np.isnan(worst[best.name]):
+    if np.isnan(worst(best.name)):
         return text + " It has no interval: add seeds before relying on it."
-    if surely:
+    if worst(best.name) <= allowance[best.name]:
         return text + " Its whole interval is within the limit."
-    sure = cheaper[(worst[cheaper.index] <= allowance[cheaper.index])]
+    sure = next((name for name in cheaper.index[1:] if worst(name) <= allowance[name]), None)
     text += " Its interval reaches past the limit, so this is within noise"
-    if sure.empty:
+    if sure is None:
         return text + "; no pruned cell is within it for certain."
-    return text + f"; the cheapest that is within it for certain: {_describe(sure.iloc[0], cost, metric)}."
+    return text + f"; the cheapest that is within it for certain: {_describe(cheaper.loc[sure], cost, metric)}."
 
 
-def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float) -> str:
+def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float, evidence: Evidence = NOTHING) -> str:
     """The best metric among the cells whose cost is at most `limit` (in the column's unit), in a sentence."""
     points = _named(rows, cost, metric)
     shown = f"{tables.number(limit / plot.scale(cost))}"
     start = f"Best {plot.label(metric)} with {plot.label(cost)} at most {shown}: "
-    affordable = points[points.x <= limit]
+    affordable = points[points.x <= limit].reset_index(drop=True)
     if affordable.empty:
         cheapest = points.x.min() / plot.scale(cost)
         return f"{start}no cell; the cheapest needs {tables.number(cheapest)}."
     best = affordable.sort_values("y", ascending=is_loss(metric, rows), kind="stable").iloc[0]
-    others = affordable.drop(best.name)
-    tied = others[(others.y_low <= best.y_high) & (others.y_high >= best.y_low)]
+    others = affordable.index.drop(best.name).to_numpy()
+    tied = affordable.loc[others[evidence.alike(affordable, others, np.full(len(others), best.name), metric)]]
     text = f"{start}{_describe(best, cost, metric)}."
     if best.x_high > limit:
         text += " The interval of its cost reaches past the limit."
@@ -67,11 +76,12 @@ def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float) -> str
     return text
 
 
-def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
+def knee(rows: pd.DataFrame, cost: str, metric: str, evidence: Evidence = NOTHING) -> str:
     """The knee of the frontier: the point farthest from the line between its ends, and how sure that is.
 
-    A loss that spans more than a factor of ten is taken by its logarithm. The point is drawn again 500 times within its
-    intervals (taken as normal); the share of the draws with the same knee is said.
+    A loss that spans more than a factor of ten is taken by its logarithm. All points are drawn again 500 times, their
+    costs within their intervals (taken as normal), their metrics as evidence.redrawn does: other documents would move
+    all of them together. The share of the draws with the same knee is said.
     """
     points = _named(rows, cost, metric).reset_index(drop=True)
     start = f"Knee of {plot.label(metric)} against {plot.label(cost)}: "
@@ -79,15 +89,13 @@ def knee(rows: pd.DataFrame, cost: str, metric: str) -> str:
     at = _knee(points.x.to_numpy(), points.y.to_numpy(), **losses)
     if at is None:
         return f"{start}none; the frontier has fewer than three points."
-    if points.y_low.isna().all():
+    if points.y_low.isna().all() and not evidence.pairs(metric):
         return f"{start}{_describe(points.loc[at], cost, metric)}; without intervals, how sure that is cannot be said."
-    middle = {n: points[n].to_numpy() for n in ("x", "y")}
-    deviation = {n: ((points[f"{n}_high"] - points[f"{n}_low"]) / 3.92).fillna(0).to_numpy() for n in ("x", "y")}
-    draw = np.random.default_rng(0)
-    same = 0
-    for _ in range(_DRAWS):
-        x, y = (middle[n] + deviation[n] * draw.standard_normal(len(points)) for n in ("x", "y"))
-        same += _knee(x, np.maximum(y, middle["y"].min() * 1e-3), **losses) == at
+    draw, lowest = np.random.default_rng(0), points.y.min() * 1e-3
+    spread = ((points.x_high - points.x_low) / 3.92).fillna(0).to_numpy()
+    xs = points.x.to_numpy() + spread * draw.standard_normal((_DRAWS, len(points)))
+    ys = np.maximum(evidence.redrawn(points, metric, draw, _DRAWS), lowest)
+    same = sum(_knee(x, y, **losses) == at for x, y in zip(xs, ys, strict=True))
     return f"{start}{_describe(points.loc[at], cost, metric)} (in {100 * same / _DRAWS:.0f} % of {_DRAWS} redraws)."
 
 

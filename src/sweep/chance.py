@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, norm
 
 LEVEL = 0.05
 EXACT = 20  # documents up to which all signs are counted
@@ -73,13 +73,16 @@ def _interval(x: NDArray[np.float64], h: NDArray[np.float64]) -> tuple[float, fl
 
 def _at_least(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     """The probability that parts whose signs are tossed sum to as much as they do, (differences, documents) -> (differences,)."""
-    counts = (parts != 0).sum(1)
+    finite, counts = np.isfinite(parts).all(1), (parts != 0).sum(1)
     found = np.full(len(parts), np.nan)
-    for i in np.flatnonzero(np.isfinite(parts).all(1) & (counts <= EXACT)):
+    for i in np.flatnonzero(finite & (counts <= EXACT)):
         found[i] = _counted(parts[i][parts[i] != 0])
-    far = np.isfinite(parts).all(1) & (counts > EXACT)
-    if far.any():
-        found[far] = _saddlepoint(parts[far])
+    many = finite & (counts > EXACT)
+    sizes = np.abs(parts)
+    alike = many & (sizes.max(1) - np.where(parts == 0, np.inf, sizes).min(1) < 1e-9 * sizes.max(1))
+    found[alike] = binom.sf((parts[alike] > 0).sum(1) - 1, counts[alike], 0.5)  # flips of answers: McNemar's test
+    if (many & ~alike).any():
+        found[many & ~alike] = _saddlepoint(parts[many & ~alike])
     return found
 
 

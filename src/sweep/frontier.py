@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +16,7 @@ _WORDS = ["variant", "setting", "version", "machine"]  # which sweep.knobs adds
 # Rows that agree in these differ in the seed alone.
 SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting", "version", "machine", "sparsity"]
 ON, OFF, WITHIN_NOISE = "on", "off", "within noise"
+Differ: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]
 
 
 def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
@@ -99,7 +103,7 @@ def dense_value(rows: pd.DataFrame, column: str) -> pd.Series:
 def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """One line a point of the plane: the mean of x and y over seeds, each with a 95 % interval where one is known.
 
-    returns  SAME_POINT, x, x_low, x_high, y, y_low, y_high, seeds, interval
+    returns  SAME_POINT, point, x, x_low, x_high, y, y_low, y_high, seeds, interval
     interval  says where y's interval comes from: `seeds` (Student's t over the replicates), `documents` (one seed: the
               task's own standard error), `repeats` (one seed: the paired timings), or `none`, with NaN: never a guess
     Failed cells and rows that lack x or y are left out.
@@ -123,24 +127,51 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
         "seeds": seeds, "interval": interval,
     })  # fmt: skip
     named = ok.drop_duplicates("point").set_index("point")[SAME_POINT]
-    return named.join(found, how="right").reset_index(drop=True)
+    return named.join(found, how="right").reset_index()
 
 
-def membership(points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool) -> pd.Series:
+def membership(points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool, differ: Differ | None = None) -> pd.Series:
     """`on`, `off` or `within noise` of the Pareto frontier, for every line of points().
 
-    A point is on the frontier for certain when nothing dominates it even at the worst ends of its own intervals, and
-    off for certain when something dominates it even at their best ends. Everything between is within noise.
+    differ  whether the y of pairs of points differ beyond chance, from their places: told from the documents of both
+
+    Where it is given, a point is off the frontier for certain when one of the frontier is no costlier even at the best
+    end of the point's cost, and better beyond chance; and on it for certain when every point that may be no costlier is
+    worse beyond chance. Without it, a point is on the frontier for certain when nothing dominates it even at the worst
+    ends of its own intervals, and off when something dominates it even at their best ends. All else is within noise.
     """
     x, y = (points[c] if loss else -points[c] for c, loss in (("x", x_is_loss), ("y", y_is_loss)))
     ends = {}
     for name, values, loss in (("x", x, x_is_loss), ("y", y, y_is_loss)):
         low, high = ((points[f"{name}_{end}"] * (1 if loss else -1)).fillna(values) for end in ("low", "high"))
         ends[name] = (np.minimum(low, high), np.maximum(low, high))
-    best = _dominated(ends["x"][0], ends["y"][0], x, y)
-    worst = _dominated(ends["x"][1], ends["y"][1], x, y)
+    if differ is None:
+        best = _dominated(ends["x"][0], ends["y"][0], x, y)
+        worst = _dominated(ends["x"][1], ends["y"][1], x, y)
+    else:
+        best, worst = _compared(x.to_numpy(), y.to_numpy(), *(end.to_numpy() for end in ends["x"]), differ)
     words = np.where(best, OFF, np.where(worst, WITHIN_NOISE, ON))
     return pd.Series(words, index=points.index)
+
+
+def _compared(x: NDArray, y: NDArray, x_best: NDArray, x_worst: NDArray, differ: Differ) -> tuple[NDArray, NDArray]:
+    """(which points are dominated for certain, which may be): each is compared with the points of the frontier.
+
+    Lower is better in x and y.
+    """
+    edge = np.flatnonzero(undominated(x, y))
+    surely, maybe = np.zeros(len(x), dtype=bool), np.ones(len(x), dtype=bool)
+    maybe[edge] = False
+    inside = np.setdiff1d(np.arange(len(x)), edge)
+    i, j = (pairs.ravel() for pairs in np.meshgrid(inside, edge, indexing="ij"))
+    near = (x[j] <= x_best[i]) & (y[j] <= y[i])
+    i, j = i[near], j[near]
+    np.logical_or.at(surely, i, (y[j] == y[i]) & (x[j] < x_best[i]) | differ(i, j))
+    i, j = (pairs.ravel() for pairs in np.meshgrid(edge, np.arange(len(x)), indexing="ij"))
+    near = (x[j] <= x_worst[i]) & (i != j) & ((x[j] != x[i]) | (y[j] != y[i]))
+    i, j = i[near], j[near]
+    np.logical_or.at(maybe, i, ~differ(i, j))
+    return surely, maybe
 
 
 def _dominated(x: pd.Series, y: pd.Series, others_x: pd.Series, others_y: pd.Series) -> np.ndarray:

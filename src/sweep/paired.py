@@ -45,18 +45,24 @@ class Estimate(NamedTuple):
 
 
 def outcomes(samples: pd.DataFrame, cell: str, task: str) -> Outcomes:
-    """A cell's outcomes in a task, one line a document."""
-    return _wide(samples[(samples.cell == cell) & (samples.task == task)])
+    """A cell's outcomes in a task, one line a document; empty where it has none."""
+    return by_cell(samples[samples.cell == cell], task).get(cell, pd.DataFrame())
 
 
-def _wide(samples: pd.DataFrame) -> Outcomes:
-    """Outcomes of a cell's samples of a task.
+def by_cell(samples: pd.DataFrame, task: str) -> dict[str, Outcomes]:
+    """Every cell's outcomes in a task, one line a document.
 
     What older versions wrote twice of a document, under two answer filters that they did not name, is left out.
     """
-    clear = samples.drop_duplicates(["document", "metric"], keep=False)
-    wide = clear.pivot_table(index="document", columns="metric", values="value", aggfunc="first", dropna=False)
-    return wide if len(clear) == len(samples) else wide.reindex(sorted(set(samples.document)))
+    if samples.empty:
+        return {}
+    mine = samples[samples.task == task]
+    clear = mine.drop_duplicates(["cell", "document", "metric"], keep=False)
+    wide = clear.pivot(index=["cell", "document"], columns="metric", values="value")
+    if len(clear) < len(mine):
+        wide = wide.reindex(pd.MultiIndex.from_frame(mine[["cell", "document"]].drop_duplicates()).sort_values())
+    own = clear.groupby("cell").metric.unique()
+    return {str(cell): found.droplevel("cell")[sorted(own.get(cell, []))] for cell, found in wide.groupby(level="cell")}
 
 
 def estimate(found: Outcomes, metric: str) -> Estimate:
@@ -123,6 +129,11 @@ def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]
     return found | {"low": low, "high": high, "p": p, "test": "sign flips"}
 
 
+def is_logarithm(metric: str) -> bool:
+    """Whether `estimate` gives the logarithm of a column, as of perplexities."""
+    return columns.metric(metric).endswith("perplexity")
+
+
 def minus(after: Estimate, before: Estimate) -> Estimate:
     """The difference of two estimates of the same documents, in the same order."""
     return Estimate(after.value - before.value, after.residuals - before.residuals, (after.shares + before.shares) / 2)
@@ -185,15 +196,14 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
     if pairs is None and left_out:
         log.warning(*left_out)
     chosen = list(pairs) if pairs is not None else against_dense(current)
-    of_task = dict(list(samples.groupby(["cell", "task"], sort=False))) if len(samples) else {}
-    wide = functools.cache(lambda cell, task: _wide(of_task[cell, task]))
+    of_task = functools.cache(lambda task: by_cell(samples, task))
     lines = []
     for before, after in chosen:
         for name in metrics:
             task, _, metric = name.partition("/")
-            if (before, task) not in of_task or (after, task) not in of_task:
+            if before not in of_task(task) or after not in of_task(task):
                 continue
-            a, b = (wide(cell, task) for cell in (before, after))
+            a, b = (of_task(task)[cell] for cell in (before, after))
             row = rows.loc[after]
             for found in (a, b):
                 _check(name, found)

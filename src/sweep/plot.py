@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sweep import frontier
 from sweep.columns import is_loss
+from sweep.evidence import NOTHING, Evidence
 
 AXES = {  # what is typed after --x, and the column it stands for
     "latency": "decode_ms_paired",
@@ -56,6 +57,11 @@ FORMATS = ("png", "svg", "pdf")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
 _MARKS = "os^Dv<>PXp"
 _LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+_OVER: dict[str, Any] = {
+    "seeds": "-",
+    "documents": (0, (2.5, 1)),
+    "repeats": (0, (1, 0.8)),
+}  # bars by what they are over
 _EXPLODES = 10.0  # a loss that spans more than this factor is drawn on a log scale
 _BELOW, _ABOVE = 0.42, 0.1  # inches for the horizontal axis' words, and over the axes
 _LABEL = 0.28  # inches from the left edge to the foot of a two-line label of the vertical axis
@@ -105,40 +111,42 @@ def series(points: pd.DataFrame) -> pd.Series:
     return name
 
 
-def cost_figure(rows: pd.DataFrame, cost: str, metric: str, width: str = "column") -> Figure:
+def cost_figure(
+    rows: pd.DataFrame, cost: str, metric: str, width: str = "column", evidence: Evidence = NOTHING
+) -> Figure:
     """A metric against a cost: one mark a method, the Pareto frontier with its uncertainty, dense as cross-hairs.
 
-    Filled: on the frontier for certain. Hollow: within noise of it. Pale: certainly off it.
+    Filled: on the frontier for certain. Hollow: within noise of it. Pale: certainly off it. By the documents that all
+    have answered, where `evidence` has them.
     """
     points = _prepared(rows, cost, metric)
     losses = {"x_is_loss": is_loss(cost, rows), "y_is_loss": is_loss(metric, rows)}
-    points["standing"] = frontier.membership(points, **losses)
+    points["standing"] = frontier.membership(points, **losses, differ=evidence.differ(points, metric))
     figure, axes = _new(width)
     _draw_frontier(axes, points, **losses)
     _draw_series(axes, points, joined=False)
     _finish(axes, points, cost, metric, y_is_loss=losses["y_is_loss"])
     if len(points) <= _LABELLED:
         _draw_sparsities(axes, points)
-    _legend(axes, _hollow(points, "within noise of the frontier"))
+    _legend(axes, _hollow(points, "within noise of the frontier") | _kinds(points))
     return figure
 
 
-def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column") -> Figure:
+def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column", evidence: Evidence = NOTHING) -> Figure:
     """A metric against the requested sparsity, one line a method, dense as a horizontal line with its interval.
 
-    Hollow: the point's interval and the dense model's overlap, so the difference is within noise.
+    Hollow: chance alone may make the point as different from its dense model, after Holm's correction over the figure.
     """
     points = _prepared(rows, "sparsity", metric)
-    dense = points[points.method == "dense"]
     points["standing"] = frontier.ON
-    if len(dense):
-        low, high = dense.y_low.min(), dense.y_high.max()
-        overlap = (points.y_low <= high) & (points.y_high >= low) & (points.method != "dense")
-        points.loc[overlap, "standing"] = frontier.WITHIN_NOISE
+    dense = frontier.dense_of(points)
+    compared = np.flatnonzero((points.method != "dense").to_numpy() & (dense >= 0))
+    alike = evidence.alike(points, compared, dense[compared], metric)
+    points.loc[points.index[compared[alike]], "standing"] = frontier.WITHIN_NOISE
     figure, axes = _new(width)
     _draw_series(axes, points, joined=True)
     _finish(axes, points, "sparsity", metric, y_is_loss=is_loss(metric, rows))
-    _legend(axes, _hollow(points, "within noise of dense"))
+    _legend(axes, _hollow(points, "within noise of dense") | _kinds(points))
     return figure
 
 
@@ -159,7 +167,8 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     axes.axhline(1.0, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
     axes.set_xlabel(label("sparsity"))
     axes.set_ylabel(f"{phase} speed-up over dense (measured)")
-    _legend(axes, {"counted: dense MACs / non-zero MACs": Line2D([], [], color="0.3", linestyle=(0, (1, 2)))})
+    counts = {"counted: dense MACs / non-zero MACs": Line2D([], [], color="0.3", linestyle=(0, (1, 2)))}
+    _legend(axes, counts | _kinds(points))
     return figure
 
 
@@ -365,12 +374,15 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
     pruned = points[points.method != "dense"].sort_values(["sparsity", "x"])
     styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
     x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
-    bars = [bar for along in ("x", "y") if (bar := _bars(pruned, along)) is not None]
+    bars = [(bar, strokes) for along in ("x", "y") for kind, strokes in _OVER.items()
+            if (bar := _bars(pruned, along, kind)) is not None]  # fmt: skip
     for name in sorted(set(names)):
         colour, mark, dashes = styles[name]
         own = names == name
-        for bar in bars:
-            axes.plot(*bar[:, own].reshape(2, -1), color=colour, linewidth=0.9, alpha=0.8, zorder=2.5)
+        for bar, strokes in bars:
+            axes.plot(
+                *bar[:, own].reshape(2, -1), color=colour, linestyle=strokes, linewidth=0.9, alpha=0.8, zorder=2.5
+            )
         if joined:
             axes.plot(x[own], y[own], color=colour, linestyle=dashes, zorder=2)
         for kind, face, alpha in ((frontier.ON, colour, 1.0), (frontier.WITHIN_NOISE, "white", 1.0),
@@ -388,14 +400,28 @@ def _hollow(points: pd.DataFrame, words: str) -> dict[str, Line2D]:
     return {words: mark} if (points.standing == frontier.WITHIN_NOISE).any() else {}
 
 
-def _bars(points: pd.DataFrame, along: str) -> np.ndarray | None:
-    """Every point's interval along an axis as a stroke of one line, (x and y, points, 3): its ends and a gap.
+def _over(points: pd.DataFrame, along: str) -> pd.Series:
+    """What each point's interval along an axis is over: a cost's is that of its paired repeats."""
+    kind = points.interval if along == "y" else pd.Series("repeats", index=points.index)
+    return kind.where(points[f"{along}_low"].notna(), "none")
 
-    A stroke without length where no interval is known; None where none is. One line is written many times faster than
-    as many strokes.
+
+def _kinds(points: pd.DataFrame) -> dict[str, Line2D]:
+    """What the bars of a figure are, for its legend."""
+    there = {kind for along in ("x", "y") for kind in _over(points, along)}
+    return {f"95 % over {kind}": Line2D([], [], color="0.3", linestyle=strokes, linewidth=0.9)
+            for kind, strokes in _OVER.items() if kind in there}  # fmt: skip
+
+
+def _bars(points: pd.DataFrame, along: str, kind: str) -> np.ndarray | None:
+    """Every point's interval of a kind along an axis as a stroke of one line, (x and y, points, 3): its ends and a gap.
+
+    A stroke without length where none of the kind is known; None where none is. One line is written many times faster
+    than as many strokes.
     """
-    ends = [points[f"{along}_low"], points[f"{along}_high"]]
-    if ends[0].isna().all():
+    mine = _over(points, along) == kind
+    ends = [points[f"{along}_{end}"].where(mine) for end in ("low", "high")]
+    if not mine.any():
         return None
     strokes = np.full((2, len(points), 3), np.nan)
     for place, axis in enumerate(("x", "y")):
@@ -451,8 +477,10 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool
         axes.axhline(dense.y, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
         if x != "sparsity":
             axes.axvline(dense.x, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
-        axes.errorbar([dense.x], [dense.y], yerr=None if np.isnan(dense.y_low) else [[dense.y - dense.y_low], [dense.y_high - dense.y]],
-                      marker="*", color="black", markersize=8, elinewidth=0.8, capsize=1.5, linestyle="none", zorder=4)  # fmt: skip
+        drawn = axes.errorbar([dense.x], [dense.y], yerr=None if np.isnan(dense.y_low) else [[dense.y - dense.y_low], [dense.y_high - dense.y]],
+                              marker="*", color="black", markersize=8, elinewidth=0.8, capsize=1.5, linestyle="none", zorder=4)  # fmt: skip
+        for bar in drawn.lines[2]:
+            bar.set_linestyle(_OVER[dense.interval])
     if (points.method == "dense").any():
         axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
     if y_is_loss and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:

@@ -7,7 +7,7 @@ import operator
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import pandas as pd
 
 from sweep import advice, columns, frontier, knobs, messages, page, paired, plot, published, store, tables
 from sweep.config import RequestError, did_you_mean
+from sweep.evidence import Evidence
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "=": operator.eq, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
+_MARKS = "Bold: the best at its sparsity. ~: within noise of it."
 _SAMPLED = 500  # more cells than this, and their tables are not read
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -107,25 +109,29 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     parts = facets(ok, wanted.facet)
     out.mkdir(parents=True, exist_ok=True)
     samples, layers = _table(results, ok, "samples"), _table(results, ok, "layers")
+    evidence = Evidence(ok, samples)
     with plot.Saver(wanted.formats) as save:
         for words, part in parts:
-            _figures(save, part, metrics, costs, out, words, wanted.width)
+            _figures(save, part, metrics, costs, out, words, wanted.width, evidence)
             _flips(save, part, samples, metrics, out, words, wanted.width)
             if layers is not None and (figure := plot.layer_figure(part, layers, wanted.width)) is not None:
                 save(figure, out / f"sparsity-by-block{words}")
-        advised = _advice(ok, metrics, costs, limit, wanted)
+        advised = _advice(ok, metrics, costs, limit, wanted, evidence)
         summary = tables.summary(ok, metrics, costs)
     drops = plot.drop_table(ok, metrics)
     files = list(save.files)
     shown = [*metrics, *costs]
     losses = {column for column in shown if columns.is_loss(column, ok)}
     failed = tables.failures(rows)
+    markdown = tables.markdown(summary, shown, losses, evidence)
+    notes = " ".join(filter(None, [_MARKS, _told_by(evidence, metrics), tables.intervals(summary, shown)]))
+    caption = f"{len(ok)} cells. {notes.replace('~', 'Dagger')}"
     texts = {
-        "table.md": tables.markdown(summary, shown, losses),
-        "table.tex": tables.latex(summary, shown, losses, f"{len(ok)} cells; ± half a 95 % interval."),
-        "table.csv": summary.to_csv(index=False),
+        "table.md": f"{markdown}\n{notes}\n",
+        "table.tex": tables.latex(summary, shown, losses, caption, evidence),
+        "table.csv": summary.drop(columns="point", errors="ignore").to_csv(index=False),
         "drop-by-benchmark.csv": drops.to_csv(),
-        "README.md": _readme(results, rows, left_out, failed, advised, files, summary, shown, losses),
+        "README.md": _readme(results, rows, left_out, failed, advised, files, len(summary), f"{notes}\n\n{markdown}"),
     }
     for name, text in texts.items():
         (out / name).write_text(text)
@@ -180,17 +186,17 @@ def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], out: Path,
-             suffix: str, width: str) -> None:  # fmt: skip
+             suffix: str, width: str, evidence: Evidence) -> None:  # fmt: skip
     short = {column: name for name, column in plot.AXES.items()}
     for metric in metrics:
         if not rows[metric].notna().any():
             continue
         name = _file_name(metric)
-        save(plot.sparsity_figure(rows, metric, width), out / f"{name}-against-sparsity{suffix}")
+        save(plot.sparsity_figure(rows, metric, width, evidence), out / f"{name}-against-sparsity{suffix}")
         for cost in costs:
             if (rows[cost].notna() & rows[metric].notna()).any():
                 path = out / f"{name}-against-{short.get(cost, _file_name(cost))}{suffix}"
-                save(plot.cost_figure(rows, cost, metric, width), path)
+                save(plot.cost_figure(rows, cost, metric, width, evidence), path)
     for phase in ("decode", "prefill"):
         if rows[f"{phase}_speedup"].notna().any():
             save(plot.speedup_figure(rows, phase, width), out / f"{phase}-speedup-against-sparsity{suffix}")
@@ -226,37 +232,43 @@ def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, m
 
 
 def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], drop: tuple[float, bool],
-            wanted: Wanted) -> list[str]:  # fmt: skip
+            wanted: Wanted, evidence: Evidence) -> list[str]:  # fmt: skip
     latency, memory = "decode_ms_paired", "peak_memory_bytes"
     sentences = []
     for machine, mine in by_machine(rows):
         said = []
         for metric in metrics:
-            said += [advice.cheapest_within(mine, cost, metric, *drop) for cost in costs[:1]]
+            said += [advice.cheapest_within(mine, cost, metric, *drop, evidence) for cost in costs[:1]]
             if wanted.max_ms is not None:
-                said.append(advice.best_within(mine, latency, metric, wanted.max_ms))
+                said.append(advice.best_within(mine, latency, metric, wanted.max_ms, evidence))
             if wanted.max_bytes is not None:
-                said.append(advice.best_within(mine, memory, metric, wanted.max_bytes))
-            said += [advice.knee(mine, cost, metric) for cost in costs[:1]]
+                said.append(advice.best_within(mine, memory, metric, wanted.max_bytes, evidence))
+            said += [advice.knee(mine, cost, metric, evidence) for cost in costs[:1]]
         said += advice.break_even(mine)
         sentences += [f"{machine}: {sentence}" if machine else sentence for sentence in said]
     return sentences
 
 
+def _told_by(evidence: Evidence, metrics: Sequence[str]) -> str:
+    """By what the marks are told, in a sentence."""
+    by_documents = [plot.label(metric) for metric in metrics if evidence.pairs(metric)]
+    if not by_documents:
+        return "Told by their intervals."
+    return f"Told by the documents that both answered for {', '.join(by_documents)}, else by their intervals."
+
+
 def _readme(results: Sequence[str], rows: pd.DataFrame, left_out: Sequence[str], failed: Sequence[str],
-            advised: Sequence[str], files: Sequence[Path], summary: pd.DataFrame, shown: Sequence[str],
-            losses: Collection[str]) -> str:  # fmt: skip
+            advised: Sequence[str], files: Sequence[Path], lines: int, table: str) -> str:  # fmt: skip
     """The report's front page: answers first, then what failed, the table, and the figures."""
     counts = " ".join([f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok.", *left_out])
     parts = [f"# Report on {', '.join(results)}\n\n{counts}\n", "## Which should I use\n",
              "\n".join(f"- {sentence}" for sentence in advised) + "\n"]  # fmt: skip
     if failed:
         parts += ["## Cells that are not ok, and in no figure\n", "\n".join(f"- {line}" for line in failed) + "\n"]
-    if len(summary) <= 200:
-        parts += ["## Table\n", "Bold: the best at its sparsity. ~: within noise of it. ±: half a 95 % interval.\n",
-                  tables.markdown(summary, shown, losses)]  # fmt: skip
+    if lines <= 200:
+        parts += ["## Table\n", table]
     else:
-        parts += [f"The table has {len(summary)} lines: see table.csv.\n"]
+        parts += [f"The table has {lines} lines: see table.csv.\n"]
     shown_as = next((s for s in (".png", ".svg") if any(file.suffix == s for file in files)), None)
     pictures = [file.name for file in files if file.suffix == shown_as]
     parts += ["## Figures\n", "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures) + "\n"]
