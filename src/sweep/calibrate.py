@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sweep import models
 from sweep.config import RequestError
-from sweep.logits import Tail, descend
+from sweep.logits import Tail, descend, given
 
 BATCH = 4  # sequences in one forward pass
 _NO_FLOAT64 = {"mps"}  # kinds of devices
@@ -282,8 +282,7 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Te
         for sequence in tqdm(tokens.split(1), desc="gradients", unit="sequence", leave=False):
             with torch.enable_grad():
                 states = tail.states(input_ids=sequence.to(model.device))[0, :-1]
-            following = sequence[0, 1:].to(model.device)
-            descend(tail, states, lambda _, some, following=following: following[some])
+            descend(tail, states, given(sequence[0, 1:].to(model.device)))
             for name, view in weights.items():
                 owner = owners[name]
                 if owner.grad is not None:

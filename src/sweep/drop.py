@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep import cache, identity, models, normaliser, reading, text
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
-from sweep.logits import Tail, descend
+from sweep.logits import Tail, descend, given
 from sweep.unit_requests import HIGHER_IS_WORSE, QUESTIONS
 from sweep.unit_statistics import BATCH, activations_differentiable, first_tensor
 
@@ -311,8 +311,7 @@ def first_order(model: PreTrainedModel, probe: Probe, outputs: Sequence[models.L
             if not here.any():
                 continue
             states = tail.states(input_ids=probe.rows[start : start + BATCH].to(model.device))
-            wanted = reads[here, 1].to(states.device)
-            descend(tail, states[row[here] - start, position[here]], lambda _, some, wanted=wanted: wanted[some])
+            descend(tail, states[row[here] - start, position[here]], given(reads[here, 1].to(states.device)))
     return [total / len(reads) for total in totals]
 
 

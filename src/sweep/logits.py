@@ -32,10 +32,8 @@ class Tail:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.decoder, self.head = model, models.decoder(model), model.get_output_embeddings()
         self._output: tuple[Any, ...] | dict[str, Any] = {}  # what the decoder gave, without its states
-        self.is_split = self.head is not None
-        self.is_split = self.is_split and any(
-            self._gives_the_logits(block) for block in (_unchanged, lambda *a, **k: (_unchanged(*a, **k),))
-        )
+        self.is_split = True  # while it is tried
+        self.is_split = self.head is not None and any(map(self._gives_the_logits, (_unchanged, _unchanged_in_a_tuple)))
         if not self.is_split:
             log.info("%s keeps all logits of a batch in memory: they do not follow from what leaves its decoder",
                      type(model).__name__)  # fmt: skip
@@ -121,10 +119,20 @@ def descend(tail: Tail, states: Tensor, wanted: Callable[[Tensor, slice], Tensor
         probabilities = logits.detach().softmax(-1, dtype=torch.float32)
         probabilities[torch.arange(len(part), device=part.device), wanted(probabilities, some)] -= 1
         torch.autograd.backward(logits, probabilities.to(logits.dtype))
+        assert part.grad is not None
         gradient[some] = part.grad
     if states.requires_grad:  # else nothing but the head itself is asked for
         torch.autograd.backward(states, gradient)
 
 
+def given(tokens: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    """The `wanted` of `descend` for next tokens that are known, one a position."""
+    return lambda _, some: tokens[some]
+
+
 def _unchanged(*args: Any, **kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _unchanged_in_a_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+    return (_unchanged(*args, **kwargs),)

@@ -10,6 +10,7 @@ Legend: P positions, C states at each, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,25 +45,35 @@ class Expansion:
 
 
 def expand(weight: Tensor, bias: Tensor | None, states: Tensor) -> Expansion:
-    """The expansion around (P, d) states, for a head `weight` (V, d). Costs V d^2 multiplications a position.
+    """The expansion around (P, d) states, for a head `weight` (V, d), of which some rows are worked on at a time.
 
-    The metric is the covariance of the head's rows, all alike: in it they lie in about a ball.
+    Costs V d^2 multiplications a position. The metric is the covariance of the head's rows, all alike: in it they lie in about a ball.
     """
-    logits = nn.functional.linear(states, weight, bias)
-    values = torch.logsumexp(logits, 1)
-    probabilities = (logits - values[:, None]).exp_()
-    means = probabilities @ weight
-    centred = weight - weight.mean(0)
-    spread = (centred.t() @ centred / len(weight)).to(exact_device(weight.device), torch.double)
+    pieces = weight.split(_ROWS_AT_ONCE)
+
+    def logits() -> Iterator[tuple[Tensor, Tensor]]:
+        shifts = [None] * len(pieces) if bias is None else bias.split(_ROWS_AT_ONCE)
+        return ((rows, nn.functional.linear(states, rows, shift)) for rows, shift in zip(pieces, shifts, strict=True))
+
+    values = torch.logsumexp(torch.stack([torch.logsumexp(some, 1) for _, some in logits()]), 0)
+    means = torch.zeros_like(states)
+    for rows, some in logits():
+        means.addmm_((some - values[:, None]).exp_(), rows)
+    width, centre = weight.shape[1], weight.mean(0)
+    spread = torch.zeros(width, width, dtype=weight.dtype, device=weight.device)
+    for rows in pieces:
+        spread.addmm_((rows - centre).t(), rows - centre)
+    spread = (spread / len(weight)).to(exact_device(weight.device), torch.double)
     spread.diagonal().add_(1e-6 * spread.diagonal().mean())
     metric = torch.linalg.cholesky(spread)
     inverse = torch.linalg.inv(metric).to(weight)
-    rows, centres = centred @ inverse.t(), (means - weight.mean(0)) @ inverse.t()
-    covariances = torch.zeros(len(states), weight.shape[1], weight.shape[1], dtype=weight.dtype, device=weight.device)
-    positions = tqdm(probabilities, desc="expanding the head", unit="position", leave=False)
-    for probability, mean, covariance in zip(positions, means, covariances, strict=True):
-        for piece, share in zip(weight.split(_ROWS_AT_ONCE), probability.split(_ROWS_AT_ONCE), strict=True):
-            scaled = (piece - mean) * share.sqrt()[:, None]
+    centres = (means - centre) @ inverse.t()
+    covariances = torch.zeros(len(states), width, width, dtype=weight.dtype, device=weight.device)
+    radii = torch.zeros_like(values)
+    for rows, some in tqdm(logits(), "expanding the head", len(pieces), unit="piece", leave=False):
+        shares = (some - values[:, None]).exp_().sqrt_()
+        for share, mean, covariance in zip(shares, means, covariances, strict=True):
+            scaled = (rows - mean) * share[:, None]
             covariance.addmm_(scaled.t(), scaled)
-    radii = torch.cdist(centres, rows).amax(1)
+        radii = torch.maximum(radii, torch.cdist(centres, (rows - centre) @ inverse.t()).amax(1))
     return Expansion(states, values, means, covariances, metric.to(weight), radii)

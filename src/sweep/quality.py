@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sweep.scorer import Scorer, Text
 
 _SPREAD = ("perplexity", "weighted_perplexity", "bits_per_byte")  # lm-eval's aggregations of log-likelihoods
+_ROWS_AT_ONCE = 8192  # of an embedding, in float32
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that have no closed form
 
 Samples: TypeAlias = pd.DataFrame  # task, document, metric, value
@@ -139,7 +140,8 @@ def token_rows(model: PreTrainedModel) -> dict[str, np.ndarray]:
     matrices = {"embedding": embedding}
     if head is not None and head.weight.data_ptr() != embedding.data_ptr():
         matrices["head"] = head.weight
-    return {name: matrix.detach().float().norm(dim=1).cpu().numpy() for name, matrix in matrices.items()}
+    return {name: np.concatenate([rows.detach().float().norm(dim=1).cpu().numpy() for rows in matrix.split(_ROWS_AT_ONCE)])
+            for name, matrix in matrices.items()}  # fmt: skip
 
 
 def rows_by_band(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import LABELS
-from sweep.logits import Tail, descend
+from sweep.logits import Tail, descend, given
 from sweep.unit_scores import Statistics
 
 BATCH = 4  # sequences in one forward pass
@@ -51,12 +51,12 @@ def gather(
         found.append(Statistics(tokens.numel(), *zeros))
 
     def observe(part: int, x: Tensor) -> None:
-        value, seen, size = x.detach().float(), found[part], sizes[part]  # a hook that held x would keep it alive
-        _add_moments(seen, value.flatten(0, -2), read[part])
+        value, seen, size = x.detach(), found[part], sizes[part]  # a hook that held x would keep its graph
+        _add_moments(seen, value.flatten(0, -2).float(), read[part])
         read[part] += value.numel() // value.shape[-1]
 
         def on_gradient(gradient: Tensor) -> None:
-            product = (value * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
+            product = (value.float() * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
             per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
             seen.product += per_sequence.sum(0).to(seen.product)
             seen.product_abs += product.abs().flatten(0, -2).sum(0).to(seen.product)
@@ -79,8 +79,7 @@ def gather(
             if labels is None:
                 tail.states(input_ids=batch)
                 continue
-            own = batch[:, 1:].flatten()
-            wanted = drawn if labels == "model" else lambda _, some, own=own: own[some]
+            wanted = drawn if labels == "model" else given(batch[:, 1:].flatten())
             descend(tail, tail.states(input_ids=batch)[:, :-1].flatten(0, 1), wanted)
     return found
 
