@@ -224,7 +224,7 @@ def test_a_measurement_that_is_saved_now_and_then_loses_little(
     assert measured == [6, 7]
 
 
-def test_a_damaged_part_is_measured_again(cache_folder: Path) -> None:
+def test_what_is_damaged_is_measured_again(cache_folder: Path) -> None:
     model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
     ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
     _, expected = drop.likelihoods(model, probe, [ablation])
@@ -233,6 +233,8 @@ def test_a_damaged_part_is_measured_again(cache_folder: Path) -> None:
     for damaged in (b"", (whole.path / "measured.npz").read_bytes()[:-9], bytes(100)):
         whole.path.rename(part)
         (part / "measured.npz").write_bytes(damaged)
+        np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
+        (whole.path / "measured.npz").write_bytes(damaged)
         np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
 
 

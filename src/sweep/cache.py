@@ -98,7 +98,11 @@ def entry(kind: str, key: str, make: Callable[[Path], object], *, resumable: boo
                 try:
                     make(half)
                     (half / _MANIFEST).write_text(json.dumps(_contents(half)))
-                    half.rename(path)
+                    try:
+                        half.rename(path)
+                    except OSError:
+                        if not path.is_dir():  # else another was first, where there are no locks
+                            raise
                 finally:
                     if not resumable:
                         shutil.rmtree(half, ignore_errors=True)

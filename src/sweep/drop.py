@@ -19,7 +19,7 @@ import hashlib
 import logging
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,13 +241,23 @@ def likelihoods(
                 measure = functools.partial(_measure, run, ablation, bar=bar, spare_head=spare_head)
                 if resume:
                     name = text.fingerprint([*key, spare_head, ablation.block, [c.tolist() for c in ablation.columns]])
-                    folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)  # noqa: B023
-                    found.append(_begun(folder / _TABLE, (len(ablation.columns), len(probe.options))))
+                    found.append(_kept(name, measure))
                 else:
                     found.append(measure(None))
                 done += (depth - ablation.block) * len(ablation.columns)
                 bar.update(done - bar.n)  # what lay in the cache
         return base, found
+
+
+def _kept(name: str, measure: Callable[[Path], object]) -> np.ndarray:
+    """A block's table from the cache: measured when it is not there, and again when it is damaged."""
+    folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)
+    if problem := cache.damage(folder):
+        log.warning("%s in the cached measurement %s; measuring again", problem, folder)
+        cache.discard(folder)
+        folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)
+    with np.load(folder / _TABLE) as stored:
+        return stored["log_likelihoods"]
 
 
 def _measure(run: Resumed, ablation: Ablation, file: Path | None, *, bar: Any, spare_head: bool) -> np.ndarray:
