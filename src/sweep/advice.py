@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sweep import frontier, plot, tables
+from sweep.chance import LEVEL
 from sweep.columns import is_loss
 from sweep.evidence import NOTHING, Evidence
 
@@ -30,28 +31,23 @@ def cheapest_within(
     per_row = frontier.dense_value(points, "y")
     allowance = max_drop * abs(per_row) if relative else pd.Series(max_drop, index=points.index)
     drop = sign * (points.y - per_row)
-    places = frontier.dense_of(points)
-
-    def worst(name: object) -> float:
-        """The largest drop that the interval of the difference from dense allows."""
-        place = points.index.get_loc(name)
-        return max(sign * end for end in evidence.interval(points, place, places[place], metric))
-
     kept = points[(points.method != "dense") & (drop <= allowance)]
     cheaper = kept.sort_values("x", ascending=is_loss(cost, rows), kind="stable")
     if cheaper.empty:
         return f"{start}no pruned cell."
     best = cheaper.iloc[0]
     text = f"{start}{_describe(best, cost, metric)}."
-    if np.isnan(worst(best.name)):
+    of, dense_of = points.index.get_indexer(cheaper.index), frontier.dense_of(points)
+    if np.isnan(evidence.interval(points, of[0], dense_of[of[0]], metric)).any():
         return text + " It has no interval: add seeds before relying on it."
-    if worst(best.name) <= allowance[best.name]:
+    told = evidence.p_values(points, of, dense_of[of], metric, sign * allowance.to_numpy()[of]) < LEVEL
+    sure = cheaper[told & (drop.to_numpy()[of] < allowance.to_numpy()[of])]
+    if best.name in sure.index:
         return text + " Its whole interval is within the limit."
-    sure = next((name for name in cheaper.index[1:] if worst(name) <= allowance[name]), None)
     text += " Its interval reaches past the limit, so this is within noise"
-    if sure is None:
+    if sure.empty:
         return text + "; no pruned cell is within it for certain."
-    return text + f"; the cheapest that is within it for certain: {_describe(cheaper.loc[sure], cost, metric)}."
+    return text + f"; the cheapest that is within it for certain: {_describe(sure.iloc[0], cost, metric)}."
 
 
 def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float, evidence: Evidence = NOTHING) -> str:

@@ -10,12 +10,15 @@ below it; where few documents make most of a difference, an interval of 95 % cov
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom, binomtest, norm
 
 LEVEL = 0.05
 EXACT = 20  # documents up to which all signs are counted
+_TOGETHER = 500  # differences that are counted at once
 
 
 def sign_flips(parts: ArrayLike, shares: ArrayLike) -> tuple[float, float, float]:
@@ -36,7 +39,8 @@ def sign_flips(parts: ArrayLike, shares: ArrayLike) -> tuple[float, float, float
 
 def p_values(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     """The two-sided p-values of several differences, (differences, documents): see sign_flips. NaN in, NaN out."""
-    return np.minimum(1, 2 * np.minimum(_at_least(parts), _at_least(-parts)))
+    towards = np.where(parts.sum(1, keepdims=True) < 0, -1, 1)
+    return np.minimum(1, 2 * _at_least(towards * parts))  # the other tail is larger, since signs are tossed fairly
 
 
 def least(documents: int) -> float:
@@ -75,8 +79,9 @@ def _at_least(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     """The probability that parts whose signs are tossed sum to as much as they do, (differences, documents) -> (differences,)."""
     finite, counts = np.isfinite(parts).all(1), (parts != 0).sum(1)
     found = np.full(len(parts), np.nan)
-    for i in np.flatnonzero(finite & (counts <= EXACT)):
-        found[i] = _counted(parts[i][parts[i] != 0])
+    for few in np.array_split(np.flatnonzero(finite & (counts <= EXACT)), -(-len(parts) // _TOGETHER)):
+        if len(few):
+            found[few] = _counted(parts[few])
     many = finite & (counts > EXACT)
     sizes = np.abs(parts)
     alike = many & (sizes.max(1) - np.where(parts == 0, np.inf, sizes).min(1) < 1e-9 * sizes.max(1))
@@ -86,23 +91,26 @@ def _at_least(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def _counted(x: NDArray[np.float64]) -> float:
+def _counted(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Exactly. Flipping a set of documents keeps the sum where their own sum is at most 0; such sets are counted.
 
     In two halves, whose sums are sorted once: 2^(n/2) of them meet as many others.
     """
-    small = 1e-12 * np.abs(x).sum()  # what rounding makes of 0
-    half = len(x) // 2
-    one, other = _sums(x[:half]), np.sort(_sums(x[half:]))
-    return float(np.searchsorted(other, small - one, side="right").sum() / 2.0 ** len(x))
+    first = np.argsort(parts == 0, axis=1, kind="stable")[:, :EXACT]  # all that are not 0
+    x = np.take_along_axis(parts, first, axis=1)
+    x = x / np.maximum(np.abs(x).sum(1, keepdims=True), np.finfo(float).tiny)
+    half = x.shape[1] // 2
+    one, other = x[:, :half] @ _subsets(half).T, np.sort(x[:, half:] @ _subsets(x.shape[1] - half).T, axis=1)
+    row = np.arange(len(x))[:, None]  # sums lie within -1 and 1: rows that stand 3 apart are sorted as one
+    small = 1e-12  # what rounding makes of 0
+    below = np.searchsorted((other + 3 * row).ravel(), small - one + 3 * row, side="right") - row * other.shape[1]
+    return below.sum(1) / 2.0 ** x.shape[1]
 
 
-def _sums(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of every subset, the empty one included."""
-    sums = np.zeros(1)
-    for value in x:
-        sums = np.concatenate([sums, sums + value])
-    return sums
+@functools.lru_cache
+def _subsets(documents: int) -> NDArray[np.float64]:
+    """(2^documents, documents): which are in each subset, the empty one included."""
+    return (np.arange(2**documents)[:, None] >> np.arange(documents) & 1).astype(float)
 
 
 def _saddlepoint(parts: NDArray[np.float64]) -> NDArray[np.float64]:

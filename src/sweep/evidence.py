@@ -39,25 +39,32 @@ class Evidence:
         """Whether documents tell any two points of a metric apart."""
         return len(self._estimates(metric)) > 1
 
-    def p_values(self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str) -> NDArray[np.float64]:
+    def p_values(
+        self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str, less: NDArray | float = 0.0
+    ) -> NDArray[np.float64]:
         """How likely chance alone makes two points as different as they are, for several pairs.
 
         one, other  (pairs,) places in points
+        less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
         """
-        p = _unpaired(points, one, other)
+        less = np.broadcast_to(np.asarray(less, dtype=float), len(one))
+        p = _unpaired(points, one, other, less)
         several = ((points.interval == _SCATTER).to_numpy()[[one, other]]).any(0)
         estimates, names = (
             self._estimates(metric),
             points.point.to_numpy() if "point" in points else [None] * len(points),
         )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = np.log1p(less / points.y.to_numpy()[other]) if paired.is_logarithm(metric) else less
         by_documents: dict[int, list[tuple[int, NDArray]]] = {}
         for place, (i, j) in enumerate(zip(one, other, strict=True)):
             a, b = estimates.get(names[i]), estimates.get(names[j])
             if a is not None and b is not None and a[0] == b[0]:
-                by_documents.setdefault(a[0], []).append((place, paired.minus(a[1], b[1]).parts()))
-        for found in by_documents.values():
-            places = np.array([place for place, _ in found])
-            tested = chance.p_values(np.stack([parts for _, parts in found]))
+                found = paired.minus(a[1], b[1])
+                by_documents.setdefault(a[0], []).append((place, found.parts() - shift[place] * found.shares))
+        for mine in by_documents.values():
+            places = np.array([place for place, _ in mine])
+            tested = chance.p_values(np.stack([parts for _, parts in mine]))
             tested = np.where(several[places], np.maximum(tested, p[places]), tested)
             p[places] = np.where(np.isnan(tested), p[places], tested)
         return p
@@ -83,7 +90,7 @@ class Evidence:
         less = paired.minus(a[1], b[1])
         ends = chance.sign_flips(less.parts(), less.shares)[:2]
         if paired.is_logarithm(metric):
-            ends = tuple(points.y.iloc[other] * math.expm1(end) for end in ends)  # type: ignore[assignment]
+            ends = tuple(points.y.iloc[other] * math.expm1(end) for end in ends)
         if (points.interval.iloc[[one, other]] == _SCATTER).any():
             return float(np.fmin(low, ends[0])), float(np.fmax(high, ends[1]))
         return ends
@@ -116,7 +123,7 @@ class Evidence:
                 continue
             estimates = [paired.estimate(o, name) for o in mine]
             mean = paired.Estimate(*(np.mean(part, axis=0) for part in zip(*estimates, strict=True)))
-            found[point] = sets.setdefault(*documents, len(sets)), mean
+            found[point] = sets.setdefault(documents.pop(), len(sets)), mean
         return found
 
 
@@ -141,11 +148,11 @@ def _joint(points: pd.DataFrame, one: NDArray, other: NDArray) -> tuple[NDArray,
     return y[one] - y[other], np.sqrt(total), np.where(np.isnan(joint), np.inf, joint)
 
 
-def _unpaired(points: pd.DataFrame, one: NDArray, other: NDArray) -> NDArray[np.float64]:
-    less, error, degrees = _joint(points, one, other)
+def _unpaired(points: pd.DataFrame, one: NDArray, other: NDArray, less: NDArray) -> NDArray[np.float64]:
+    apart, error, degrees = _joint(points, one, other)
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = 2 * student.sf(np.abs(less) / error, degrees)
-    return np.where(less == 0, 1.0, p)
+        p = 2 * student.sf(np.abs(apart - less) / error, degrees)
+    return np.where(apart == less, 1.0, p)
 
 
 def _unpaired_interval(points: pd.DataFrame, one: int, other: int) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def membership(points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool, differ
         best = _dominated(ends["x"][0], ends["y"][0], x, y)
         worst = _dominated(ends["x"][1], ends["y"][1], x, y)
     else:
-        best, worst = _compared(x.to_numpy(), y.to_numpy(), *(end.to_numpy() for end in ends["x"]), differ)
+        best, worst = _compared(x.to_numpy(), y.to_numpy(), ends["x"][0].to_numpy(), ends["x"][1].to_numpy(), differ)
     words = np.where(best, OFF, np.where(worst, WITHIN_NOISE, ON))
     return pd.Series(words, index=points.index)
 
