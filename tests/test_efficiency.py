@@ -52,7 +52,13 @@ def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None
     columns, repeats = efficiency.latency(model, model, SETTINGS)
     assert len(repeats) == SETTINGS.repeats * 3 * 2
     assert (repeats.milliseconds > 0).all()
-    assert columns == efficiency.summary(repeats, SETTINGS) | {"timing_ended_by": "repeats"}
+    assert columns["timing_ended_by"] == "repeats" and columns["timed_repeats"] == SETTINGS.repeats
+    for phase in ("prefill", "decode"):
+        times = repeats[repeats.phase == phase].pivot(index="repeat", columns="model", values="milliseconds")
+        for name, other in (("speedup", times.pruned), ("control", times.control)):
+            ratio = times.dense / other
+            ends = [columns[f"{phase}_{name}{end}"] for end in ("_low", "", "_high")]
+            assert ends == [ratio.min(), ratio.median(), ratio.max()]  # of six, the extremes
     decode = repeats[(repeats.model == "pruned") & (repeats.phase == "decode")].milliseconds
     assert columns["decode_ms_per_token_p50"] == decode.median()
     assert columns["tokens_per_second"] == pytest.approx(1000 / decode.median())

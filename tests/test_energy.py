@@ -50,13 +50,17 @@ def test_without_every_counter_there_is_no_energy(tmp_path: Path) -> None:
         assert efficiency.energy_of_decoding(tiny_model("llama"), SETTINGS, read) == nothing
 
 
-def test_a_token_has_its_share_of_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A counter that grows by 12 J a decoding of 2 sequences and 3 tokens: 2 J a token."""
-    readings = iter(range(0, 10**9, 12))
+def test_a_token_has_its_share_of_what_was_counted_and_none_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of one token for two sequences takes 6 J, one of a prompt 1000 J: 3 J a token."""
+    model, spent = tiny_model("llama"), [0.0]
+
+    def spend(_: object, __: tuple, kwargs: dict[str, Any]) -> None:
+        spent[0] += 6.0 if kwargs["input_ids"].shape == (2, 1) else 1000.0
+
+    model.register_forward_pre_hook(spend, with_kwargs=True)
     monkeypatch.setattr(efficiency, "_ENERGY_SECONDS", 0.01)
-    counter = energy.Counter("package-0", lambda: float(next(readings)))
-    found = efficiency.energy_of_decoding(tiny_model("llama"), SETTINGS, [counter])
-    assert found == {"energy_joules_per_token": 2.0, "energy_source": "package-0"}
+    found = efficiency.energy_of_decoding(model, SETTINGS, [energy.Counter("package-0", lambda: spent[0])])
+    assert found == {"energy_joules_per_token": 3.0, "energy_source": "package-0"}
 
 
 class Nvml:
