@@ -247,34 +247,19 @@ def test_scores_are_their_formulas() -> None:
     torch.testing.assert_close(unit_scores.flap(weight, seen, 2), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
 
 
-class Constant(torch.nn.Module):
-    """A model whose output matrix reads the embeddings as they are."""
-
-    def __init__(self, table: torch.Tensor) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding.from_pretrained(table)
-        self.output = torch.nn.Linear(table.shape[1], 4, bias=False)
-        self.device = table.device
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.embedding
-
-    def forward(self, input_ids: torch.Tensor, **_: object) -> None:
-        self.output(self.embedding(input_ids))
-
-
 @pytest.mark.parametrize("ratio", [0, 10, 1000, 10_000])
 def test_the_variance_of_what_hardly_fluctuates_is_exact(ratio: float) -> None:
     """mean / standard deviation = ratio, over many batches, against numpy in float64 of the same float32 values."""
-    table = ratio + torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
-    tokens = torch.arange(5000).view(50, 100)
-    model = Constant(table)
-    (seen,) = unit_statistics.gather(model, [model.output], [1], tokens, labels=None)
+    table = ratio + torch.randn(5000, 24, generator=torch.Generator().manual_seed(0))
+    model, batches = tiny_model("llama"), iter(table.view(-1, 4, 50, 24))
+    output = models.ffns(model)[0].output
+    output.register_forward_pre_hook(lambda *_: (next(batches),))  # the matrix reads the table, batch by batch
+    (seen,) = unit_statistics.gather(model, [output], [1], random_tokens(100, 50), labels=None)
     exact = table.double().numpy()
     np.testing.assert_allclose(seen.input_scatter, exact.var(0) * 5000, rtol=1e-5)
     np.testing.assert_allclose(seen.input_sum, exact.sum(0), rtol=1e-6, atol=1e-3)
     np.testing.assert_allclose(seen.input_square, (exact**2).sum(0), rtol=1e-6)
-    weight = model.output.weight.detach()
+    weight = output.weight.detach()
     raw = exact.var(0, ddof=1) * weight.double().square().sum(0).numpy()
     np.testing.assert_allclose(unit_scores.flap(weight, seen, 1), (raw - raw.mean()) / raw.std(ddof=1), atol=1e-4)
 
