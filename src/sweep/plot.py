@@ -403,7 +403,7 @@ def _hollow(points: pd.DataFrame, words: str) -> dict[str, Line2D]:
 def _over(points: pd.DataFrame, along: str) -> pd.Series:
     """What each point's interval along an axis is over: a cost's is that of its paired repeats."""
     kind = points.interval if along == "y" else pd.Series("repeats", index=points.index)
-    return kind.where(points[f"{along}_low"].notna(), "none")
+    return kind.where(points[f"{along}_high"] > points[f"{along}_low"], "none")
 
 
 def _kinds(points: pd.DataFrame) -> dict[str, Line2D]:
