@@ -54,6 +54,11 @@ def test_what_overlaps_may_differ_on_every_page() -> None:
 def test_seeds_that_scatter_deny_what_documents_say() -> None:
     rows, samples = cells({"a": 0.10, "b": 0.15}, seeds=3)
     assert marked(rows, Evidence(rows, samples))["b"] == ""
+    points = frontier.points(rows, "sparsity", METRIC)  # the dense one's interval over documents is no scatter
+    places = np.flatnonzero(points.method != "dense")
+    assert (Evidence(rows, samples).p_values(points, places, np.zeros(2, dtype=int), METRIC) < 0.05).all()
+    assert (NOTHING.p_values(points, places, np.zeros(2, dtype=int), METRIC) > 0.05).all()
+    assert Evidence(rows, samples).interval(points, places[1], 0, METRIC)[0] > 0
     scattered = rows.copy()
     scattered.loc[rows.criterion == "b", METRIC] += [-9.0, 0.0, 9.0]
     assert marked(scattered, Evidence(rows, samples))["b"] == "within noise"

@@ -48,12 +48,9 @@ class Evidence:
         less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
         """
         less = np.broadcast_to(np.asarray(less, dtype=float), len(one))
-        p = _unpaired(points, one, other, less)
-        several = ((points.interval == _SCATTER).to_numpy()[[one, other]]).any(0)
-        estimates, names = (
-            self._estimates(metric),
-            points.point.to_numpy() if "point" in points else [None] * len(points),
-        )
+        p, by_seeds = (_unpaired(known, one, other, less) for known in (points, _over_seeds(points)))
+        several = (points.interval == _SCATTER).to_numpy()[[one, other]].any(0)
+        estimates, names = self._estimates(metric), points.get("point", pd.Series(index=points.index)).to_numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             shift = np.log1p(less / points.y.to_numpy()[other]) if paired.is_logarithm(metric) else less
         by_documents: dict[int, list[tuple[int, NDArray]]] = {}
@@ -65,7 +62,7 @@ class Evidence:
         for mine in by_documents.values():
             places = np.array([place for place, _ in mine])
             tested = chance.p_values(np.stack([parts for _, parts in mine]))
-            tested = np.where(several[places], np.maximum(tested, p[places]), tested)
+            tested = np.where(several[places], np.maximum(tested, by_seeds[places]), tested)
             p[places] = np.where(np.isnan(tested), p[places], tested)
         return p
 
@@ -91,9 +88,8 @@ class Evidence:
         ends = chance.sign_flips(less.parts(), less.shares)[:2]
         if paired.is_logarithm(metric):
             ends = tuple(points.y.iloc[other] * math.expm1(end) for end in ends)
-        if (points.interval.iloc[[one, other]] == _SCATTER).any():
-            return float(np.fmin(low, ends[0])), float(np.fmax(high, ends[1]))
-        return ends
+        low, high = _unpaired_interval(_over_seeds(points), one, other)  # NaN where neither has several
+        return float(np.fmin(low, ends[0])), float(np.fmax(high, ends[1]))
 
     def redrawn(self, points: pd.DataFrame, metric: str, draw: np.random.Generator, times: int) -> NDArray[np.float64]:
         """y of every point as other draws of documents and seeds might have it, (times, points).
@@ -136,6 +132,12 @@ def _spread(points: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float
     degrees = np.where(points.interval == _SCATTER, np.maximum(points.seeds, 2) - 1, np.inf)
     kinds, kind = np.unique(degrees, return_inverse=True)
     return half / student.ppf(0.975, kinds)[kind], degrees
+
+
+def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """The points with their intervals over seeds alone: what documents do is told by the documents."""
+    seeds = points.interval == _SCATTER
+    return points.assign(y_low=points.y_low.where(seeds), y_high=points.y_high.where(seeds))
 
 
 def _joint(points: pd.DataFrame, one: NDArray, other: NDArray) -> tuple[NDArray, NDArray, NDArray]:
