@@ -56,7 +56,9 @@ def measure(words: list[str], spin: str | None) -> tuple[float, float]:
                        stdout=subprocess.DEVNULL, env=environment)  # fmt: skip
         rows = sweep.load(Path(folder) / "results")
     assert (rows.status == "ok").all()
-    return float(rows.cell_seconds.sum()), float(rows.other_cores_busy.mean())
+    seconds, others = float(rows.cell_seconds.sum()), float(rows.other_cores_busy.mean())
+    print(f"  {seconds:.0f} s, others kept {others:.2f} cores busy while it was timed", flush=True)
+    return seconds, others
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--spin")
     options = parser.parse_args()
     words = options.words or ["+method=weight"]
-    print(f"{machine.cpu_name()}, {machine.cores()} cores; {' '.join(words)}")
+    print(f"{machine.cpu_name()}, {machine.cores()} cores; {' '.join(words)}", flush=True)
     lines = []
     for spin in [None] if options.spin is None else [None, options.spin]:
         alone, beside = [], []
