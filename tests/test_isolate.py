@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,39 +186,43 @@ def test_a_run_that_fails_leaves_the_ok_row_of_an_earlier_one(
     assert store.table(tmp_path, "samples").value.tolist() == [0.5]
 
 
-def waits_and_works(cell: Any) -> Any:
-    with locks.lock(Path(os.environ["WAITED_FOR"])):
+def waits_and_works(held: Path, cell: Any) -> Any:
+    (held.parent / "there").touch()
+    with locks.lock(held):
         time.sleep(1)
     return {"status": "ok", "cell_seconds": 1.0}, {}
 
 
-def waits_and_hangs(cell: Any) -> Any:
-    waits_and_works(cell)
+def waits_and_hangs(held: Path, cell: Any) -> Any:
+    waits_and_works(held, cell)
     hangs(cell)
 
 
+@pytest.mark.parametrize(("work", "status"), [(waits_and_works, "ok"), (waits_and_hangs, "timeout")])
 def test_waiting_for_another_cell_is_in_no_timeout_and_in_a_column_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Callable[[Path, Any], Any], status: str, tmp_path: Path
 ) -> None:
-    """The cell holds something that this one needs, as a cell does that measures shared statistics."""
-    held = tmp_path / "held"
-    work = functools.partial(with_environment, {"WAITED_FOR": str(held)})
-    for does, status in ((waits_and_works, "ok"), (waits_and_hangs, "timeout")):
-        with ExitStack() as other:
-            other.enter_context(locks.lock(held))
-            threading.Timer(4, other.pop_all().close).start()
-            started = time.monotonic()
-            found = isolate.run(
-                CELL, DESCRIBED, str(tmp_path / status), Limits(timeout=3), work=functools.partial(work, does)
-            )
-        assert found.row["status"] == status
-        assert time.monotonic() - started > (4 if status == "ok" else 7)
-    assert 2 < sweep.load(tmp_path / "ok").waited_seconds.item() < 5
+    """Another cell holds something that this one needs, as a cell does that measures shared statistics."""
+    held, limit = tmp_path / "held", 6.0
 
+    def another_cell() -> None:
+        with locks.lock(held):
+            while not (tmp_path / "there").exists():
+                time.sleep(0.05)
+            time.sleep(limit + 2)
 
-def with_environment(environment: dict[str, str], work: isolate.Work, cell: Any) -> Any:
-    os.environ.update(environment)  # a child has that of the server, which may be older than the test
-    return work(cell)
+    other = threading.Thread(target=another_cell)
+    other.start()
+    results = tmp_path / "results"
+    found = isolate.run(CELL, DESCRIBED, str(results), Limits(timeout=limit), work=functools.partial(work, held))
+    other.join()
+    assert found.row["status"] == status
+    if status == "ok":  # though it took longer, from its start to its end
+        assert limit < sweep.load(results).waited_seconds.item() < limit + 4
+    else:  # a limit there is, all the same
+        assert (
+            "not finished after timeout=6 seconds" in found.row["error"] and "in waits_and_hangs" in found.row["error"]
+        )
 
 
 def test_the_child_sees_the_device_that_it_is_given(tmp_path: Path) -> None:
