@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,8 +64,10 @@ def test_a_checkpoint_is_replaced_whole_and_nothing_else_is(
     assert [p.name for p in place.parent.iterdir()] == ["saved"] and checkpoint.holds(place, "any")
 
 
-def test_a_save_that_is_killed_leaves_no_half_folder(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """Killed when the weights are written and the rest is not."""
+def test_a_save_that_is_killed_leaves_no_half_folder(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Killed when the weights are written and the rest is not. What it left goes with the next save to the same place."""
     code = f"""
 import os, signal
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,6 +79,11 @@ checkpoint.save(AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(tmp_path.glob(".saved.*/model.safetensors")) and not list(tmp_path.glob("[!.]*"))
+    others = [f".saved.{socket.gethostname()}-{os.getpid()}.12345678", ".saved.elsewhere-1.12345678", ".saved.mine"]
+    for other in others:  # of a process that lives, of another machine, the user's
+        (tmp_path / other).mkdir()
+    checkpoint.save(tiny_model("llama"), tokenizer, tmp_path / "saved")
+    assert {p.name for p in tmp_path.iterdir()} == {"saved", *others}
 
 
 def test_what_is_not_of_sweep_is_not_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

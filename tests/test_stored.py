@@ -192,6 +192,25 @@ def test_what_modules_make_anew_is_harmless(family: str, names: list[str], dtype
     assert torch.equal(logits(stored.load(tmp_path, torch.float32)), logits(model))
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_one_tensor_under_two_names_is_refused(folder: Path, pair: bool) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    names = [f"{name}_orig", f"{name}_mask"] if pair else [f"module.{name}"]
+    edited(folder, lambda state: state | {other: state[name] * 2 for other in names})
+    refused(folder, f"holds {name} twice, once in a wrapper or a pruning pair and once without: leave one out")
+
+
+@pytest.mark.parametrize("method", [Weight("weight"), Neuron(criterion="l2")])
+def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(folder: Path, tmp_path: Path, method: Any) -> None:
+    assert "lm_head.weight" in load_file(configured(folder, tie_word_embeddings=True) / "model.safetensors")
+    model, tokenizer = models.load(local(folder), "float32", "cpu")
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    methods.prune(model, method, 0.5, None)
+    checkpoint.save(model, tokenizer, tmp_path / "saved")
+    again, _ = models.load(local(tmp_path / "saved"), "float32", "cpu")
+    assert torch.equal(logits(model), logits(again))
+
+
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     config = tiny_model("llama").config
     config.tie_word_embeddings = True
@@ -285,6 +304,9 @@ def test_quantised_checkpoints_are_refused(folder: Path, method: str) -> None:
 def test_quantised_matrices_are_refused_whatever_the_configuration_says(folder: Path, dtype: torch.dtype) -> None:
     edited(folder, lambda state: {name: t.to(dtype) if "gate" in name else t for name, t in state.items()})
     refused(folder, r"quantised weights \(model.layers.0.mlp.gate_proj.weight, .*: (I8|U8|F8_E4M3)\)")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, rf"pytorch_model.bin holds quantised weights \(model.layers.0.mlp.gate_proj.weight, .*: {dtype}\)")
 
 
 ENCODER = {
@@ -440,6 +462,12 @@ def test_models_of_the_hub_are_held_to_the_same(folder: Path, tmp_path: Path, mo
     expected = loaded()
     edited(snapshot, lambda state: {f"module.{name}": tensor for name, tensor in state.items()})
     assert torch.equal(loaded(), expected)
+    whole = edited(snapshot, lambda state: {name.removeprefix("module."): tensor for name, tensor in state.items()})
+    kept = (whole / "model.safetensors").read_bytes()
+    edited(snapshot, lambda state: {name: t.to(torch.int8) if "gate" in name else t for name, t in state.items()})
+    with pytest.raises(RequestError, match="holds quantised weights"):
+        models.load(model, "float32", "cpu")
+    (whole / "model.safetensors").write_bytes(kept)
     edited(snapshot, without("layers.1."))
     with pytest.raises(RequestError, match="tensors missing: 9"):
         loaded()

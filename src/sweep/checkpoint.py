@@ -2,18 +2,23 @@
 transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
 
 The folder appears whole: it is written beside its place under a name with a leading dot, then renamed. It takes the place
-of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells.
+of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed process has left
+beside it goes with the next save.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from sweep import __version__, cache, sources, store
 from sweep.config import Model, RequestError
@@ -42,7 +47,9 @@ def save(
     from sweep import shrunk  # brings torch, which a look at a folder does not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _remove_remains(path)
+    mine = f".{path.name}.{socket.gethostname()}-{os.getpid()}."
+    half = Path(tempfile.mkdtemp(prefix=mine, dir=path.parent))
     try:
         # Left from a quantised file, these make save_pretrained refuse: the weights are no longer quantised.
         model.hf_quantizer = None
@@ -53,7 +60,7 @@ def save(
         (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))
         half.chmod(0o755)  # mkdtemp makes it the owner's alone
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=mine, dir=path.parent))
             path.rename(old / path.name)
             half.rename(path)
             shutil.rmtree(old)
@@ -61,6 +68,14 @@ def save(
             half.rename(path)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they saved to `path` have left beside it."""
+    named = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(socket.gethostname())}-(\d+)\.\w{{8}}")
+    for place in path.parent.iterdir():
+        if (match := named.fullmatch(place.name)) and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def holds(folder: str | Path, cell: str) -> bool:
@@ -83,7 +98,7 @@ def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[st
         if relation := _relation(path, place):
             raise RequestError(f"save_model={folder} {relation} {what} ({place}), which saving would change: name another "
                                "folder")  # fmt: skip
-    above = next(p for p in path.parents if os.path.lexists(p))
+    above = next((p for p in path.parents if os.path.lexists(p)), path)
     try:
         tempfile.TemporaryDirectory(prefix=".sweep-", dir=above).cleanup()  # as `save` will: written there, and renamed
     except OSError as error:

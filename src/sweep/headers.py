@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> None:
         raise RequestError(f"{folder} holds an adapter: {_OTHERS['adapter_model.*']}")
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            _check_types(tensors(file), file)
+            check_types({name: tensor.dtype for name, tensor in tensors(file).items()}, file)
 
 
 def check_config(folder: Path) -> None:
@@ -94,12 +94,16 @@ def check_config(folder: Path) -> None:
                            "that it was made from, or load it with transformers, call model.dequantize() and save it")  # fmt: skip
 
 
-def _check_types(found: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse weights that are whole numbers or of 8 bits: they are quantised, whatever the configuration says."""
-    packed = sorted(name for name, tensor in found.items() if name.endswith("weight") and tensor.dtype not in _FLOATS)
+def check_types(dtypes: Mapping[str, str], file: Path) -> None:
+    """Refuse weights that are whole numbers or of 8 bits: they are quantised, whatever the configuration says.
+
+    dtypes  of the file's tensors, as safetensors writes them
+    Raises RequestError.
+    """
+    packed = sorted(name for name, dtype in dtypes.items() if name.endswith("weight") and dtype not in _FLOATS)
     if packed:
-        raise RequestError(f"{file} holds quantised weights ({some(packed)}: {found[packed[0]].dtype}), and pruning needs "
-                           "the weights themselves: give the checkpoint that it was made from")  # fmt: skip
+        raise RequestError(f"{file} holds quantised weights ({some(packed)}: {dtypes[packed[0]]}), and pruning needs the "
+                           "weights themselves: give the checkpoint that it was made from")  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -37,6 +37,9 @@ def is_plain(model: PreTrainedModel) -> bool:
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:  # whatever the configuration said
+        model.config.tie_word_embeddings = False
     kept = None if tokenizer is None else vocabulary.kept_ids(tokenizer)
     plain = kept is None and is_plain(model)
     # else under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep

@@ -58,6 +58,9 @@ _UNREADABLE = (
     OSError,
 )
 
+# What headers of safetensors call the types that weights may have; pickles name theirs in torch's words.
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 Told = Mapping[str, Collection[Any]]  # what transformers says of a checkpoint's tensors: output_loading_info
 
 
@@ -71,8 +74,8 @@ def load(place: Path | str, dtype: torch.dtype | str, **options: Any) -> PreTrai
     config = None
     if isinstance(place, Path):
         headers.check_folder(place)
-        if _renamed(tensors(place, "meta")) is not None:
-            model, told = _from_tensors(place, _renamed(tensors(place)) or {}, dtype=dtype, **options)
+        if _renamed(tensors(place, "meta"), place) is not None:
+            model, told = _from_tensors(place, _renamed(tensors(place), place) or {}, dtype=dtype, **options)
             refuse(told, str(place))
             return model
     elif config := sources.hub_config(place, options.get("revision")):
@@ -80,8 +83,11 @@ def load(place: Path | str, dtype: torch.dtype | str, **options: Any) -> PreTrai
     model, told = AutoModelForCausalLM.from_pretrained(
         place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    if config and _problems(told):  # the files that it has fetched may have other names
+    if config and _problems(told):  # the tensors that it has fetched may have other names
         return load(config.parent, dtype, **{**options, "revision": None})
+    if config and headers.is_whole(config.parent):
+        headers.check_folder(config.parent)
+        tensors(config.parent, "meta")
     refuse(told, str(place))
     return model
 
@@ -90,7 +96,7 @@ def check(folder: Path, **options: Any) -> None:
     """Refuse, from the headers of its files, a checkpoint folder that `load` would refuse. Raises RequestError."""
     headers.check_folder(folder)
     found = tensors(folder, "meta")
-    _, told = _from_tensors(folder, _renamed(found) or found, dtype="auto", device_map={"": "meta"}, **options)
+    _, told = _from_tensors(folder, _renamed(found, folder) or found, dtype="auto", device_map={"": "meta"}, **options)
     refuse(told, str(folder))
     check_finite(folder)
 
@@ -147,7 +153,7 @@ def _from_tensors(folder: Path, state: dict[str, Tensor], **options: Any) -> tup
 def tensors(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint folder under the names that they have there; on the device "meta" they have no data.
 
-    Raises RequestError when a file is damaged.
+    Raises RequestError when a file is damaged, and when one of torch holds quantised weights.
     """
     return dict(_each(folder, device))
 
@@ -161,6 +167,7 @@ def _each(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
                 found = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
                 if other := [name for name, value in found.items() if not isinstance(value, Tensor)]:
                     raise TypeError(f"{some(other)} is no tensor: save the model's state_dict() alone")
+                headers.check_types({name: _CODES.get(t.dtype, str(t.dtype)) for name, t in found.items()}, file)
                 yield from found.items()
             elif device == "meta":
                 yield from ((n, torch.empty(t.shape, device="meta")) for n, t in headers.tensors(file).items())
@@ -171,17 +178,27 @@ def _each(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
             raise RequestError(f"{file} is damaged, or no file of tensors: {str(error).splitlines()[0]}") from error
 
 
-def _renamed(stored: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors under the names that the model's modules have, pruned weights put together; None when all have them."""
-    found = {}
+def _renamed(stored: dict[str, Tensor], place: Path) -> dict[str, Tensor] | None:
+    """The tensors under the names that the model's modules have, pruned weights put together; None when all have them.
+
+    Raises RequestError where two are the same module's: nothing says which of them is meant.
+    """
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        if name in found:
+            raise RequestError(f"{place} holds {name} twice, once in a wrapper or a pruning pair and once without: leave "
+                               "one out")  # fmt: skip
+        found[name] = tensor
+
     for name, tensor in stored.items():
         while (inner := _AROUND.sub("", name)) != name:
             name = inner
-        found[name] = tensor
+        add(name, tensor)
     for name in list(found):
         for pair, mask, weight in _PAIRS:
             if (match := pair.match(name)) and (mask := mask.format(**match.groupdict())) in found:
                 kept = found.pop(mask)
                 original = found.pop(name)
-                found[weight.format(**match.groupdict())] = original * kept.to(original.dtype)
+                add(weight.format(**match.groupdict()), original * kept.to(original.dtype))
     return found if found.keys() != stored.keys() else None
