@@ -6,12 +6,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from conftest import random_tokens, tiny_model
-from sweep import cache, locks, methods, run, shared
+from sweep import cache, drop, locks, methods, run, shared
 from sweep.config import (
     Benchmarks,
     Calibration,
@@ -134,3 +135,38 @@ def test_waiting_for_what_another_cell_measures_is_in_no_column_of_work(
     assert waited > 2  # else the cell took so long to get there that it needed not wait
     assert 2 <= row["prune_seconds"] < 2 + waited / 2
     assert row["cell_seconds"] == pytest.approx(seconds - waited, abs=0.3)
+
+
+@pytest.mark.parametrize(("family", "at_once"), [(Neuron, 120), (Head, 60)])  # tokens: two neurons, one head
+def test_what_a_drop_costs_does_not_depend_on_the_cache(
+    family: type, at_once: int, tiny_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(sparsity: float) -> pd.Series:
+        asked = cell(tiny_checkpoint, sparsity, method=family(criterion="drop", metric="loss"))
+        return pd.Series(run.run_cell(asked)[0])
+
+    original, measured = drop.Resumed.after, list[int]()
+
+    def slow(self: drop.Resumed, block: int, hidden: torch.Tensor, copies: int) -> np.ndarray:
+        measured.append(copies)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        return original(self, block, hidden, copies)
+
+    monkeypatch.setattr(drop, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(drop.Resumed, "after", slow)
+    with pytest.raises(KeyboardInterrupt):
+        row(0.5)
+    resumed = row(0.5)
+    after = len(measured)
+    read = row(0.25)
+    assert len(measured) == after + 1  # the check alone
+    for entry in cache.entries():
+        if entry.name.startswith("drops/"):
+            cache.discard(entry.path)
+    fresh = row(0.5)
+    assert len(measured) - after - 1 > 3
+    assert fresh.prune_forward_passes == resumed.prune_forward_passes == read.prune_forward_passes
+    waits = 0.2 * (len(measured) - after - 1)
+    assert all(found.prune_seconds >= waits for found in (fresh, resumed, read))

@@ -75,7 +75,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "peak_device_memory_bytes": (MEASURED, "highest memory allocated on the CUDA device during it"),
     "load_seconds": (MEASURED, "loading the model"),
     "prune_forward_passes": (COUNTED, "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share"),
-    "prune_seconds": (MEASURED, "calibration, scoring and removal; statistics that another cell has measured count with what they took there"),
+    "prune_seconds": (MEASURED, "calibration, scoring and removal; what the cache held of an earlier measurement, statistics or drops, counts with what it took there"),
     "calibration_tokens": (COUNTED, "tokens of calibration text that were read"),
     "units_measured": (COUNTED, "units whose drop was measured, where `criterion` is `drop`; with screening not all are"),
     "damping": (MEASURED, "largest amount that was added to a Hessian, as a share of the mean of its diagonal"),

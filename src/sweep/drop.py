@@ -14,6 +14,7 @@ answer of a question). An option's log-likelihood is the sum over its scored tok
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import cache, identity, models, normaliser, reading, text
+from sweep import cache, cost, identity, models, normaliser, reading, text
 from sweep.calibrate import exact_device, inputs_observed
 from sweep.config import Drop
 from sweep.logits import Tail, descend, given
@@ -42,7 +43,8 @@ from sweep.unit_statistics import BATCH, activations_differentiable, first_tenso
 log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 1024  # C * R * T in one pass through the later blocks
-_TABLE = "measured.npz"  # of a block, in the cache
+_TABLE = "measured.npz"  # of a block, in the cache, with what it cost
+_COLUMNS = ["log_likelihoods", *(f.name for f in dataclasses.fields(cost.Cost))]  # of a table
 _SAVED_EVERY = 10.0  # seconds; what a killed measurement loses at most
 TOLERANCE = 1e-4  # nats: the most that a position's log-normaliser may be off, by proof; by experience a hundredth
 PAYS = 2  # sparing the head costs as much as d heads: so many times d units and it pays
@@ -236,11 +238,14 @@ def likelihoods(
         depth = len(run.blocks)
         work = sum((depth - a.block) * len(a.columns) for a in ablations)
         found, done = [], 0
-        with tqdm(total=work, desc="measuring drops", unit="block", leave=False) as bar:
+        progress = tqdm(total=work, desc="measuring drops", unit="block", leave=False)
+        with progress as bar, cost.Meter(model) as meter:
             for ablation in ablations:
-                measure = functools.partial(_measure, run, ablation, bar=bar, spare_head=spare_head)
+                measure = functools.partial(_measure, run, ablation, bar=bar, meter=meter, spare_head=spare_head)
                 if resume:
-                    name = text.fingerprint([*key, spare_head, ablation.block, [c.tolist() for c in ablation.columns]])
+                    name = text.fingerprint(
+                        [*key, _COLUMNS, spare_head, ablation.block, [c.tolist() for c in ablation.columns]]
+                    )
                     found.append(_kept(name, measure))
                 else:
                     found.append(measure(None))
@@ -251,49 +256,77 @@ def likelihoods(
 
 def _kept(name: str, measure: Callable[[Path], object]) -> np.ndarray:
     """A block's table from the cache: measured when it is not there, and again when it is damaged."""
-    folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)
+    here: list[object] = []  # else another has measured it, and what it spent is to be counted
+
+    def make(half: Path) -> None:
+        here.append(measure(half / _TABLE))
+
+    folder = cache.entry("drops", name, make, resumable=True)
     if problem := cache.damage(folder):
         log.warning("%s in the cached measurement %s; measuring again", problem, folder)
         cache.discard(folder)
-        folder = cache.entry("drops", name, lambda half: measure(half / _TABLE), resumable=True)
-    with np.load(folder / _TABLE) as stored:
-        return stored["log_likelihoods"]
-
-
-def _measure(run: Resumed, ablation: Ablation, file: Path | None, *, bar: Any, spare_head: bool) -> np.ndarray:
-    """(units, O) log-likelihoods with one unit left out; what `file` holds of them is measured, and the rest goes there."""
-    table = _begun(file, (len(ablation.columns), len(run.probe.options)))
-    missing = np.flatnonzero(np.isnan(table).any(1)).tolist()
-    if spare_head and missing:
-        run.spare_head()
-    cost = len(run.blocks) - ablation.block
-    bar.update(cost * (len(table) - len(missing)))
-    saved = time.monotonic()
-    try:
-        for indices, values in run.ablated(ablation, missing):
-            table[indices] = values
-            bar.update(cost * len(indices))
-            if file is not None and time.monotonic() > saved + _SAVED_EVERY:
-                _save(file, table)
-                saved = time.monotonic()
-    finally:
-        if file is not None:
-            _save(file, table)
+        folder = cache.entry("drops", name, make, resumable=True)
+    table, spent = _read(folder / _TABLE)
+    if not here:
+        cost.charge(spent)
     return table
 
 
-def _begun(file: Path | None, shape: tuple[int, int]) -> np.ndarray:
+def _measure(
+    run: Resumed, ablation: Ablation, file: Path | None, *, bar: Any, meter: cost.Meter, spare_head: bool
+) -> np.ndarray:
+    """(units, O) log-likelihoods with one unit left out; what `file` holds of them is measured, and the rest goes there.
+
+    A part of a table is kept with what its units cost, a whole one also with the preparations, which whoever goes on
+    from a part makes again: so nothing is counted twice, nor left out.
+    """
+    table, earlier = _begun(file, (len(ablation.columns), len(run.probe.options)))
+    cost.charge(earlier)
+    missing = np.flatnonzero(np.isnan(table).any(1)).tolist()
+    depth = len(run.blocks) - ablation.block
+    bar.update(depth * (len(table) - len(missing)))
+    if not missing:
+        return table
+    before = meter.spent()
+    if spare_head:
+        run.spare_head()
+    batches = run.ablated(ablation, missing)
+    begun, saved, spent = meter.spent(), time.monotonic(), earlier
+    try:
+        for indices, values in batches:
+            table[indices] = values
+            spent = earlier + meter.since(begun)
+            bar.update(depth * len(indices))
+            if file is not None and time.monotonic() > saved + _SAVED_EVERY and np.isnan(table).any():
+                _save(file, table, spent)
+                saved = time.monotonic()
+        spent = earlier + meter.since(before)
+    finally:
+        if file is not None:
+            _save(file, table, spent)
+    return table
+
+
+def _begun(file: Path | None, shape: tuple[int, int]) -> tuple[np.ndarray, cost.Cost]:
     """What is measured of a table (units, O), NaN where nothing is: nothing of a file that is not there or damaged."""
     damage = (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
     if file is not None:
-        with contextlib.suppress(*damage), np.load(file) as stored:  # which compares checksums
-            if stored["log_likelihoods"].shape == shape:
-                return stored["log_likelihoods"]
-    return np.full(shape, np.nan)
+        with contextlib.suppress(*damage):
+            table, spent = _read(file)
+            if table.shape == shape:
+                return table, spent
+    return np.full(shape, np.nan), cost.Cost()
 
 
-def _save(file: Path, table: np.ndarray) -> None:
-    cache.write(file, lambda handle: np.savez(handle, log_likelihoods=table))
+def _read(file: Path) -> tuple[np.ndarray, cost.Cost]:
+    with np.load(file) as stored:  # which compares checksums
+        table, *spent = (stored[name] for name in _COLUMNS)
+    return table, cost.Cost(*(number.item() for number in spent))
+
+
+def _save(file: Path, table: np.ndarray, spent: cost.Cost) -> None:
+    columns = dict(zip(_COLUMNS, (table, *dataclasses.astuple(spent)), strict=True))
+    cache.write(file, lambda handle: np.savez(handle, **columns))
 
 
 def first_order(model: PreTrainedModel, probe: Probe, outputs: Sequence[models.Linear]) -> list[Tensor]:
@@ -381,7 +414,10 @@ class Resumed:
         return self.after(block, self.entering(block), 1)[0]
 
     def ablated(self, ablation: Ablation, wanted: Sequence[int]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """(indices into the ablation's units, (C, O) log-likelihoods without each), for all wanted units."""
+        """(indices into the ablation's units, (C, O) log-likelihoods without each), for all wanted units.
+
+        What all units need is made at once, and the units one batch after the other.
+        """
         block = self.blocks[ablation.block]
         weight = models.weight(ablation.output)
         seen: dict[str, Tensor] = {}
@@ -396,11 +432,15 @@ class Resumed:
                 handle.remove()
         shape = self.rows.shape  # OPT joins rows and tokens
         x, added = seen["x"].view(*shape, -1), self._adds(ablation, block, leaving, seen["y"])
-        for start in range(0, len(wanted), self.at_once):
-            indices = wanted[start : start + self.at_once]
-            lost = torch.stack([x[..., ablation.columns[i]] @ weight[:, ablation.columns[i]].t() for i in indices])
-            hidden = (leaving - lost).flatten(0, 1) if added else self._rerun(ablation, block, lost)
-            yield indices, self.after(ablation.block, hidden, len(indices))
+
+        def batches() -> Iterator[tuple[Sequence[int], np.ndarray]]:
+            for start in range(0, len(wanted), self.at_once):
+                indices = wanted[start : start + self.at_once]
+                lost = torch.stack([x[..., ablation.columns[i]] @ weight[:, ablation.columns[i]].t() for i in indices])
+                hidden = (leaving - lost).flatten(0, 1) if added else self._rerun(ablation, block, lost)
+                yield indices, self.after(ablation.block, hidden, len(indices))
+
+        return batches()
 
     def _adds(self, ablation: Ablation, block: nn.Module, leaving: Tensor, y: Tensor) -> bool:
         """Whether the matrix's output is simply added to what leaves the block: tried, since families differ."""

@@ -78,7 +78,7 @@ class ForwardPasses:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._blocks = list(models.blocks(model))
-        self._tokens = 0
+        self.block_tokens = 0  # summed over the blocks
 
     def __enter__(self) -> ForwardPasses:
         own = {type(block): block.__dict__.get("forward") for block in self._blocks}
@@ -86,7 +86,7 @@ class ForwardPasses:
         def count(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if block.__dict__.get("forward") is own[type(block)]:  # else it only notes how it is called
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self._tokens += hidden.numel() // hidden.shape[-1]
+                self.block_tokens += hidden.numel() // hidden.shape[-1]
 
         self._handles = [block.register_forward_pre_hook(count, with_kwargs=True) for block in self._blocks]
         return self
@@ -95,9 +95,17 @@ class ForwardPasses:
         for handle in self._handles:
             handle.remove()
 
-    def of(self, tokens: int) -> float | None:
-        """How often `tokens` tokens went through all blocks; None where there are none."""
-        return self._tokens / (tokens * len(self._blocks)) if tokens else None
+    def of(self, tokens: int, block_tokens: int | None = None) -> float | None:
+        """How often `tokens` tokens went through all blocks; None where there are none.
+
+        block_tokens  instead of those that were counted
+        """
+        through = self.block_tokens if block_tokens is None else block_tokens
+        return through / (tokens * len(self._blocks)) if tokens else None
+
+    def block_tokens_of(self, tokens: int, passes: float) -> int:
+        """The other way round."""
+        return round(passes * tokens * len(self._blocks))
 
 
 def _return_freed_memory() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sweep import (
     checkpoint,
+    cost,
     counting,
     divergence,
     efficiency,
@@ -55,9 +56,7 @@ def run_cell(
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
     targets = methods.targets(model, cell.method)
-    with efficiency.PeakMemory(cell.device) as memory, efficiency.ForwardPasses(model) as passes:
-        share = None if tokens is None else shared.Shared(cell, tokens, passes)
-        before = working_seconds()
+    with cost.Bill(model, cell.device) as bill:
         outcome = methods.prune(
             model,
             cell.method,
@@ -66,15 +65,11 @@ def run_cell(
             seed=cell.seed,
             tokenizer=tokenizer,
             sequential=cell.calibration is None or cell.calibration.sequential,
-            share=share or shared.alone,
+            share=shared.alone if tokens is None else shared.Shared(cell, tokens, bill),
         )
         tokenizer = outcome.tokenizer or tokenizer
-        row["prune_seconds"] = working_seconds() - before
-    row["prune_peak_memory_bytes"] = memory.peak
+    row |= bill.columns(outcome.calibration_tokens)
     row["calibration_tokens"] = outcome.calibration_tokens
-    row["prune_forward_passes"] = passes.of(outcome.calibration_tokens)
-    if share is not None:
-        share.add_to(row)
     row["damping"] = outcome.damping
     if outcome.measured is not None:
         row["units_measured"] = int(outcome.measured["measured"].sum())

@@ -10,16 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sweep import cache, identity, sources, text
+from sweep import cache, cost, identity, sources, text
 from sweep.calibrate import exact_device
 from sweep.config import Cell
-from sweep.efficiency import ForwardPasses, PeakMemory
-from sweep.locks import working_seconds
 
 Tensors = dict[str, Tensor]
 Share = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it
@@ -46,15 +43,13 @@ class Shared:
     """A `Share` through the cache, for one cell.
 
     tokens  (sequences, length) calibration text
-    passes  counts those of the cell's model, while it is pruned
+    meter   of the cell's model, while it is pruned
     """
 
-    def __init__(self, cell: Cell, tokens: Tensor, passes: ForwardPasses) -> None:
+    def __init__(self, cell: Cell, tokens: Tensor, meter: cost.Meter) -> None:
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
         self._key = [sources.fingerprint(cell.model), list(tokens.shape), digest, *identity.arithmetic(cell)]
-        self._device, self._tokens, self._passes = cell.device, tokens.numel(), passes
-        # spent by the cells that measured what was read
-        self.seconds, self.forward_passes, self.peak_bytes = 0.0, 0.0, 0
+        self._device, self._tokens, self._meter = cell.device, tokens.numel(), meter
 
     def __call__(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
         """What `measure` gives, by name; measured by this cell, or by another before it.
@@ -64,26 +59,18 @@ class Shared:
         here: list[Tensors] = []
 
         def make(half: Path) -> None:
-            before, started = self._passes.of(self._tokens) or 0.0, working_seconds()
+            before = self._meter.spent()
             here.append(measure())
-            cost = {"seconds": working_seconds() - started, "peak_bytes": PeakMemory.resident() or 0,
-                    "forward_passes": (self._passes.of(self._tokens) or 0.0) - before}  # fmt: skip
+            spent = self._meter.since(before)
+            told = {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes,
+                    "forward_passes": self._meter.passes.of(self._tokens, spent.block_tokens)}  # fmt: skip
             save_file({name: t.cpu().contiguous() for name, t in here[0].items()}, half / "statistics.safetensors")
-            (half / "cost.json").write_text(json.dumps(cost))
+            (half / "cost.json").write_text(json.dumps(told))
 
         folder = cache.entry("statistics", text.fingerprint([*self._key, what]), make)
         if here:
             return here[0]
-        cost = json.loads((folder / "cost.json").read_text())
-        self.seconds += cost["seconds"]
-        self.forward_passes += cost["forward_passes"]
-        self.peak_bytes = max(self.peak_bytes, cost["peak_bytes"])
+        told = json.loads((folder / "cost.json").read_text())
+        through = self._meter.passes.block_tokens_of(self._tokens, told["forward_passes"])
+        cost.charge(cost.Cost(told["seconds"], through, told["peak_bytes"]))
         return load_file(folder / "statistics.safetensors", device=str(exact_device(self._device)))
-
-    def add_to(self, row: dict[str, Any]) -> None:
-        """Count what was read as if the cell had measured it."""
-        row["prune_seconds"] += self.seconds
-        if row["prune_forward_passes"] is not None:
-            row["prune_forward_passes"] += self.forward_passes
-        if row["prune_peak_memory_bytes"] is not None:
-            row["prune_peak_memory_bytes"] = max(row["prune_peak_memory_bytes"], self.peak_bytes)
