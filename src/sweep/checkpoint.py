@@ -2,8 +2,8 @@
 transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
 
 The folder appears whole: it is written beside its place under a name with a leading dot, then renamed. It takes the place
-of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed process has left
-beside it goes with the next save.
+of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed
+process has left beside it goes with the next save.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from sweep import __version__, cache, sources, store
 from sweep.config import Model, RequestError
@@ -74,8 +72,19 @@ def _remove_remains(path: Path) -> None:
     """Remove what processes of this machine that were killed while they saved to `path` have left beside it."""
     named = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(socket.gethostname())}-(\d+)\.\w{{8}}")
     for place in path.parent.iterdir():
-        if (match := named.fullmatch(place.name)) and not psutil.pid_exists(int(match[1])):
+        if (match := named.fullmatch(place.name)) and not _lives(int(match[1])):
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether this machine has such a process, be it another user's."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def holds(folder: str | Path, cell: str) -> bool:
