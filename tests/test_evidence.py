@@ -64,6 +64,16 @@ def test_seeds_that_scatter_deny_what_documents_say() -> None:
     assert marked(scattered, Evidence(rows, samples))["b"] == "within noise"
 
 
+def test_a_ruined_model_is_not_within_noise_of_dense_since_its_seeds_scatter() -> None:
+    rows, samples = cells({"a": 6.0}, seeds=3)
+    rows.loc[rows.criterion == "a", METRIC] = [5_762.0, 8_089.0, 12_893.0]
+    points = frontier.points(rows, "sparsity", METRIC)
+    ruined, dense = (np.flatnonzero(points.method == method) for method in ("weight", "dense"))
+    for evidence in (NOTHING, Evidence(rows, samples)):
+        assert evidence.p_values(points, ruined, dense, METRIC) < 0.05
+        assert evidence.interval(points, ruined[0], dense[0], METRIC)[0] > 1_000
+
+
 def test_a_cell_without_documents_is_compared_by_its_interval() -> None:
     rows, samples = cells({"a": 0.10, "b": 0.15, "c": 2.0})
     lacking = samples[~samples.cell.isin(rows.cell[rows.criterion != "a"])]

@@ -35,6 +35,18 @@ def test_seeds_become_one_point_with_an_interval_and_failures_none() -> None:
     assert np.isnan(frontier.points(frame[:1], "cost", "acc").y_low[0])
 
 
+def test_the_interval_of_a_perplexity_is_that_of_its_loss() -> None:
+    losses = np.array([5.8, 10.1, 11.2])
+    frame = rows(seed=[0, 1, 2], cost=[1.0, 1, 1], **{"t/perplexity": np.exp(losses), "t/loss": losses})
+    (loss,) = frontier.points(frame, "cost", "t/loss").itertuples()
+    (found,) = frontier.points(frame, "cost", "t/perplexity").itertuples()
+    assert found.y == pytest.approx(np.exp(losses).mean())
+    assert (found.y_low, found.y_high) == pytest.approx((np.exp(loss.y_low), np.exp(loss.y_high)))
+    one = rows(seed=[0], cost=[1.0], **{"t/perplexity": [20.0], "t/perplexity_stderr": [1.0]})
+    (found,) = frontier.points(one, "cost", "t/perplexity").itertuples()
+    assert (found.y_low, found.y_high) == pytest.approx((20 * np.exp(-1.96 / 20), 20 * np.exp(1.96 / 20)))
+
+
 def test_numbered_rows_give_the_same_points_in_the_same_order() -> None:
     frame = rows(method=["weight", "dense", "neuron", "weight"], criterion=["wanda", None, "random", "wanda"],
                  sparsity=[0.5, 0.0, 0.3, 0.5], seed=[0, 0, 0, 1], cost=[1.0, 2.0, 3.0, 4.0], acc=[0.4, 0.5, 0.6, 0.8])  # fmt: skip

@@ -215,6 +215,11 @@ def main_metrics(names: Iterable[str]) -> list[str]:
     return chosen
 
 
+def is_logarithm(column: str) -> bool:
+    """Whether it is the logarithm of a column that scatters evenly about its mean, as a loss does: of perplexities."""
+    return metric(column).endswith("perplexity")
+
+
 def is_loss(column: str, rows: pd.DataFrame | None = None) -> bool:
     """Whether lower is better.
 

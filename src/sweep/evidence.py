@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from sweep import chance, frontier, paired
+from sweep import chance, columns, frontier, paired
 
 _SCATTER = "seeds"  # the kind of interval that is over seeds
 
@@ -47,12 +47,14 @@ class Evidence:
         one, other  (pairs,) places in points
         less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
         """
-        less = np.broadcast_to(np.asarray(less, dtype=float), len(one))
-        p, by_seeds = (_unpaired(known, one, other, less) for known in (points, _over_seeds(points)))
+        shift = np.broadcast_to(np.asarray(less, dtype=float), len(one))
+        if columns.is_logarithm(metric):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shift = np.log1p(shift / points.y.to_numpy()[other])
+        even = _even(points, metric)
+        p, by_seeds = (_unpaired(known, one, other, shift) for known in (even, _over_seeds(even)))
         several = (points.interval == _SCATTER).to_numpy()[[one, other]].any(0)
         estimates, names = self._estimates(metric), points.get("point", pd.Series(index=points.index)).to_numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shift = np.log1p(less / points.y.to_numpy()[other]) if paired.is_logarithm(metric) else less
         by_documents: dict[int, list[tuple[int, NDArray]]] = {}
         for place, (i, j) in enumerate(zip(one, other, strict=True)):
             a, b = estimates.get(names[i]), estimates.get(names[j])
@@ -78,33 +80,35 @@ class Evidence:
 
     def interval(self, points: pd.DataFrame, one: int, other: int, metric: str) -> tuple[float, float]:
         """The 95 % interval of a point's y less another's, in the unit of y; NaN where nothing is known of either."""
-        low, high = _unpaired_interval(points, one, other)
-        if "point" not in points:
-            return low, high
-        a, b = (self._estimates(metric).get(points.point.iloc[i]) for i in (one, other))
-        if a is None or b is None or a[0] != b[0]:
-            return low, high
-        less = paired.minus(a[1], b[1])
-        ends = chance.sign_flips(less.parts(), less.shares)[:2]
-        if paired.is_logarithm(metric):
-            ends = tuple(points.y.iloc[other] * math.expm1(end) for end in ends)
-        low, high = _unpaired_interval(_over_seeds(points), one, other)  # NaN where neither has several
-        return float(np.fmin(low, ends[0])), float(np.fmax(high, ends[1]))
+        even = _even(points, metric)
+        ends = _unpaired_interval(even, one, other)
+        names = points.get("point", pd.Series(index=points.index)).iloc[[one, other]]
+        a, b = (self._estimates(metric).get(name) for name in names)
+        if a is not None and b is not None and a[0] == b[0]:
+            less = paired.minus(a[1], b[1])
+            documents = chance.sign_flips(less.parts(), less.shares)[:2]
+            seeds = _unpaired_interval(_over_seeds(even), one, other)  # NaN where neither has several
+            ends = float(np.fmin(seeds[0], documents[0])), float(np.fmax(seeds[1], documents[1]))
+        if columns.is_logarithm(metric):
+            low, high = (points.y.iloc[other] * np.expm1(end) for end in ends)
+            return float(low), float(high)
+        return ends
 
     def redrawn(self, points: pd.DataFrame, metric: str, draw: np.random.Generator, times: int) -> NDArray[np.float64]:
         """y of every point as other draws of documents and seeds might have it, (times, points).
 
         The same documents for all points, where they are known.
         """
-        y, free = points.y.to_numpy(), _spread(points)[0] * draw.standard_normal((times, len(points)))
+        even = _even(points, metric)
+        y, free = even.y.to_numpy(), _spread(even)[0] * draw.standard_normal((times, len(points)))
+        back = np.exp if columns.is_logarithm(metric) else np.asarray
         estimates = [self._estimates(metric).get(point) for point in points.get("point", [None] * len(points))]
         if any(found is None or found[0] != estimates[0][0] for found in estimates):  # type: ignore[index]
-            return y + free
+            return back(y + free)
         residuals = np.stack([found[1].residuals for found in estimates])  # type: ignore[index]
         documents = residuals.shape[1]
         moved = draw.standard_normal((times, documents)) @ residuals.T * math.sqrt(documents / max(documents - 1, 1))
-        moved = y * np.exp(moved) if paired.is_logarithm(metric) else y + moved
-        return moved + np.where(points.interval == _SCATTER, free, 0)
+        return back(y + moved + np.where(points.interval == _SCATTER, free, 0))
 
     def _estimated(self, metric: str) -> dict[int, tuple[int, paired.Estimate]]:
         """(number of its set of documents, mean over its seeds) of each point of which every cell's outcomes are known."""
@@ -124,6 +128,14 @@ class Evidence:
 
 
 NOTHING = Evidence()
+
+
+def _even(points: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The points with y and its interval on the scale on which they scatter evenly: of perplexities the logarithm."""
+    if not columns.is_logarithm(metric):
+        return points
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return points.assign(**{name: np.log(points[name]) for name in ("y", "y_low", "y_high")})
 
 
 def _spread(points: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -129,11 +129,6 @@ def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]
     return found | {"low": low, "high": high, "p": p, "test": "sign flips"}
 
 
-def is_logarithm(metric: str) -> bool:
-    """Whether `estimate` gives the logarithm of a column, as of perplexities."""
-    return columns.metric(metric).endswith("perplexity")
-
-
 def minus(after: Estimate, before: Estimate) -> Estimate:
     """The difference of two estimates of the same documents, in the same order."""
     return Estimate(after.value - before.value, after.residuals - before.residuals, (after.shares + before.shares) / 2)
