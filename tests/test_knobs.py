@@ -45,29 +45,43 @@ def test_two_rows_of_one_seed_are_one_draw_and_the_newer_counts() -> None:
     assert sorted(frontier.points(rows, "sparsity", "capitals/acc").y) == [0.5, 0.8]
 
 
-def test_the_report_leaves_older_versions_out_and_says_so(tmp_path: Path) -> None:
+def test_no_figure_or_answer_of_a_report_sets_one_version_beside_another(tmp_path: Path) -> None:
+    """Wanda was not measured again: its old rows would look better or worse for what has changed in measuring."""
     old = frames.rows(seeds=2, sparsities=(0.3, 0.5), methods=frames.METHODS[:2]).assign(measuring_version=4)
     new = frames.twice(old, measuring_version=6)[len(old) :]
     again = new[(new.method == "dense") | (new.criterion == "magnitude")]
     (tmp_path / "cells").mkdir()
     pd.concat([old, again], ignore_index=True).to_parquet(tmp_path / "cells" / "0-table-made.parquet")
-    report.report([str(tmp_path)], tmp_path / "out", report.Wanted(formats=("png",), html=False))
-    front = (tmp_path / "out" / "README.md").read_text()
-    assert "14 cells, 14 of them ok. Left out, since a newer measuring version has measured the same again: 4 of version 4." in front  # fmt: skip
-    table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("name")
+
+    def reported(*filters: str) -> tuple[str, pd.DataFrame]:
+        report.report([str(tmp_path)], tmp_path / "out", report.Wanted(filters=filters, formats=("png",), html=False))
+        front = (tmp_path / "out" / "README.md").read_text()
+        return front, pd.read_csv(tmp_path / "out" / "table.csv").set_index("name")
+
+    front, table = reported()
+    assert "14 cells, 14 of them ok. Left out, since measuring versions are not compared: 9 of version 4; --filter measuring_version=N reports another." in front  # fmt: skip
+    assert list(table.index) == ["dense", "weight magnitude", "weight magnitude"] and "wanda" not in front
     assert (table.seeds[table.method != "dense"] == 2).all()
-    assert sorted(set(table.index)) == [  # Wanda's old rows stand, and with them the dense row that they go with
-        "dense (version 4)", "dense (version 6)", "weight magnitude (version 6)",
-        "weight wanda, bitmap (version 4)"]  # fmt: skip
-    assert len(table) == 6
+    front, table = reported("measuring_version=4")
+    assert set(table.index) == {"dense", "weight magnitude", "weight wanda, bitmap"} and "Left out" not in front
 
 
 def test_a_row_that_cannot_tell_its_version_is_the_oldest() -> None:
     rows = frames.twice(one_cell(measuring_version=np.nan), measuring_version=6)
-    kept, said = frontier.newest(rows)
+    kept, said = frontier.newest(rows, "ask for them")
     assert kept.measuring_version.tolist() == [6, 6]
-    assert said == ["Left out, since a newer measuring version has measured the same again: 2 of an unknown one."]
-    assert frontier.newest(kept)[1] == frontier.newest(one_cell())[1] == []
+    assert said == ["Left out, since measuring versions are not compared: 2 of an unknown one; ask for them."]
+    assert frontier.newest(kept, "")[1] == frontier.newest(one_cell(), "")[1] == []
+    older = report.select(rows, ["measuring_version!=6"])  # the way to ask for what has no number
+    assert len(older) == 2 and frontier.newest(older, "")[0].equals(older)
+
+
+def test_what_has_only_begun_to_be_measured_anew_is_still_the_earlier_version() -> None:
+    kept, said = frontier.newest(two_versions()[:3], "ask for them")
+    assert kept.measuring_version.tolist() == [5, 5] and "1 of version 6" in said[0]
+    dense = two_versions().query("method == 'dense'")
+    assert frontier.newest(dense, "")[0].measuring_version.tolist() == [6]
+    assert frontier.newest(dense[:0], "")[0].empty
 
 
 def test_a_default_that_changed_makes_no_other_setting() -> None:
@@ -77,7 +91,7 @@ def test_a_default_that_changed_makes_no_other_setting() -> None:
         rows.loc[here, "config"] = [json.dumps(json.loads(text) | {"benchmarks": {"tasks": ["pydoc"], "num_fewshot": shots}})
                                     for text in rows.config[here]]  # fmt: skip
     assert (knobs.with_variant(rows).setting == "").all()
-    assert frontier.newest(rows)[0].measuring_version.tolist() == [6, 6]
+    assert frontier.newest(rows, "")[0].measuring_version.tolist() == [6, 6]
 
 
 def names_of_one_model() -> pd.DataFrame:
@@ -182,7 +196,9 @@ def test_a_comparison_leaves_older_versions_out_and_says_so(tmp_path: Path, capl
         store.write(tmp_path, row, {"samples": samples})
     with caplog.at_level(logging.WARNING):
         found = paired.table(tmp_path, ["capitals/acc"])
-    assert len(found) == 1 and "2 of version 5" in caplog.text
+    assert len(found) == 1 and "2 of version 5; name their cells in pairs to compare them" in caplog.text
+    old = two_versions().cell[:2]
+    assert len(paired.table(tmp_path, ["capitals/acc"], [tuple(old)])) == 1
 
 
 def test_what_two_machines_timed_is_not_compared(tmp_path: Path) -> None:

@@ -61,21 +61,20 @@ def _oldest_first(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[rows.assign(_ok=ok, _at=at).reset_index().sort_values(["_ok", "_at"], kind="stable").index]
 
 
-def newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """(the rows without those that a newer measuring version has measured again, sentences that say what was left out).
+def newest(rows: pd.DataFrame, asked: str) -> tuple[pd.DataFrame, list[str]]:
+    """(the rows of one measuring version, sentences that say what was left out).
 
-    A dense row stays as long as a pruned row of its version does: else that one could be compared with nothing.
+    asked  how the others are asked for
+
+    What two versions have measured is not compared, so nothing that is to be compared holds both. The version is the
+    newest that has pruned a model: a study that has only begun anew, with its dense cells, is still the earlier one.
     """
-    rows = with_words(rows)
-    version = knobs.versions(rows)
-    asked = [rows[name] for name in SAME_POINT if name not in ("version", "machine")]
-    old = version < version.groupby(asked, dropna=False).transform("max")
-    compared = dense_of(rows)[(~old & (rows.method != "dense")).to_numpy()]
-    old.iloc[compared[compared >= 0]] = False
-    left = version[old].value_counts().sort_index()
+    version, pruned = knobs.versions(rows), rows.method != "dense"
+    others = version != version[pruned if pruned.any() else slice(None)].max()
+    left = version[others].value_counts().sort_index()
     counts = [f"{count} of {'an unknown one' if v == knobs.UNKNOWN else f'version {v}'}" for v, count in left.items()]
-    said = [f"Left out, since a newer measuring version has measured the same again: {', '.join(counts)}."]
-    return rows[~old], said if counts else []
+    said = [f"Left out, since measuring versions are not compared: {', '.join(counts)}; {asked}."]
+    return rows[~others], said if counts else []
 
 
 def dense_of(rows: pd.DataFrame) -> NDArray[np.int64]:

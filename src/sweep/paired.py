@@ -179,15 +179,15 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
 
     metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`,
              `gsm8k/exact_match,strict-match`
-    pairs    (before, after) names of cells; without them, every pruned cell after its dense one, but for those that a
-             newer measuring version has measured again
+    pairs    (before, after) names of cells; without them, every pruned cell of the newest measuring version after its
+             dense one
     Raises RequestError for a metric that a task's examples do not have. A task that no cell ran gives no line.
     verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
              a loss is no number. A table that is too large for so few documents to say anything is told in a warning.
     """
     rows, samples = store.load(results), store.table(results, "samples")
     rows = rows[rows.status == "ok"].set_index("cell")
-    current, left_out = frontier.newest(rows)
+    current, left_out = frontier.newest(rows, "name their cells in pairs to compare them")
     if pairs is None and left_out:
         log.warning(*left_out)
     chosen = list(pairs) if pairs is not None else against_dense(current)

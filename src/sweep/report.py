@@ -56,7 +56,7 @@ def read(results: Sequence[str]) -> pd.DataFrame:
             frames.append(store.load(folder))
         except FileNotFoundError as error:
             example = "python -m sweep +method=weight sparsity=0.1,0.3,0.5 -m"
-            raise RequestError(f"{error}. Run a sweep first, such as: {example}") from error
+            raise RequestError(f"{error}, or run one first, such as: {example}") from error
     if len(frames) == 1:
         return frames[0]
     rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
@@ -98,8 +98,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     """
     wanted = wanted or Wanted()
     rows = select(read(results), wanted.filters)
-    everything = knobs.with_variant(rows)
-    ok, left_out = frontier.newest(everything[everything.status == "ok"])
+    ok, left_out = frontier.newest(rows[rows.status == "ok"], published.ANOTHER_VERSION)
     ok = frontier.numbered(frontier.with_paired_latency(ok))
     if ok.empty:
         raise RequestError(f"{', '.join(results)}: none of the {len(rows)} rows is ok, so there is nothing to plot")
@@ -138,7 +137,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
         files.append(out / name)
     if wanted.html:
         (out / "report.html").write_text(
-            page.render(everything, ok.drop(columns="point"), metrics, costs, left_out, advised, failed)
+            page.render(knobs.with_variant(rows), ok.drop(columns="point"), metrics, costs, left_out, advised, failed)
         )
         files.append(out / "report.html")
     return files
