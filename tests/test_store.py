@@ -281,8 +281,17 @@ def test_the_command_line_compacts(tmp_path: Path, capsys: pytest.CaptureFixture
     store.write(tmp_path, row(cell_name(0)), {})
     store.main(["compact", str(tmp_path)])
     assert "1 finished cells in one file, which replaced 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["compact"], ["merge", "new"]])
+def test_a_folder_that_is_none_is_a_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        store.main(["compact", str(tmp_path / "nowhere")])
+        store.main([*command, "nowhere"])
+    said = "sweep: nowhere is no results folder: there is no nowhere/cells. Give one that a sweep has written\n"
+    assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["memory", "s3"])

@@ -339,6 +339,8 @@ def compact(results: Where) -> tuple[int, int]:
     """
     folder = Folder(results)
     check_version(results)
+    if not folder.exists("cells"):
+        raise FileNotFoundError(_no_folder(results))
     every = [_cell(name) for name in folder.names("cells")]
     for name in set_aside(results, every):
         log.warning("%s is no row of sweep: moved to %s/set_aside", name, results)
@@ -420,7 +422,7 @@ def _rows(
 
 
 def _no_folder(results: Where) -> str:
-    return f"{results} is no results folder: there is no {results}/cells"
+    return f"{results} is no results folder: there is no {results}/cells. Give one that a sweep has written"
 
 
 def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | None:
