@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from sweep import config, energy, models
 from sweep.config import Efficiency
 
-_LOOKS, _GROWTH = (
-    8,
-    1.5,
-)  # at what timing has found so far: how often at most, and how many times the turns until the next
+# How often timing looks, at most, at what it has found so far.
+_LOOKS = 8
+# How many times the turns of one look it has taken by the next.
+_GROWTH = 1.5
 _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
 
 
