@@ -317,6 +317,16 @@ def test_published_numbers_stand_beside_ours_and_dense_comes_first(tmp_path: Pat
     assert agrees and "has not been measured" in text
 
 
+def test_a_knob_that_a_published_line_leaves_empty_is_at_its_default(tmp_path: Path) -> None:
+    rows = frames.rows(seeds=1, methods=frames.METHODS[:1], sparsities=(0.5,))
+    other = rows[1:].assign(cell="global", config=rows.config[1].replace('"matrix"', '"global"'))
+    rows = pd.concat([rows, other.assign(**{"capitals/acc": 0.25})], ignore_index=True)
+    lines = [("m", "weight", "magnitude", 0.5, scope, "capitals/acc", 0.4, "paper") for scope in ("", "global")]
+    text, _ = published.compare(rows, csv_of(tmp_path / "p.csv", *lines))
+    ours = [line.split("|")[5].strip() for line in text.splitlines() if "weight magnitude" in line]
+    assert ours == [f"{rows['capitals/acc'][1]:.4g}", "0.25"]  # and not the one of all matrices beside both
+
+
 def test_a_published_table_without_a_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("model,method\nm,dense\n")
     with pytest.raises(RequestError, match="the columns sparsity, metric, published, source are missing"):

@@ -64,6 +64,13 @@ def is_called(rows: pd.DataFrame, name: str) -> pd.Series:
     return named | prints.isin(set(prints[named].dropna()))
 
 
+def at_default(rows: pd.DataFrame, key: str) -> pd.Series:
+    """Whether each row has a setting at its default, or has no such setting."""
+    settings = [flat(text) for text in _column(rows, "config")]
+    found = [key not in s or _is_default(key, s, of) for s, of in zip(settings, versions(rows), strict=True)]
+    return pd.Series(found, index=rows.index, dtype=bool)
+
+
 def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with one name for each model, and with four columns of words, empty where all rows agree.
 

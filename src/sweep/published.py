@@ -33,8 +33,9 @@ def compare(rows: pd.DataFrame, path: Path) -> tuple[str, bool]:
     """(the table as text, whether every dense number that we have agrees).
 
     A line of the file matches the rows that agree in model, method, sparsity and every further column that it fills: a
-    column of the rows, or a knob of the method or the calibration. Seeds are averaged, and nothing else is: a line that
-    matches rows of several settings stands there once for each.
+    column of the rows, or a knob of the method or the calibration. A knob of the method that the file has and the line
+    leaves empty is at its default. Seeds are averaged, and nothing else is: a line that matches rows of several settings
+    stands there once for each.
     """
     wanted = read(path)
     ok, left_out = frontier.newest(rows[rows.status == "ok"], ANOTHER_VERSION)
@@ -87,9 +88,13 @@ def _matching(rows: pd.DataFrame, settings: pd.DataFrame, line: dict, path: Path
     if line["method"] != "dense":
         keep &= (rows.sparsity - line["sparsity"]).abs() < 1e-6
     for name, value in line.items():
-        if name in _ASIDE or pd.isna(value) or str(value) == "":
+        if name in _ASIDE:
             continue
         if line["method"] == "dense" and (name == "criterion" or name.startswith(("method.", "calibration."))):
+            continue
+        if pd.isna(value) or str(value) == "":
+            if name.startswith("method."):
+                keep &= knobs.at_default(rows, name)
             continue
         source = rows if name in rows else settings
         if name not in source:
