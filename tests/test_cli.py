@@ -362,7 +362,7 @@ def test_the_first_sweep_on_the_embedded_model_makes_sense(tmp_path: Path) -> No
     )
     rows = sweep.load(tmp_path / "results").set_index("method")
     perplexity = rows["pydoc/token_perplexity"]
-    assert 14 < perplexity["dense"] < 20 < perplexity["neuron"] < 50 < perplexity["weight"]
+    assert 11 < perplexity["dense"] < 20 < perplexity["neuron"] < 50 < perplexity["weight"]
     assert rows.nonzero_parameters["weight"] < 0.65 * rows.nonzero_parameters["dense"]
     assert rows.weights_bytes["neuron"] < 0.75 * rows.weights_bytes["dense"] == 0.75 * rows.weights_bytes["weight"]
     assert rows.sparsity_achieved["neuron"] == pytest.approx(0.5, abs=1e-4)
