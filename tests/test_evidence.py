@@ -74,6 +74,21 @@ def test_a_ruined_model_is_not_within_noise_of_dense_since_its_seeds_scatter() -
         assert evidence.interval(points, ruined[0], dense[0], METRIC)[0] > 1_000
 
 
+def test_a_metric_without_interval_or_documents_is_told_from_nothing() -> None:
+    rows, samples = cells({"a": 0.10, "b": 0.15})
+    rows[f"{METRIC}_stderr"] = np.nan
+    found = marked(rows, NOTHING)
+    assert found["a"] == "best" and found["b"] == "within noise"
+    assert marked(rows, Evidence(rows, samples))["b"] == ""
+    points = frontier.points(rows, "weights_bytes", METRIC)  # what is counted needs no interval
+    one, other = (np.flatnonzero(points.criterion == name) for name in "ab")
+    assert NOTHING.p_values(points, one, other, METRIC) == 1
+    counted = frontier.points(rows, "sparsity", "macs_per_token")
+    pruned, dense = (np.flatnonzero((counted.method == "dense") == is_dense)[:1] for is_dense in (False, True))
+    counted.loc[pruned, "y"] /= 2
+    assert NOTHING.p_values(counted, pruned, dense, "macs_per_token") == 0
+
+
 def test_a_cell_without_documents_is_compared_by_its_interval() -> None:
     rows, samples = cells({"a": 0.10, "b": 0.15, "c": 2.0})
     lacking = samples[~samples.cell.isin(rows.cell[rows.criterion != "a"])]

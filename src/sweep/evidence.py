@@ -3,7 +3,7 @@
 Two cells that answered the same documents are compared document by document, as sweep.paired does: their own intervals
 overlap long before they are alike, for most of what moves the one moves the other. Where a point has several seeds, its
 scatter over them must deny that the two are alike as well. Costs, and cells whose outcomes are not at hand, are compared
-by their intervals, as values that know nothing of each other.
+by their intervals, as values that know nothing of each other; a task's metric that has neither is told from nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Evidence:
                 shift = np.log1p(shift / points.y.to_numpy()[other])
         even = _even(points, metric)
         p, by_seeds = (_unpaired(known, one, other, shift) for known in (even, _over_seeds(even)))
+        if "/" in metric:  # measured on documents: of a point without an interval nobody knows how much it would move
+            p[(points.interval == "none").to_numpy()[[one, other]].any(0)] = 1.0
         several = (points.interval == _SCATTER).to_numpy()[[one, other]].any(0)
         estimates, names = self._estimates(metric), points.get("point", pd.Series(index=points.index)).to_numpy()
         by_documents: dict[int, list[tuple[int, NDArray]]] = {}
