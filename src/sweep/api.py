@@ -64,17 +64,7 @@ def prune(
     if device is not None and not isinstance(cell.method, Weight):
         raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
     plan.check_method(cell, model.config.to_dict())
-    tokens = text.for_cell(cell, tokenizer)
-    outcome = methods.prune(
-        model,
-        cell.method,
-        cell.sparsity,
-        tokens,
-        seed=cell.seed,
-        tokenizer=tokenizer,
-        sequential=sequential,
-        device=device,
-    )
+    outcome = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
     if cell.method.family in config.SHRINKING:
         shrunk.save_pretrained_as_sweep(model)
     return outcome

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import heads, layers, models, reading, shared, units, vocabulary, weights
-from sweep.config import Dense, Head, Layer, Method, Neuron, Vocab, Weight
+from sweep.config import Cell, Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.outcome import Outcome
 
 
@@ -59,6 +59,29 @@ def prune(
         case Vocab():
             assert tokenizer is not None
             return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)
+
+
+def prune_as(
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor | None,
+    *,
+    share: shared.Share = shared.alone,
+    device: torch.device | str | None = None,
+) -> Outcome:
+    """`prune`, as a cell asks for it: from the command line and from Python alike."""
+    return prune(
+        model,
+        cell.method,
+        cell.sparsity,
+        tokens,
+        seed=cell.seed,
+        tokenizer=tokenizer,
+        sequential=cell.calibration is None or cell.calibration.sequential,
+        share=share,
+        device=device,
+    )
 
 
 def targets(model: PreTrainedModel, method: Method) -> frozenset[str]:

@@ -57,16 +57,8 @@ def run_cell(
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
     targets = methods.targets(model, cell.method)
     with cost.Bill(model, cell.device) as bill:
-        outcome = methods.prune(
-            model,
-            cell.method,
-            cell.sparsity,
-            tokens,
-            seed=cell.seed,
-            tokenizer=tokenizer,
-            sequential=cell.calibration is None or cell.calibration.sequential,
-            share=shared.alone if tokens is None else shared.Shared(cell, tokens, bill),
-        )
+        share = shared.alone if tokens is None else shared.Shared(cell, tokens, bill)
+        outcome = methods.prune_as(cell, model, tokenizer, tokens, share=share)
         tokenizer = outcome.tokenizer or tokenizer
     row |= bill.columns(outcome.calibration_tokens)
     row["calibration_tokens"] = outcome.calibration_tokens
