@@ -100,7 +100,8 @@ def test_a_second_sparsity_measures_nothing_and_its_row_says_what_it_costs(
 
     first = row(sparsity=0.25)
     (entry,) = [e for e in cache.entries() if e.name.startswith("statistics/")]
-    (entry.path / "cost.json").write_text('{"seconds": 1000.0, "forward_passes": 7.0, "peak_bytes": 123456789012345}')
+    # 896: 7 times the 4 x 16 tokens through both blocks
+    (entry.path / "cost.json").write_text('{"seconds": 1000.0, "block_tokens": 896, "peak_bytes": 123456789012345}')
     second = row(sparsity=0.5)
     assert first.prune_forward_passes == 1 and first.prune_seconds < 1000
     assert second.prune_seconds > 1000 and second.prune_forward_passes == 7
@@ -115,7 +116,7 @@ def test_waiting_for_what_another_cell_measures_is_in_no_column_of_work(
 ) -> None:
     run.run_cell(cell(tiny_checkpoint, 0.25))
     (entry,) = [e.path for e in cache.entries() if e.name.startswith("statistics/")]
-    (entry / "cost.json").write_text('{"seconds": 2.0, "forward_passes": 1.0, "peak_bytes": 1}')
+    (entry / "cost.json").write_text('{"seconds": 2.0, "block_tokens": 128, "peak_bytes": 1}')
     entry.rename(tmp_path / "measured")
     begun, waited = threading.Event(), locks.waited_seconds()
 

@@ -103,10 +103,6 @@ class ForwardPasses:
         through = self.block_tokens if block_tokens is None else block_tokens
         return through / (tokens * len(self._blocks)) if tokens else None
 
-    def block_tokens_of(self, tokens: int, passes: float) -> int:
-        """The other way round."""
-        return round(passes * tokens * len(self._blocks))
-
 
 def _return_freed_memory() -> None:
     """Have the C library give freed memory back, so that it is not counted as in use."""

@@ -48,7 +48,8 @@ def evaluate(
     """(columns of the row, the outcome of every example).
 
     Columns are `task/metric` and `task/metric_stderr`, with `,FILTER` behind where a task filters answers by a named
-    filter, and `higher_is_better`, what lm-eval says of its metrics. Raises RequestError when a task's data cannot be found. NaN and infinite metrics are kept, with a warning.
+    filter, and `higher_is_better`, what lm-eval says of its metrics. NaN and infinite metrics are kept, with a warning.
+    Raises RequestError when a task's data cannot be found.
     """
     if not settings.tasks:
         return {}, _frame([])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from sweep import cache, cost, identity, sources, text
 from sweep.calibrate import exact_device
 from sweep.config import Cell
 
+_FORMAT = 2  # raise when what lies in an entry changes
 Tensors = dict[str, Tensor]
 Share = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it
 
@@ -48,8 +50,8 @@ class Shared:
 
     def __init__(self, cell: Cell, tokens: Tensor, meter: cost.Meter) -> None:
         digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-        self._key = [sources.fingerprint(cell.model), list(tokens.shape), digest, *identity.arithmetic(cell)]
-        self._device, self._tokens, self._meter = cell.device, tokens.numel(), meter
+        self._key = [_FORMAT, sources.fingerprint(cell.model), list(tokens.shape), digest, *identity.arithmetic(cell)]
+        self._device, self._meter = cell.device, meter
 
     def __call__(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
         """What `measure` gives, by name; measured by this cell, or by another before it.
@@ -62,15 +64,11 @@ class Shared:
             before = self._meter.spent()
             here.append(measure())
             spent = self._meter.since(before)
-            told = {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes,
-                    "forward_passes": self._meter.passes.of(self._tokens, spent.block_tokens)}  # fmt: skip
             save_file({name: t.cpu().contiguous() for name, t in here[0].items()}, half / "statistics.safetensors")
-            (half / "cost.json").write_text(json.dumps(told))
+            (half / "cost.json").write_text(json.dumps(asdict(spent)))
 
         folder = cache.entry("statistics", text.fingerprint([*self._key, what]), make)
         if here:
             return here[0]
-        told = json.loads((folder / "cost.json").read_text())
-        through = self._meter.passes.block_tokens_of(self._tokens, told["forward_passes"])
-        cost.charge(cost.Cost(told["seconds"], through, told["peak_bytes"]))
+        cost.charge(cost.Cost(**json.loads((folder / "cost.json").read_text())))
         return load_file(folder / "statistics.safetensors", device=str(exact_device(self._device)))

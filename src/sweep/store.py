@@ -441,7 +441,10 @@ def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | No
 
 
 def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
-    """Files of all versions as one table in this version's columns and types, of each cell the newest row, an ok one if any, by name."""
+    """Files of all versions as one table in this version's columns and types, by name.
+
+    Of each cell the newest row, and an ok one before any other.
+    """
     if not tables:
         return schema(()).empty_table()
     merged = pa.concat_tables([_typed(found) for found in tables.values()], promote_options="permissive")
