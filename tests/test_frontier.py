@@ -66,3 +66,16 @@ def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> No
     )
     paired = frontier.with_paired_latency(frame)
     assert paired.decode_ms_paired.tolist() == [20.0, 20.0, 10.0]
+
+
+def test_a_point_that_may_be_no_faster_than_a_better_one_is_not_on_the_frontier_for_certain() -> None:
+    points = pd.DataFrame({"x": [37.4, 38.2], "x_low": [34.6, np.nan], "x_high": [39.0, np.nan], "y": [455.0, 13.3],
+                           "y_low": np.nan, "y_high": np.nan})  # fmt: skip
+
+    def differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return one != other
+
+    for sure, words in ((39.0, ["within noise", "on"]), (38.0, ["on", "on"])):
+        points.loc[0, "x_high"] = sure
+        for by in (differ, None):
+            assert frontier.membership(points, x_is_loss=True, y_is_loss=True, differ=by).tolist() == words

@@ -174,7 +174,7 @@ def _compared(x: NDArray, y: NDArray, x_best: NDArray, x_worst: NDArray, differ:
     i, j = (pairs.ravel() for pairs in np.meshgrid(edge, np.arange(len(x)), indexing="ij"))
     near = (x[j] <= x_worst[i]) & (i != j) & ((x[j] != x[i]) | (y[j] != y[i]))
     i, j = i[near], j[near]
-    np.logical_or.at(maybe, i, ~differ(i, j))
+    np.logical_or.at(maybe, i, (y[j] <= y[i]) | ~differ(i, j))  # better, or not told from it
     return surely, maybe
 
 
