@@ -52,8 +52,12 @@ def measure(words: list[str], spin: str | None) -> tuple[float, float]:
     """(seconds of the cells, cores that others kept busy while they were timed, on average)."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | ({} if spin is None else {"GOMP_SPINCOUNT": spin})
-        subprocess.run([sys.executable, "-m", "sweep", *words, f"results={folder}/results"], check=True,
-                       stdout=subprocess.DEVNULL, env=environment)  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-m", "sweep", *words, f"results={folder}/results"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
         rows = sweep.load(Path(folder) / "results")
     assert (rows.status == "ok").all()
     seconds, others = float(rows.cell_seconds.sum()), float(rows.other_cores_busy.mean())
@@ -79,10 +83,16 @@ def main() -> None:
         seconds = [statistics.median(s for s, _ in found) for found in (alone, beside)]
         busy = [statistics.median(cores for _, cores in found) for found in (alone, beside)]
         lines.append(
-            {"GOMP_SPINCOUNT": spin or machine.thread_settings().get("GOMP_SPINCOUNT", "yours"),
-             "alone, s": seconds[0], "beside, s": seconds[1], "ratio": seconds[1] / seconds[0], "bar": BAR,
-             "others busy alone": busy[0], "others busy beside": busy[1]}
-        )  # fmt: skip
+            {
+                "GOMP_SPINCOUNT": spin or machine.thread_settings().get("GOMP_SPINCOUNT", "yours"),
+                "alone, s": seconds[0],
+                "beside, s": seconds[1],
+                "ratio": seconds[1] / seconds[0],
+                "bar": BAR,
+                "others busy alone": busy[0],
+                "others busy beside": busy[1],
+            }
+        )
         print(tabulate(lines, headers="keys", floatfmt=".3g"), flush=True)
 
 

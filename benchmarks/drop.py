@@ -58,8 +58,10 @@ def agreement(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> None:
     chosen = sorted((int(draw.integers(len(parts))), int(draw.integers(parts[0].units))) for _ in range(count))
     probe = drop.probe_of_text(tokens)
     scheme = drop.Scheme("loss", probe)
-    ablations = [drop.Ablation(part.block, part.output, [torch.tensor([u]) for block, u in chosen if block == part.block])
-                 for part in parts]  # fmt: skip
+    ablations = [
+        drop.Ablation(part.block, part.output, [torch.tensor([u]) for block, u in chosen if block == part.block])
+        for part in parts
+    ]
     measured = [a for a in ablations if a.columns]
     runs = [drop.likelihoods(model, probe, measured, resume=False, spare_head=spare) for spare in (False, True)]
     resumed = np.stack([drop.importance(scheme, base, np.concatenate(found)) for base, found in runs], 1)
@@ -86,9 +88,12 @@ def speed(model: PreTrainedModel, tokens: torch.Tensor, repeats: int) -> None:
     few = drop.probe_of_questions(*last, [0] * len(tokens))
     batch = max(1, drop.TOKENS_AT_ONCE // tokens.numel())
     spared = "the same, the head spared: what is used"
-    runs = {"resumed": (drop.Resumed(model, probe), 1), "resumed and batched": (drop.Resumed(model, probe), batch),
-            spared: (drop.Resumed(model, probe), batch),
-            "resumed and batched, one scored token a text": (drop.Resumed(model, few), batch)}  # fmt: skip
+    runs = {
+        "resumed": (drop.Resumed(model, probe), 1),
+        "resumed and batched": (drop.Resumed(model, probe), batch),
+        spared: (drop.Resumed(model, probe), batch),
+        "resumed and batched, one scored token a text": (drop.Resumed(model, few), batch),
+    }
     runs["resumed"][0].at_once = 1
     prepared = cpu(runs[spared][0].spare_head) / sum(part.units for part in parts)
     times: dict[str, list[list[float]]] = {name: [[] for _ in sampled] for name in runs}
@@ -133,10 +138,12 @@ def screening(model: PreTrainedModel, tokens: torch.Tensor, block: int, sparsity
     same = len(sets[0] & sets[1]) / removed
     guess = drop.first_order(model, probe, [part.output])[0]
     alone = len(sets[0] & set(guess.argsort(stable=True)[:removed].tolist())) / removed
-    print(f"block {block}, {part.units} neurons, {removed} removed, {tokens.numel()} tokens: {int(measured[0].table.measured.sum())} measured, "
-          f"{same:.2%} of the removed set the same (the estimate alone: {alone:.2%}); {spent:.1f} CPU s, "
-          f"a full forward pass for every neuron {plain * part.units:.1f}: "
-          f"{plain * part.units / spent:.1f} times less")  # fmt: skip
+    print(
+        f"block {block}, {part.units} neurons, {removed} removed, {tokens.numel()} tokens: {int(measured[0].table.measured.sum())} measured, "
+        f"{same:.2%} of the removed set the same (the estimate alone: {alone:.2%}); {spent:.1f} CPU s, "
+        f"a full forward pass for every neuron {plain * part.units:.1f}: "
+        f"{plain * part.units / spent:.1f} times less"
+    )
 
 
 def main() -> None:

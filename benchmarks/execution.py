@@ -34,8 +34,15 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def large(dtype: torch.dtype) -> PreTrainedModel:
     """A random Llama with the shapes of TinyLlama 1.1B, made in its dtype without a float32 copy."""
-    shape = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-             "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}  # fmt: skip
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    }
     return _filled(AutoConfig.for_model("llama", **shape), dtype)
 
 

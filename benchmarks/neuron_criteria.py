@@ -92,10 +92,14 @@ def main() -> None:
         line: list[object] = [name, balance, damping]
         for sparsity in asked.sparsity:
             with patch.object(unit_scores, "BALANCE", balance), patch.object(repair, "DAMPING", damping):
-                found = np.array([  # (seeds, pages)
-                    losses(pruned(dense, method, sparsity, seed, tokens, seen[method.criterion], "+" in name), pages)
-                    for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
-                ])  # fmt: skip
+                found = np.array(
+                    [  # (seeds, pages)
+                        losses(
+                            pruned(dense, method, sparsity, seed, tokens, seen[method.criterion], "+" in name), pages
+                        )
+                        for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
+                    ]
+                )
             perplexities = np.exp(found.sum(1) / counts.sum())
             page_losses = found.mean(0)
             gap, error = words.per_token(page_losses - first.setdefault(sparsity, page_losses), counts)

@@ -100,8 +100,17 @@ def main() -> None:
     options = {} if asked.tool == "sweep" else {"save_compressed": False}
     model.save_pretrained(asked.out, **options)
     tokenizer.save_pretrained(asked.out)
-    print(json.dumps({"seconds": seconds, "pass_seconds": pass_seconds, "peak_bytes": peak, "before_bytes": before,
-                      "torch": torch.__version__}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "pass_seconds": pass_seconds,
+                "peak_bytes": peak,
+                "before_bytes": before,
+                "torch": torch.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

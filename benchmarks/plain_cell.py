@@ -76,8 +76,13 @@ def main() -> None:
     else:
         magnitude(model, sparsity)
     manager = TaskManager(include_path=str(Path(sweep.__file__).parent / "tasks"))
-    found = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, max_length=2048), limit=100,
-                                    tasks=["pydoc", "capitals"], task_manager=manager, bootstrap_iters=0)  # fmt: skip
+    found = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, max_length=2048),
+        limit=100,
+        tasks=["pydoc", "capitals"],
+        task_manager=manager,
+        bootstrap_iters=0,
+    )
     print(
         {task: {k: v for k, v in values.items() if isinstance(v, float)} for task, values in found["results"].items()}
     )

@@ -83,9 +83,11 @@ def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: 
     ]
     table = tabulate(lines, headers=["ARC-Easy", "batch size", "seconds", "acc"], floatfmt=".4g")
     tried = ", ".join(f"{n}: {t:.1f} s" for n, t in timed.items())
-    return (f"{table}\n{len(grouped)} questions; HFLM over 40 questions by batch size: {tried}\n"
-            f"median ratio of {len(ratios)} pieces: {statistics.median(ratios):.2f} (bar 2.5)\n"
-            f"difference of log-likelihoods: median {statistics.median(gaps):.4f}, largest {max(gaps):.4f}")  # fmt: skip
+    return (
+        f"{table}\n{len(grouped)} questions; HFLM over 40 questions by batch size: {tried}\n"
+        f"median ratio of {len(ratios)} pieces: {statistics.median(ratios):.2f} (bar 2.5)\n"
+        f"difference of log-likelihoods: median {statistics.median(gaps):.4f}, largest {max(gaps):.4f}"
+    )
 
 
 def main() -> None:

@@ -45,8 +45,17 @@ def main() -> None:
         found = columns["wikitext2/perplexity"]
         agrees = abs(found - known) <= tolerance
         off += not agrees
-        lines.append((model.name, columns["perplexity_windows"], columns["perplexity_tokens"], known, found, source,
-                      "agrees" if agrees else "DIFFERS"))  # fmt: skip
+        lines.append(
+            (
+                model.name,
+                columns["perplexity_windows"],
+                columns["perplexity_tokens"],
+                known,
+                found,
+                source,
+                "agrees" if agrees else "DIFFERS",
+            )
+        )
     heads = ["WikiText-2, windows of 2048", "windows", "tokens", "known", "measured", "known from", "verdict"]
     print(tabulate(lines, headers=heads, floatfmt=".3f"))
     sys.exit(1 if off else 0)

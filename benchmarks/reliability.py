@@ -35,8 +35,17 @@ import sweep
 from sweep import store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-QUICK = ["benchmarks=pydoc", "benchmarks.limit=1", "benchmarks.max_length=128", "efficiency.prompt_tokens=4",
-         "efficiency.output_tokens=2", "efficiency.repeats=6", "efficiency.warmup=0", "dtype=float32", "threads=1"]  # fmt: skip
+QUICK = [
+    "benchmarks=pydoc",
+    "benchmarks.limit=1",
+    "benchmarks.max_length=128",
+    "efficiency.prompt_tokens=4",
+    "efficiency.output_tokens=2",
+    "efficiency.repeats=6",
+    "efficiency.warmup=0",
+    "dtype=float32",
+    "threads=1",
+]
 WRITERS, ROUNDS, LOOPS = 50, 20, 1000
 _PR_SET_CHILD_SUBREAPER, _CLONE_NEWNS = 36, 0x20000
 Line = tuple[str, Any, Any]  # what, measured, bar
@@ -169,8 +178,10 @@ def writers(folder: Path) -> Iterator[Line]:
     context.set_forkserver_preload(["sweep.store"])
     together = context.Barrier(WRITERS + 1)
     started, finished = context.RawArray("i", WRITERS), context.RawArray("i", WRITERS)
-    processes = [context.Process(target=_write_at_once, args=(results, n, together, started, finished), daemon=True)
-                 for n in range(WRITERS)]  # fmt: skip
+    processes = [
+        context.Process(target=_write_at_once, args=(results, n, together, started, finished), daemon=True)
+        for n in range(WRITERS)
+    ]
     for process in processes:
         process.start()
     failed = wrong = beside = loops = 0

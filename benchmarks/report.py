@@ -28,8 +28,11 @@ from sweep import report
 
 def made(count: int) -> pd.DataFrame:
     """So many rows of 24 criteria at 20 sparsities, four tasks each."""
-    methods = [(family, f"criterion_{i}", execution) for i in range(8)
-               for family, execution in (("weight", "dense"), ("weight", "bitmap"), ("neuron", "shrunk"))]  # fmt: skip
+    methods = [
+        (family, f"criterion_{i}", execution)
+        for i in range(8)
+        for family, execution in (("weight", "dense"), ("weight", "bitmap"), ("neuron", "shrunk"))
+    ]
     sparsities = tuple(np.round(np.linspace(0.04, 0.8, 20), 3))
     rows = frames.rows(math.ceil(count / (len(methods) * len(sparsities))), sparsities, methods=tuple(methods)).head(
         count

@@ -91,16 +91,21 @@ def main() -> None:
     cells = {"magnitude": again - start, "wanda": second - start, "again": third - start}
     whole_sweep = first + 4 * cells["magnitude"] + 3 * cells["wanda"] + 12 * cells["again"]
     whole_plain = 15 * plain["magnitude"] + 15 * plain["wanda"]
-    lines = [("the dense cell and one by magnitude", None, first),
-             ("one more by magnitude", plain["magnitude"], cells["magnitude"]),
-             ("one by Wanda", plain["wanda"], cells["wanda"]),
-             ("one by Wanda of another sparsity", plain["wanda"], cells["again"]),
-             ("start of a sweep", None, start),
-             ("a plan of 1,000 cells that read a text of 20 MB", None, planned),
-             ("what timing adds to a cell", None, timed and (timed - first) / 2),
-             ("the reference sweep", whole_plain, whole_sweep)]  # fmt: skip
-    print(tabulate(lines, headers=["CPU seconds", f"plain script ({options.dtype})", "sweep"], floatfmt=".1f",
-                   missingval="-"))  # fmt: skip
+    lines = [
+        ("the dense cell and one by magnitude", None, first),
+        ("one more by magnitude", plain["magnitude"], cells["magnitude"]),
+        ("one by Wanda", plain["wanda"], cells["wanda"]),
+        ("one by Wanda of another sparsity", plain["wanda"], cells["again"]),
+        ("start of a sweep", None, start),
+        ("a plan of 1,000 cells that read a text of 20 MB", None, planned),
+        ("what timing adds to a cell", None, timed and (timed - first) / 2),
+        ("the reference sweep", whole_plain, whole_sweep),
+    ]
+    print(
+        tabulate(
+            lines, headers=["CPU seconds", f"plain script ({options.dtype})", "sweep"], floatfmt=".1f", missingval="-"
+        )
+    )
     print(f"ratio {whole_plain / whole_sweep:.1f}; bar 8")
     metrics = [name for name in rows if name in ("pydoc/word_perplexity", "capitals/acc")]
     print(rows.set_index(["criterion", "sparsity"])[metrics].to_string(), *outputs.values(), sep="\n")

@@ -33,9 +33,15 @@ MIB = 2**20
 
 def make(layers: int, vocabulary: int) -> PreTrainedModel:
     config = AutoConfig.for_model(
-        "gemma3_text", vocab_size=vocabulary, hidden_size=640, intermediate_size=2048, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-    )  # fmt: skip
+        "gemma3_text",
+        vocab_size=vocabulary,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
@@ -99,14 +105,41 @@ def main() -> None:
         return
     lines = []
     for name in asked.names:
-        command = [sys.executable, __file__, name, "--here", *(f"--{key}={getattr(asked, key)}" for key in
-                   ("layers", "vocabulary", "sequences", "length"))]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            name,
+            "--here",
+            *(f"--{key}={getattr(asked, key)}" for key in ("layers", "vocabulary", "sequences", "length")),
+        ]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         bar, least = (found["model"] + found["block"] + found[key] for key in ("text", "batch"))
-        lines.append((name, found["seconds"], *(found[key] / MIB for key in ("model", "block", "taken")), bar / MIB,
-                      least / MIB, "yes" if found["taken"] <= bar else "no"))  # fmt: skip
-    print(tabulate(lines, floatfmt=".0f", headers=["method", "seconds", "model MiB", "block in float32", "taken", "bar",
-                                                   "of a batch", "within the bar"]))  # fmt: skip
+        lines.append(
+            (
+                name,
+                found["seconds"],
+                *(found[key] / MIB for key in ("model", "block", "taken")),
+                bar / MIB,
+                least / MIB,
+                "yes" if found["taken"] <= bar else "no",
+            )
+        )
+    print(
+        tabulate(
+            lines,
+            floatfmt=".0f",
+            headers=[
+                "method",
+                "seconds",
+                "model MiB",
+                "block in float32",
+                "taken",
+                "bar",
+                "of a batch",
+                "within the bar",
+            ],
+        )
+    )
 
 
 if __name__ == "__main__":

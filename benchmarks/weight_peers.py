@@ -94,17 +94,35 @@ def evaluated(folder: Path, dtype: str, limit: int | None) -> tuple[float, float
 
 def pruned(python: Path, tool: str, method: str, asked: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
     """One pruning in a process of its own, and what came of it."""
-    command = [python, HERE / "one_pruning.py", tool, method, asked.sparsity, place / "model", place / f"{seed}.npy",
-               place / "out", "--dtype", asked.dtype, "--threads", asked.threads]  # fmt: skip
-    surroundings = os.environ | {"OMP_NUM_THREADS": str(asked.threads), "HF_HUB_OFFLINE": "1",
-                                 "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    command = [
+        python,
+        HERE / "one_pruning.py",
+        tool,
+        method,
+        asked.sparsity,
+        place / "model",
+        place / f"{seed}.npy",
+        place / "out",
+        "--dtype",
+        asked.dtype,
+        "--threads",
+        asked.threads,
+    ]
+    surroundings = os.environ | {
+        "OMP_NUM_THREADS": str(asked.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(list(map(str, command)), env=surroundings, capture_output=True, text=True, cwd=place)
     if done.returncode:
         sys.exit(f"{tool} {method} failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     found["perplexity"], found["zeros"] = evaluated(place / "out", asked.dtype, asked.limit)
-    print(f"{method} by {tool}, seed {seed}: {found['seconds']:.1f} s, perplexity {found['perplexity']:.2f} "
-          f"(torch {found['torch']})", flush=True)  # fmt: skip
+    print(
+        f"{method} by {tool}, seed {seed}: {found['seconds']:.1f} s, perplexity {found['perplexity']:.2f} "
+        f"(torch {found['torch']})",
+        flush=True,
+    )
     return found
 
 
@@ -154,14 +172,18 @@ def report(runs: dict[tuple[str, str], list[dict[str, Any]]], dense: float, spar
         if (peer, PEER) in runs:
             faster = seconds[peer, PEER] / seconds[method, "sweep"]
             ratio = ours[method] / perplexity[peer, PEER]
-            print(f"{method} at {sparsity}: {faster:.1f} times as fast as its {peer} (bar {FASTER[peer]:g}), perplexity "
-                  f"{ratio:.3f} of its (bar 1)")  # fmt: skip
+            print(
+                f"{method} at {sparsity}: {faster:.1f} times as fast as its {peer} (bar {FASTER[peer]:g}), perplexity "
+                f"{ratio:.3f} of its (bar 1)"
+            )
     once = statistics.median(run["pass_seconds"] for found in runs.values() for run in found)
     print(f"one forward pass of the calibration text through the blocks alone: {once:.1f} s")
     if ("sparsegpt", PEER) in runs:
         best = min(ours, key=lambda method: ours[method])
-        print(f"our best, {best}: perplexity {ours[best] / perplexity['sparsegpt', PEER]:.3f} of its SparseGPT's "
-              f"(bar {BEST:g})")  # fmt: skip
+        print(
+            f"our best, {best}: perplexity {ours[best] / perplexity['sparsegpt', PEER]:.3f} of its SparseGPT's "
+            f"(bar {BEST:g})"
+        )
 
 
 if __name__ == "__main__":

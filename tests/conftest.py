@@ -12,8 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
 
-TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64}  # fmt: skip
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 GATED = {**TINY, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
 FAMILIES: dict[str, dict] = {
     "llama": GATED,
@@ -63,8 +68,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **{**GATED, "vocab_size": len(vocabulary), "max_position_embeddings": 4096},
-                                  bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        **{**GATED, "vocab_size": len(vocabulary), "max_position_embeddings": 4096},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

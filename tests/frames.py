@@ -10,15 +10,24 @@ import pandas as pd
 METHODS = (("weight", "magnitude", "dense"), ("weight", "wanda", "bitmap"), ("neuron", "taylor_abs", "shrunk"))
 
 
-def rows(seeds: int = 3, sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7), models: tuple[str, ...] = ("m",),
-         methods: tuple[tuple[str, str, str], ...] = METHODS, failed: int = 0) -> pd.DataFrame:  # fmt: skip
+def rows(
+    seeds: int = 3,
+    sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7),
+    models: tuple[str, ...] = ("m",),
+    methods: tuple[tuple[str, str, str], ...] = METHODS,
+    failed: int = 0,
+) -> pd.DataFrame:
     """A dense row for each model, and a row for each method, sparsity and seed; the last `failed` ones failed."""
     draw = np.random.default_rng(0)
     lines = []
     for model in models:
         lines.append(_line(model, "dense", None, "dense", 0.0, 0, draw))
-        lines += [_line(model, *method, sparsity, seed, draw)
-                  for method in methods for sparsity in sparsities for seed in range(seeds)]  # fmt: skip
+        lines += [
+            _line(model, *method, sparsity, seed, draw)
+            for method in methods
+            for sparsity in sparsities
+            for seed in range(seeds)
+        ]
     frame = pd.DataFrame(lines)
     measured = [c for c in frame if "/" in c or c.endswith(("_p50", "_bytes")) or "speedup" in c]
     for i in frame.index[len(frame) - failed :]:
@@ -30,20 +39,36 @@ def rows(seeds: int = 3, sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7), m
 
 def twice(rows_: pd.DataFrame, **changes: object) -> pd.DataFrame:
     """The rows, and again under other names, measured a day later, with these columns changed."""
-    again = rows_.assign(cell=[f"{int(cell, 16) ^ 1:016x}" for cell in rows_.cell],
-                         started_at=rows_.started_at.str.replace("01-01T", "01-02T"), **changes)  # fmt: skip
+    again = rows_.assign(
+        cell=[f"{int(cell, 16) ^ 1:016x}" for cell in rows_.cell],
+        started_at=rows_.started_at.str.replace("01-01T", "01-02T"),
+        **changes,
+    )
     return pd.concat([rows_, again], ignore_index=True)
 
 
-def _line(model: str, method: str, criterion: str | None, execution: str, sparsity: float, seed: int,
-          draw: np.random.Generator) -> dict:  # fmt: skip
+def _line(
+    model: str,
+    method: str,
+    criterion: str | None,
+    execution: str,
+    sparsity: float,
+    seed: int,
+    draw: np.random.Generator,
+) -> dict:
     harm = {"magnitude": 6.0, "wanda": 3.0, "taylor_abs": 2.0}.get(criterion or "", 1.0) * sparsity
     noise = draw.normal(0, 0.01)
     gain = {"dense": 1.0, "bitmap": 0.8 + sparsity, "shrunk": 1 + 0.6 * sparsity}[execution] + noise
     kept = 1 - sparsity if execution == "shrunk" else 1.0
-    config = {"model": {"name": model}, "method": {"family": method, "criterion": criterion, "scope": "matrix"},
-              "sparsity": sparsity, "seed": seed, "benchmarks": {"tasks": ["pydoc"]}, "dtype": "bfloat16",
-              "calibration": {"source": "pydoc"} if criterion in ("wanda", "taylor_abs") else None}  # fmt: skip
+    config = {
+        "model": {"name": model},
+        "method": {"family": method, "criterion": criterion, "scope": "matrix"},
+        "sparsity": sparsity,
+        "seed": seed,
+        "benchmarks": {"tasks": ["pydoc"]},
+        "dtype": "bfloat16",
+        "calibration": {"source": "pydoc"} if criterion in ("wanda", "taylor_abs") else None,
+    }
     return {
         "cell": f"{draw.integers(2**60):016x}", "status": "ok", "error": None, "model": model, "method": method,
         "criterion": criterion, "sparsity": sparsity, "sparsity_achieved": sparsity,

@@ -134,11 +134,18 @@ def composed(checkpoint: Path, asked: dict) -> dict:
     name = asked["method"]
     family = {"family": name} if name in config.FAMILIES else {"family": "weight", "criterion": name}
     return {
-        "model": {"name": "tiny", "source": "local", "path": str(checkpoint)}, "method": family | knobs,
-        "sparsity": asked.get("sparsity", 0.5), "seed": asked.get("seed", 0), "benchmarks": {"tasks": []},
-        "calibration": FEW | {"sequential": asked.get("sequential", True)}, "efficiency": {"repeats": 0, "prompt_tokens": 8},
-        "execution": {}, "dtype": "float32", "device": "cpu", "threads": 1,
-    }  # fmt: skip
+        "model": {"name": "tiny", "source": "local", "path": str(checkpoint)},
+        "method": family | knobs,
+        "sparsity": asked.get("sparsity", 0.5),
+        "seed": asked.get("seed", 0),
+        "benchmarks": {"tasks": []},
+        "calibration": FEW | {"sequential": asked.get("sequential", True)},
+        "efficiency": {"repeats": 0, "prompt_tokens": 8},
+        "execution": {},
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
 
 
 @pytest.mark.parametrize("asked", DOORS.values(), ids=DOORS)

@@ -40,8 +40,15 @@ def adversarial(dtype: torch.dtype) -> dict[str, Tensor]:
     extremes = matrix(4, 70, 0.3, dtype)
     extremes[0, :3] = torch.tensor([torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny, 1e30], dtype=dtype)
     staircase = torch.tril(torch.ones(97, 97, dtype=dtype))  # every count of weights a row, thus every alignment
-    return {"empty rows": rows, "first": first, "last": last, "word boundary": middle, "one full row": full_row,
-            "extremes": extremes, "staircase": staircase}  # fmt: skip
+    return {
+        "empty rows": rows,
+        "first": first,
+        "last": last,
+        "word boundary": middle,
+        "one full row": full_row,
+        "extremes": extremes,
+        "staircase": staircase,
+    }
 
 
 def layer(weight: Tensor, kernel: str, bias: Tensor | None = None) -> bitmap.BitmapLinear:
@@ -217,17 +224,30 @@ def test_the_kernel_refuses_other_inputs() -> None:
 
 
 def request(**changes: object) -> dict[str, object]:
-    return {"model": {"name": "a", "source": "local", "path": "a"}, "method": {"family": "weight"}, "sparsity": 0.5,
-            "benchmarks": {"tasks": []}, "calibration": None, "efficiency": {}, "execution": {"name": "bitmap"},
-            "device": "cpu"} | changes  # fmt: skip
+    return {
+        "model": {"name": "a", "source": "local", "path": "a"},
+        "method": {"family": "weight"},
+        "sparsity": 0.5,
+        "benchmarks": {"tasks": []},
+        "calibration": None,
+        "efficiency": {},
+        "execution": {"name": "bitmap"},
+        "device": "cpu",
+    } | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dtype": "float16"}, "execution=bitmap holds bfloat16 or float32, got dtype=float16"),
-        ({"dtype": "float32", "execution": {"name": "bitmap", "kernel": "avx512_bf16"}}, "multiplies bfloat16, got dtype=float32"),
-        ({"execution": {"name": "csr"}, "dtype": "bfloat16"}, "execution=csr multiplies float32 only, got dtype=bfloat16"),
+        (
+            {"dtype": "float32", "execution": {"name": "bitmap", "kernel": "avx512_bf16"}},
+            "multiplies bfloat16, got dtype=float32",
+        ),
+        (
+            {"execution": {"name": "csr"}, "dtype": "bfloat16"},
+            "execution=csr multiplies float32 only, got dtype=bfloat16",
+        ),
         ({"execution": {"name": "bitmap", "kernel": "sse"}}, "execution.kernel must be one of auto"),
         ({"execution": {"name": "semi_structured"}}, "hold two weights at most: set method.pattern=2:4 sparsity=0.5"),
         (
@@ -235,11 +255,15 @@ def request(**changes: object) -> dict[str, object]:
             "hold two weights at most: set method.pattern=2:4 sparsity=0.5",
         ),
         (
-            {"execution": {"name": "semi_structured"}, "method": {"family": "weight", "pattern": "2:4"}, "dtype": "float32"},
+            {
+                "execution": {"name": "semi_structured"},
+                "method": {"family": "weight", "pattern": "2:4"},
+                "dtype": "float32",
+            },
             "multiplies bfloat16 or float16, got dtype=float32",
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_requests_are_told_before_anything_runs(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parse(request(**changes))
@@ -354,8 +378,21 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
 def test_the_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
     driver = Path(__file__).parent / "bitmap_driver.cpp"
     kernels = Path(bitmap.__file__).parent / "kernels"
-    command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
-               "-fno-sanitize-recover=all", f"-I{kernels}", str(driver), "-o", str(tmp_path / "driver")]  # fmt: skip
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f"-I{kernels}",
+        str(driver),
+        "-o",
+        str(tmp_path / "driver"),
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([tmp_path / "driver"], capture_output=True, text=True)

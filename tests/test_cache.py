@@ -45,8 +45,10 @@ def test_a_maker_that_fails_or_is_killed_leaves_nothing_that_counts(cache_folder
     with pytest.raises(ValueError, match="no more"):
         cache.entry("kind", "key", fails)
     assert cache.entries() == []
-    code = ("import os, sys; from pathlib import Path; from sweep import cache\n"
-            "cache.entry('kind', 'key', lambda f: ((f / 'half').write_text('half'), os._exit(9)))")  # fmt: skip
+    code = (
+        "import os, sys; from pathlib import Path; from sweep import cache\n"
+        "cache.entry('kind', 'key', lambda f: ((f / 'half').write_text('half'), os._exit(9)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert cache.entries() == []
     assert (fill("kind", "key", 10, 0) / "data").stat().st_size == 10  # the lock of the dead one holds nobody up
@@ -79,7 +81,10 @@ def test_damaged_entries_are_found_and_removed(cache_folder: Path, capsys: pytes
     (changed / "data").write_bytes(b"0123456789")
     (short / "data").unlink()
     assert (cache.damage(good), cache.damage(changed), cache.damage(short)) == (
-        None, "data has changed", "data is missing")  # fmt: skip
+        None,
+        "data has changed",
+        "data is missing",
+    )
     with pytest.raises(SystemExit, match="1"):
         cache.main(["verify"])
     output = capsys.readouterr().out
@@ -90,8 +95,10 @@ def test_damaged_entries_are_found_and_removed(cache_folder: Path, capsys: pytes
 def test_what_a_killed_maker_has_left_is_seen_and_goes_when_it_is_old(
     cache_folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    code = ("import os; from pathlib import Path; from sweep import cache\n"
-            "cache.entry('kind', 'key', lambda f: ((f / 'half').write_bytes(bytes(3_000_000)), os._exit(9)))")  # fmt: skip
+    code = (
+        "import os; from pathlib import Path; from sweep import cache\n"
+        "cache.entry('kind', 'key', lambda f: ((f / 'half').write_bytes(bytes(3_000_000)), os._exit(9)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     (left,) = [path for path in (cache_folder / "kind").iterdir() if path.is_dir()]
     (cache_folder / "kind" / "stray.npy").write_bytes(bytes(500))  # a file that is no entry

@@ -17,8 +17,10 @@ HUB = ("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq")
 
 
 def test_embedded_tasks_are_known_without_lm_eval() -> None:
-    code = ("import sys\nfrom sweep import catalogue\nfrom sweep.config import Benchmarks\n"
-            "print(*catalogue.check(Benchmarks(('pydoc', 'continents')), None).values(), 'lm_eval' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys\nfrom sweep import catalogue\nfrom sweep.config import Benchmarks\n"
+        "print(*catalogue.check(Benchmarks(('pydoc', 'continents')), None).values(), 'lm_eval' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert found == [*map(task_identity.of_embedded, ("pydoc", "continents")), "False"]
 
@@ -83,8 +85,11 @@ def test_a_task_of_the_users_own_is_found_by_name_and_by_file(tmp_path: Path, mo
     (tmp_path / "tasks" / "broken.yaml").write_text("task: [")  # of no matter to those that are asked for
     by_name = catalogue.check(Benchmarks(("mine",), include_path=str(tmp_path / "tasks")), None)
     assert set(by_name) == {"mine"}
-    asked = [Benchmarks(("mine.yaml",), include_path=str(tmp_path / "tasks")), Benchmarks(("tasks/mine.yaml",)),
-             Benchmarks((str(tmp_path / "tasks" / "mine.yaml"),))]  # fmt: skip
+    asked = [
+        Benchmarks(("mine.yaml",), include_path=str(tmp_path / "tasks")),
+        Benchmarks(("tasks/mine.yaml",)),
+        Benchmarks((str(tmp_path / "tasks" / "mine.yaml"),)),
+    ]
     monkeypatch.chdir(tmp_path)
     assert [catalogue.check(one, None) for one in asked] == [by_name] * 3
     assert catalogue.check(replace(asked[1], tasks=("tasks/mine.yaml", "pydoc")), None).keys() == {"mine", "pydoc"}
@@ -95,21 +100,46 @@ def test_a_task_of_the_users_own_is_found_by_name_and_by_file(tmp_path: Path, mo
     ("file", "content", "asked", "message"),
     [
         ("mine.yaml", "task: [", "mine.yaml", "mine.yaml is no task: while parsing"),
-        ("mine.yaml", "task: [", "mine", "'mine' is no task of sweep or lm-eval or of .* Not read there: mine.yaml: while"),
+        (
+            "mine.yaml",
+            "task: [",
+            "mine",
+            "'mine' is no task of sweep or lm-eval or of .* Not read there: mine.yaml: while",
+        ),
         ("mine.yaml", "- a list", "mine.yaml", "mine.yaml is no task: Expected YAML dict"),
         ("mine.yaml", "dataset_path: x", "mine.yaml", "mine.yaml is no task: it names no task"),
-        ("mine.yaml", "task: mine\ninclude: other.yaml", "mine.yaml", "mine.yaml is no task: .*No such file.*other.yaml"),
+        (
+            "mine.yaml",
+            "task: mine\ninclude: other.yaml",
+            "mine.yaml",
+            "mine.yaml is no task: .*No such file.*other.yaml",
+        ),
         ("mine.yaml", "task: mine\nflavour: 3", "mine", "mine.yaml cannot be built: TypeError: .*'flavour'"),
         ("mine.yaml", "task: mine\ndoc_to_text: !function nowhere.f", "mine", "cannot be built: .*'nowhere'"),
         ("mine.yaml", "task: mine\ndoc_to_text: !function helpers.f", "mine", "cannot be built: .*has no function 'f'"),
         ("a.yaml", "task: a/b", "a.yaml", "a.yaml is no task: a task cannot be called 'a/b': no / or comma"),
         ("a.yaml", "task: calibration", "a.yaml", "a.yaml is no task: a task cannot be called 'calibration': no / or"),
-        ("a.yaml", "task: arc_easy", "arc_easy", "a.yaml calls its task 'arc_easy', as does .*arc_easy.yaml: give it a name"),
-        ("a.yaml", "task: capitals", "capitals", "a.yaml calls its task 'capitals', as does .*capitals.yaml: give it a name"),
+        (
+            "a.yaml",
+            "task: arc_easy",
+            "arc_easy",
+            "a.yaml calls its task 'arc_easy', as does .*arc_easy.yaml: give it a name",
+        ),
+        (
+            "a.yaml",
+            "task: capitals",
+            "capitals",
+            "a.yaml calls its task 'capitals', as does .*capitals.yaml: give it a name",
+        ),
         ("a.yaml", "task: mine", "mine", "mine.yaml calls its task 'mine', as does .*a.yaml: give it a name"),
-        ("a.yaml", "task: ai2_arc", "ai2_arc", "a.yaml calls its task 'ai2_arc', as does a tag of lm-eval: give it a name"),
+        (
+            "a.yaml",
+            "task: ai2_arc",
+            "ai2_arc",
+            "a.yaml calls its task 'ai2_arc', as does a tag of lm-eval: give it a name",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_task_of_the_users_own_that_is_none_is_refused(
     tmp_path: Path, file: str, content: str, asked: str, message: str
 ) -> None:

@@ -112,9 +112,15 @@ def test_an_f1_that_is_alike_is_called_news_as_often_as_is_said(count: int, clas
     p = []
     for _ in range(tries):
         truth, sure = draw.integers(0, classes, count), np.clip(draw.normal(0.6, 0.3, count), 0, 1)
-        cells = [pd.DataFrame({"target": truth, "chosen": np.where(draw.random(count) < sure, truth,
-                                                                   draw.integers(0, classes, count))})
-                 for _ in range(2)]  # fmt: skip
+        cells = [
+            pd.DataFrame(
+                {
+                    "target": truth,
+                    "chosen": np.where(draw.random(count) < sure, truth, draw.integers(0, classes, count)),
+                }
+            )
+            for _ in range(2)
+        ]
         found = paired.minus(*(paired.estimate(cell, "f1_macro") for cell in cells))
         p.append(chance.p_values(found.parts()[None])[0])
     assert within((np.array(p) < 0.05).mean(), tries)

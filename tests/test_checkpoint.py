@@ -21,8 +21,13 @@ from sweep import checkpoint, methods, plan
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options, RequestError, Weight
 from test_cli import QUICK, run
 
-FACTS = {"model": "tiny", "method": {"family": "weight", "criterion": "magnitude"}, "sparsity": 0.5,
-         "calibration": None, "command": "python -m sweep +method=weight"}  # fmt: skip
+FACTS = {
+    "model": "tiny",
+    "method": {"family": "weight", "criterion": "magnitude"},
+    "sparsity": 0.5,
+    "calibration": None,
+    "command": "python -m sweep +method=weight",
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,10 @@ def test_what_is_not_of_sweep_is_not_replaced(tmp_path: Path, tokenizer: PreTrai
 
     def refused(place: Path, message: str, cell: str = "one") -> None:
         before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
-        for attempt in (lambda: checkpoint.check_place(place, cell),
-                        lambda: checkpoint.save(model, tokenizer, place, FACTS | {"cell": cell})):  # fmt: skip
+        for attempt in (
+            lambda: checkpoint.check_place(place, cell),
+            lambda: checkpoint.save(model, tokenizer, place, FACTS | {"cell": cell}),
+        ):
             with pytest.raises(RequestError, match=message):
                 attempt()
         assert before == {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
@@ -162,8 +169,13 @@ def test_places_that_are_the_users_are_refused_before_any_work(
 def test_the_card_states_method_sparsity_calibration_and_command() -> None:
     facts = FACTS | {"calibration": {"source": "pydoc", "sequences": 16}, "sparsity_achieved": 0.5}
     card = checkpoint.card(facts)
-    for part in ("criterion magnitude", "| sparsity asked | 0.5 |", "source pydoc, sequences 16",
-                 'base_model: "tiny"', "python -m sweep +method=weight"):  # fmt: skip
+    for part in (
+        "criterion magnitude",
+        "| sparsity asked | 0.5 |",
+        "source pydoc, sequences 16",
+        'base_model: "tiny"',
+        "python -m sweep +method=weight",
+    ):
         assert part in card
     assert "the method reads no text" in checkpoint.card(FACTS)
 

@@ -18,9 +18,18 @@ import sweep
 from sweep import messages
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["benchmarks.limit=4", "benchmarks.max_length=256", "efficiency.prompt_tokens=8", "efficiency.output_tokens=2",
-         "efficiency.repeats=6", "efficiency.warmup=0", "calibration.sequences=4", "calibration.length=32",
-         "dtype=float32", "threads=1"]  # fmt: skip
+QUICK = [
+    "benchmarks.limit=4",
+    "benchmarks.max_length=256",
+    "efficiency.prompt_tokens=8",
+    "efficiency.output_tokens=2",
+    "efficiency.repeats=6",
+    "efficiency.warmup=0",
+    "calibration.sequences=4",
+    "calibration.length=32",
+    "dtype=float32",
+    "threads=1",
+]
 
 
 TOO_FEW_TOKENS = "<s>" * 60  # bytes enough for the check before the cell, and a token for three of them
@@ -28,8 +37,13 @@ TOO_FEW_TOKENS = "<s>" * 60  # bytes enough for the check before the cell, and a
 
 def run(*arguments: str, cwd: Path, code: int = 0, module: str = "sweep") -> str:
     """Run the command line in a folder; returns all it printed, after checking its exit code."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -97,8 +111,9 @@ def test_a_cell_that_fails_leaves_a_row_and_the_sweep_goes_on(tmp_path: Path, ti
 
 def test_on_failure_stop_stops(tmp_path: Path, tiny: list[str]) -> None:
     (tmp_path / "short.txt").write_text(TOO_FEW_TOKENS)
-    output = run("+method=neuron,weight", "calibration.source=short.txt", "on_failure=stop", *tiny, "-m",
-                 cwd=tmp_path, code=1)  # fmt: skip
+    output = run(
+        "+method=neuron,weight", "calibration.source=short.txt", "on_failure=stop", *tiny, "-m", cwd=tmp_path, code=1
+    )
     assert "stopped: a cell failed (on_failure=stop)" in output
     assert sorted(sweep.load(tmp_path / "results").method) == ["dense", "neuron"]
 
@@ -168,14 +183,20 @@ def test_a_model_of_few_positions_is_refused_only_for_a_prompt_that_is_timed(
         (["method.steps=2"], "'method.steps' is a key of a method, and the command chooses none: add +method=NAME"),
         (["+method=weight", "device=tpu"], "sweep: device must be auto, cpu, cuda, cuda:N or mps; got 'tpu'"),
         (["+method=weight", "threads=9999"], "sweep: threads=9999 is more than the"),
-        (["+method=weight", "benchmarks.tasks=[capitols]"], "'capitols' is no task of sweep or lm-eval. Did you mean 'capitals'?"),
+        (
+            ["+method=weight", "benchmarks.tasks=[capitols]"],
+            "'capitols' is no task of sweep or lm-eval. Did you mean 'capitals'?",
+        ),
         (["+method=weight", "model=local", "model.path=nowhere"], "sweep: model.path: there is no folder nowhere"),
         (["+method=weight", "model=hub"], "sweep: model.name is missing: set model.name=VALUE"),
         (["+method=weight", "data_root=nowhere"], "sweep: data_root: there is no folder nowhere"),
         (["+method=neuron", "sparsity=0.9999"], "leaves a block without a neuron"),
-        (["+method=weight", "sparsity=range(0,1,0.01)", "max_cells=50", "-m"], "the grid has 100 cells, more than max_cells=50"),
+        (
+            ["+method=weight", "sparsity=range(0,1,0.01)", "max_cells=50", "-m"],
+            "the grid has 100 cells, more than max_cells=50",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_a_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
     output = run(*arguments, cwd=tmp_path, code=2)
     assert message in output
@@ -189,7 +210,10 @@ def test_a_mistake_is_a_line_and_no_traceback(arguments: list[str], message: str
     [
         (["--cfg", "job", "-m"], "Only one of --run, --multirun, --cfg"),
         (["--resolve"], "--resolve flag can only be used in conjunction with --cfg"),
-        (["benchmarks=null", "model=local"], "sweep: benchmarks=null: a group is chosen by the name of one of its options"),
+        (
+            ["benchmarks=null", "model=local"],
+            "sweep: benchmarks=null: a group is chosen by the name of one of its options",
+        ),
         (["benchmarks.tasks.x=1"], "sweep: Hydra cannot read the command: invalid literal"),
         (["~benchmarks", "benchmarks.limit=3"], "sweep: '~benchmarks' takes away benchmarks, which the command needs"),
         (["~benchmarks", "benchmarks.limit=3", "-m"], "sweep: '~benchmarks' takes away benchmarks"),
@@ -206,7 +230,7 @@ def test_a_mistake_is_a_line_and_no_traceback(arguments: list[str], message: str
         (["benchmarks.tasks[0]=a"], "'benchmarks.tasks[0]' is no key"),
         (["model="], "sweep: model=: there is no such option. Allowed: "),
     ],
-)  # fmt: skip
+)
 def test_what_another_library_refuses_is_a_line_too(arguments: list[str], message: str, tmp_path: Path) -> None:
     output = run("+method=weight", *arguments, cwd=tmp_path, code=2)
     assert message in output
@@ -243,16 +267,25 @@ def test_output_that_nobody_reads_ends_the_command_quietly(
     module: str, words: list[str], errors: str, tmp_path: Path
 ) -> None:
     command = shlex.join([sys.executable, "-m", module, *words])
-    done = subprocess.run(["bash", "-c", f"{command} {errors} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | {"SWEEP_CACHE": str(tmp_path / "cache")})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {errors} | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"SWEEP_CACHE": str(tmp_path / "cache")},
+    )
     assert done.stderr == ""
     assert int(done.stdout) in ((128 + signal.SIGPIPE,) if module == "sweep" else (0, 128 + signal.SIGPIPE))
 
 
 def test_a_sweep_whose_output_nobody_reads_ends_and_keeps_its_rows(tmp_path: Path, tiny: list[str]) -> None:
     command = shlex.join([sys.executable, "-m", "sweep", "-m", "+method=weight", "sparsity=0.1,0.2,0.3", *tiny])
-    done = subprocess.run(["bash", "-c", f"{command} 2>&1 | head -2; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
-                          cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"{command} 2>&1 | head -2; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.stdout.splitlines()[-1] == str(128 + signal.SIGPIPE) and done.stderr == ""
     rows = sweep.load(tmp_path / "results")
     assert 1 <= len(rows) < 4 and set(rows.status) == {"ok"}
@@ -260,8 +293,10 @@ def test_a_sweep_whose_output_nobody_reads_ends_and_keeps_its_rows(tmp_path: Pat
 
 def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None:
     """The slow ones are those of Hydra and, once it has composed, of pandas and Arrow."""
-    watched = "import sys, os, signal\nclass Watch:\n    def find_spec(self, name, *_):\n        if name == {name!r}:\n" \
-              "            os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Watch())\n"  # fmt: skip
+    watched = (
+        "import sys, os, signal\nclass Watch:\n    def find_spec(self, name, *_):\n        if name == {name!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Watch())\n"
+    )
     for name in (
         "sweep.messages",
         "sweep.config",
@@ -272,8 +307,13 @@ def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None
         "pyarrow",
     ):
         (tmp_path / "sitecustomize.py").write_text(watched.format(name=name))
-        done = subprocess.run([sys.executable, "-m", "sweep", "+method=weight", "plan=true"], cwd=tmp_path, capture_output=True,
-                              text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "sweep", "+method=weight", "plan=true"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
         assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr, (name, done.stderr)
 
 
@@ -281,17 +321,25 @@ def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("environment", "words", "message"),
     [
-        ({"SWEEP_CACHE": "file"}, [], "sweep: the cache, file, cannot be written to: File exists. Set SWEEP_CACHE=FOLDER"),
+        (
+            {"SWEEP_CACHE": "file"},
+            [],
+            "sweep: the cache, file, cannot be written to: File exists. Set SWEEP_CACHE=FOLDER",
+        ),
         ({"SWEEP_CACHE": "file/below"}, [], "sweep: the cache, file/below, cannot be written to: Not a directory"),
         ({"SWEEP_CACHE": "takes_nothing"}, [], "sweep: the cache, takes_nothing, cannot be written to: "),
         ({"SWEEP_CACHE": "partly"}, [], "sweep: the cache, partly/models, cannot be written to: "),
-        ({"SWEEP_TURNS": "file"}, [], "sweep: file, where cells wait for their turn to be timed, cannot be written to: "),
+        (
+            {"SWEEP_TURNS": "file"},
+            [],
+            "sweep: file, where cells wait for their turn to be timed, cannot be written to: ",
+        ),
         ({}, ["save_model=file/below"], "sweep: save_model=file/below"),
         ({}, ["save_model=takes_nothing/model"], "sweep: save_model=takes_nothing/model"),
         ({}, ["results=takes_nothing"], "sweep: results=takes_nothing cannot be written to: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)[:30],
-)  # fmt: skip
+)
 def test_a_place_that_takes_nothing_is_refused_before_the_first_cell(
     environment: dict[str, str], words: list[str], message: str, more: list[str], tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -299,8 +347,13 @@ def test_a_place_that_takes_nothing_is_refused_before_the_first_cell(
     (tmp_path / "partly").mkdir()
     for folder in ("takes_nothing", "partly/models"):
         (tmp_path / folder).symlink_to("/proc/self/fdinfo")  # takes no files, not even from root
-    done = subprocess.run([sys.executable, "-m", "sweep", *more, "+method=weight", *tiny, *words], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep", *more, "+method=weight", *tiny, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
     assert done.returncode == 2 and "[1/" not in done.stdout, done.stdout + done.stderr
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -344,8 +397,13 @@ def test_shell_completion_of_the_console_script(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("sweep")
     bash = f'eval "$({script} -sc install=bash)"; complete -p {script.name}'
     assert "hydra_bash_completion" in subprocess.run(["bash", "-c", bash], capture_output=True, text=True).stdout
-    query = subprocess.run([script, "-sc", "query=bash"], capture_output=True, text=True, cwd=tmp_path,
-                           env=os.environ | {"COMP_LINE": "sweep +method=w", "COMP_POINT": "15"})  # fmt: skip
+    query = subprocess.run(
+        [script, "-sc", "query=bash"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"COMP_LINE": "sweep +method=w", "COMP_POINT": "15"},
+    )
     assert "+method=weight" in query.stdout
 
 

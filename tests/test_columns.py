@@ -18,8 +18,19 @@ def test_no_task_name_turns_a_metric_around() -> None:
     assert len(tasks) > 10_000
     for name in ("acc", "acc_norm", "exact_match,strict-match", "f1", "bleu", "mcc", "acc_band_zipf5up"):
         assert [task for task in tasks if columns.is_loss(f"{task}/{name}")] == []
-    for name in ("ter", "wer", "brier_score", "perplexity", "word_perplexity", "bits_per_byte", "token_perplexity",
-                 "kl_from_dense", "calibration_error", "loss_band_zipf0to3", "ter,strict-match"):  # fmt: skip
+    for name in (
+        "ter",
+        "wer",
+        "brier_score",
+        "perplexity",
+        "word_perplexity",
+        "bits_per_byte",
+        "token_perplexity",
+        "kl_from_dense",
+        "calibration_error",
+        "loss_band_zipf0to3",
+        "ter,strict-match",
+    ):
         assert [task for task in tasks if not columns.is_loss(f"{task}/{name}")] == []
 
 
@@ -44,26 +55,59 @@ def test_the_table_for_older_rows_is_lm_evals_own() -> None:
     assert [name for name, better in most.items() if columns.is_loss(f"a/{name}") == better] == []
 
 
-@pytest.mark.parametrize("column", [
-    "decode_ms_paired", "prefill_ms_p50", "peak_memory_bytes", "stored_bytes", "nonzero_macs_per_token", "parameters",
-    "energy_joules_per_token", "prune_seconds", "prune_forward_passes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "column",
+    [
+        "decode_ms_paired",
+        "prefill_ms_p50",
+        "peak_memory_bytes",
+        "stored_bytes",
+        "nonzero_macs_per_token",
+        "parameters",
+        "energy_joules_per_token",
+        "prune_seconds",
+        "prune_forward_passes",
+    ],
+)
 def test_costs_are_better_low(column: str) -> None:
     assert columns.is_loss(column)
 
 
-@pytest.mark.parametrize("column", [
-    "sparsity", "sparsity_all_parameters", "sparsity_block_parameters", "decode_speedup", "counted_speedup",
-    "tokens_per_second", "memory_bytes_per_second", "matrix_macs_per_second", "decode_bound_reached"])  # fmt: skip
+@pytest.mark.parametrize(
+    "column",
+    [
+        "sparsity",
+        "sparsity_all_parameters",
+        "sparsity_block_parameters",
+        "decode_speedup",
+        "counted_speedup",
+        "tokens_per_second",
+        "memory_bytes_per_second",
+        "matrix_macs_per_second",
+        "decode_bound_reached",
+    ],
+)
 def test_gains_are_better_high(column: str) -> None:
     assert not columns.is_loss(column)
 
 
 def told(better: bool) -> pd.DataFrame:
     """A dense and a pruned row of a metric that no table knows, lower for the pruned one, with lm-eval's word on it."""
-    base = {"status": "ok", "model": "m", "criterion": None, "execution": "dense", "seed": 0, "cost_ms": 1.0,
-            "higher_is_better": json.dumps({"perplexity_of_crashes/oddness": better})}  # fmt: skip
-    return pd.DataFrame([base | {"cell": "a", "method": "dense", "sparsity": 0.0, "perplexity_of_crashes/oddness": 0.9},
-                         base | {"cell": "b", "method": "weight", "sparsity": 0.5, "perplexity_of_crashes/oddness": 0.3}])  # fmt: skip
+    base = {
+        "status": "ok",
+        "model": "m",
+        "criterion": None,
+        "execution": "dense",
+        "seed": 0,
+        "cost_ms": 1.0,
+        "higher_is_better": json.dumps({"perplexity_of_crashes/oddness": better}),
+    }
+    return pd.DataFrame(
+        [
+            base | {"cell": "a", "method": "dense", "sparsity": 0.0, "perplexity_of_crashes/oddness": 0.9},
+            base | {"cell": "b", "method": "weight", "sparsity": 0.5, "perplexity_of_crashes/oddness": 0.3},
+        ]
+    )
 
 
 def test_what_lm_eval_said_is_read_everywhere(tmp_path: Path) -> None:
@@ -82,8 +126,14 @@ def test_what_lm_eval_said_is_read_everywhere(tmp_path: Path) -> None:
             row["config"] = json.dumps({"model": "m", "benchmarks": {}})
             del row["cost_ms"]
             value = row[name]
-            samples = pd.DataFrame({"task": "perplexity_of_crashes", "document": [str(i) for i in range(40)],
-                                    "metric": "oddness", "value": [value + i / 1000 for i in range(40)]})  # fmt: skip
+            samples = pd.DataFrame(
+                {
+                    "task": "perplexity_of_crashes",
+                    "document": [str(i) for i in range(40)],
+                    "metric": "oddness",
+                    "value": [value + i / 1000 for i in range(40)],
+                }
+            )
             store.write(folder, row, {"samples": samples})
         store.compact(folder)
         assert columns.is_loss(name, pd.read_parquet(folder / "cells")) != better  # kept by compaction, read by pandas
@@ -114,8 +164,10 @@ def written(path: Path, rows: pd.DataFrame, names: tuple[str, str]) -> str:
             for name, column in zip(names, (STRICT, FLEXIBLE), strict=True)
             for i in range(100)
         ]
-        samples = pd.DataFrame([("gsm8k", str(i), name, float(right)) for name, i, right in here],
-                               columns=["task", "document", "metric", "value"])  # fmt: skip
+        samples = pd.DataFrame(
+            [("gsm8k", str(i), name, float(right)) for name, i, right in here],
+            columns=["task", "document", "metric", "value"],
+        )
         store.write(path, row, {"samples": samples})
     return str(path)
 
@@ -125,14 +177,30 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     place = written(tmp_path / "rows", filtered(), ("exact_match,strict-match", "exact_match,flexible-extract"))
     report.main([place, "--formats", "png"])
     files = {path.stem for path in (tmp_path / "rows" / "report").iterdir()}
-    assert {"gsm8k-exact_match-strict-match-against-sparsity", "gsm8k-exact_match-flexible-extract-against-sparsity",
-            "gsm8k-exact_match-strict-match-flips", "gsm8k-exact_match-flexible-extract-flips"} <= files  # fmt: skip
+    assert {
+        "gsm8k-exact_match-strict-match-against-sparsity",
+        "gsm8k-exact_match-flexible-extract-against-sparsity",
+        "gsm8k-exact_match-strict-match-flips",
+        "gsm8k-exact_match-flexible-extract-flips",
+    } <= files
     table = pd.read_csv(tmp_path / "rows" / "report" / "table.csv")
     assert table[f"{STRICT}_high"].tolist() == pytest.approx([0.4392, 0.1392])  # its own standard error
     page = (tmp_path / "rows" / "report" / "report.html").read_text()
     assert f'"errors":{{"{STRICT}":"{columns.stderr(STRICT)}"' in page
-    report.main([place, "--out", str(tmp_path / "one"), "--y", f"{STRICT},{FLEXIBLE}", "--filter", f"{STRICT}>=0.1",
-                 "--formats", "png", "--no-html"])  # fmt: skip
+    report.main(
+        [
+            place,
+            "--out",
+            str(tmp_path / "one"),
+            "--y",
+            f"{STRICT},{FLEXIBLE}",
+            "--filter",
+            f"{STRICT}>=0.1",
+            "--formats",
+            "png",
+            "--no-html",
+        ]
+    )
     assert "exact match (strict-match) on gsm8k" in (tmp_path / "one" / "table.md").read_text()
     found = paired.table(place, [STRICT, FLEXIBLE]).set_index("metric")
     assert found.difference.to_dict() == pytest.approx({STRICT: -0.3, FLEXIBLE: 0.2})
@@ -155,17 +223,27 @@ def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clea
         paired.table(both, [STRICT])
     one = filtered().drop(columns=[FLEXIBLE, columns.stderr(FLEXIBLE)])
     for row in measured(one):
-        samples = pd.DataFrame({"task": "gsm8k", "document": [str(i) for i in range(100)], "metric": "exact_match",
-                                "value": [float(i < 100 * row[STRICT]) for i in range(100)]})  # fmt: skip
+        samples = pd.DataFrame(
+            {
+                "task": "gsm8k",
+                "document": [str(i) for i in range(100)],
+                "metric": "exact_match",
+                "value": [float(i < 100 * row[STRICT]) for i in range(100)],
+            }
+        )
         store.write(tmp_path / "one", row, {"samples": samples})
     assert paired.table(tmp_path / "one", [STRICT]).difference.item() == pytest.approx(-0.3)
 
 
 @pytest.mark.parametrize(
     ("found", "first"),
-    [(["a/acc_norm", "a/acc", "a/acc_stderr", "a/f1"], ["a/acc"]), (["a/bleu", "a/ter", "a/bleu_stderr"], ["a/bleu"]),
-     (["a/word_perplexity", "a/token_perplexity"], ["a/token_perplexity"]), (["a/rows_band_x", "b/kl_from_dense"], []),
-     (["a/wer_stderr,x", "a/wer,x", "a/wer,y"], ["a/wer,x", "a/wer,y"])],
-)  # fmt: skip
+    [
+        (["a/acc_norm", "a/acc", "a/acc_stderr", "a/f1"], ["a/acc"]),
+        (["a/bleu", "a/ter", "a/bleu_stderr"], ["a/bleu"]),
+        (["a/word_perplexity", "a/token_perplexity"], ["a/token_perplexity"]),
+        (["a/rows_band_x", "b/kl_from_dense"], []),
+        (["a/wer_stderr,x", "a/wer,x", "a/wer,y"], ["a/wer,x", "a/wer,y"]),
+    ],
+)
 def test_the_metric_that_is_read_first(found: list[str], first: list[str]) -> None:
     assert columns.main_metrics(found) == first

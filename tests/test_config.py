@@ -89,8 +89,12 @@ def test_where_nothing_is_timed_the_rules_of_timing_are_not_read() -> None:
 
 
 def test_the_dense_baseline_is_the_same_for_every_method_and_sparsity() -> None:
-    cells = [config.parse(asked(method=method, sparsity=s, seed=seed))[0].dense()
-             for method in (ASKED["method"], NEURON) for s in (0.1, 0.5) for seed in (0, 1)]  # fmt: skip
+    cells = [
+        config.parse(asked(method=method, sparsity=s, seed=seed))[0].dense()
+        for method in (ASKED["method"], NEURON)
+        for s in (0.1, 0.5)
+        for seed in (0, 1)
+    ]
     assert len(set(cells)) == 1
     assert cells[0] == config.parse(asked(method={"family": "dense"}))[0]
     assert cells[0] == config.parse(asked(baseline=True))[0]

@@ -85,8 +85,11 @@ CASES = [
     Case(weight(targets="ffn", criterion="wanda"), FFN, 0.3, "experts"),
     Case(weight(targets="attention", allocation="global"), ATTENTION, 0.3, "biased"),
     Case(weight(criterion="sparsegpt", pattern="2:4"), MATRIX),
-    *[Case(weight(embeddings=True, head=True), f"{MATRIX}|{ROWS}", 0.8, model, Execution(name, kernel, fallback=True))
-      for model in MODELS for name, kernel in (("bitmap", "torch"), ("csr", "auto"))],  # type: ignore[arg-type]
+    *[
+        Case(weight(embeddings=True, head=True), f"{MATRIX}|{ROWS}", 0.8, model, Execution(name, kernel, fallback=True))
+        for model in MODELS
+        for name, kernel in (("bitmap", "torch"), ("csr", "auto"))
+    ],  # type: ignore[arg-type]
     Case(weight(pattern="2:4"), MATRIX, 0.5, "biased", Execution("semi_structured", fallback=True)),
     Case(Neuron(criterion="l2"), FFN, units=0.5),
     Case(Neuron(criterion="flap"), FFN, units=0.5),  # adds biases
@@ -100,7 +103,7 @@ CASES = [
     Case(Layer(criterion="random", blocks=(1,)), r"layers\.1\..*", 0.9, "experts", units=1.0, left=(0, 2)),
     Case(Layer(criterion="drop", blocks=(0, 1)), r"layers\.[01]\..*", units=0.5, measured=2),
     *[Case(Vocab(), ROWS, 0.3, model, units=78 / VOCABULARY) for model in MODELS],
-]  # fmt: skip
+]
 
 
 def make(name: str) -> PreTrainedModel:
@@ -118,8 +121,15 @@ def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def ran(case: Case, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        model: PreTrainedModel, save: str | None = None, **other: Any) -> tuple[dict, dict, dict[str, Tensor]]:  # fmt: skip
+def ran(
+    case: Case,
+    checkpoint_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    save: str | None = None,
+    **other: Any,
+) -> tuple[dict, dict, dict[str, Tensor]]:
     """(row, tables, parameters after pruning) of the case, run as a cell is."""
     tokenizer, after = AutoTokenizer.from_pretrained(checkpoint_folder), dict[str, Tensor]()
     monkeypatch.setattr(models, "load", lambda *_: (model, tokenizer))
@@ -132,9 +142,18 @@ def ran(case: Case, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(run.execution, "prepare", noting)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 30)
     method = checked_weight(case.method, case.sparsity) if isinstance(case.method, Weight) else case.method
-    cell = Cell(Model("tiny", "local", str(checkpoint_folder)), method, case.sparsity, Benchmarks(()),
-                Calibration(str(tmp_path / "text.txt"), 2, 12), TIMED, case.execution,
-                Perplexity(str(tmp_path / "text.txt"), 16, windows=2), dtype="float32", device="cpu")  # fmt: skip
+    cell = Cell(
+        Model("tiny", "local", str(checkpoint_folder)),
+        method,
+        case.sparsity,
+        Benchmarks(()),
+        Calibration(str(tmp_path / "text.txt"), 2, 12),
+        TIMED,
+        case.execution,
+        Perplexity(str(tmp_path / "text.txt"), 16, windows=2),
+        dtype="float32",
+        device="cpu",
+    )
     row, tables = run.run_cell(replace(cell, **other), save)
     return row, tables, after
 
@@ -212,8 +231,12 @@ def test_every_counted_column_is_what_a_hand_count_says(
             if "experts" not in matrix:
                 assert lines.loc[(int(block), matrix)].tolist() == [old.numel(), old.numel() - kept]
                 continue
-            mine = [m for b, m in lines.index if b == int(block)
-                    and re.fullmatch(matrix.replace("experts.", r"experts\.\d\.").replace("gate_up", "(gate|up)"), m)]  # fmt: skip
+            mine = [
+                m
+                for b, m in lines.index
+                if b == int(block)
+                and re.fullmatch(matrix.replace("experts.", r"experts\.\d\.").replace("gate_up", "(gate|up)"), m)
+            ]
             assert len(mine) == EXPERTS * (2 if "gate_up" in matrix else 1)
             sums = lines.loc[[(int(block), m) for m in mine]].sum().tolist()
             assert sums == [old.numel(), old.numel() - kept]
@@ -303,8 +326,16 @@ def test_a_decoded_token_reads_a_row_of_a_lookup_and_the_experts_that_it_goes_th
 
 
 def test_linear_layers_beside_the_blocks_multiply_too() -> None:
-    config = AutoConfig.for_model("opt", vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2,
-                                  num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=8)  # fmt: skip
+    config = AutoConfig.for_model(
+        "opt",
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=8,
+    )
     model = AutoModelForCausalLM.from_config(config)
     blocks = 2 * (4 * 16 * 16 + 2 * 16 * 24)
     assert counting.size(counting.stock(model))["macs_per_token"] == blocks + 2 * 8 * 16 + 64 * 8

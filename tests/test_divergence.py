@@ -34,8 +34,17 @@ def test_over_all_tokens_it_is_the_formula_and_over_some_a_lower_bound() -> None
 def test_the_dense_model_is_at_no_distance_and_another_at_that_of_the_formula(
     tiny_checkpoint: Path, cache_folder: Path
 ) -> None:
-    cell = Cell(Model("tiny", "local", str(tiny_checkpoint)), Dense(), 0.0, Benchmarks(("pydoc",), limit=2, max_length=4000),
-                None, Efficiency(), Execution(), dtype="float32", device="cpu")  # fmt: skip
+    cell = Cell(
+        Model("tiny", "local", str(tiny_checkpoint)),
+        Dense(),
+        0.0,
+        Benchmarks(("pydoc",), limit=2, max_length=4000),
+        None,
+        Efficiency(),
+        Execution(),
+        dtype="float32",
+        device="cpu",
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     dense = divergence.of_dense(cell)
@@ -63,8 +72,17 @@ def test_the_dense_model_is_at_no_distance_and_another_at_that_of_the_formula(
 
 
 def test_a_smaller_vocabulary_keeps_its_probabilities(tiny_checkpoint: Path, cache_folder: Path) -> None:
-    cell = Cell(Model("tiny", "local", str(tiny_checkpoint)), Dense(), 0.0, Benchmarks(("pydoc",), limit=1, max_length=100),
-                None, Efficiency(), Execution(), dtype="float32", device="cpu")  # fmt: skip
+    cell = Cell(
+        Model("tiny", "local", str(tiny_checkpoint)),
+        Dense(),
+        0.0,
+        Benchmarks(("pydoc",), limit=1, max_length=100),
+        None,
+        Efficiency(),
+        Execution(),
+        dtype="float32",
+        device="cpu",
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     unused = [i for i in range(len(tokenizer)) if i > 250]
@@ -77,6 +95,13 @@ def test_a_smaller_vocabulary_keeps_its_probabilities(tiny_checkpoint: Path, cac
 
 
 def test_a_cell_that_does_not_read_the_pages_has_none(tiny_checkpoint: Path) -> None:
-    cell = Cell(Model("tiny", "local", str(tiny_checkpoint)), Dense(), 0.0, Benchmarks(("capitals",)), None, Efficiency(),
-                Execution())  # fmt: skip
+    cell = Cell(
+        Model("tiny", "local", str(tiny_checkpoint)),
+        Dense(),
+        0.0,
+        Benchmarks(("capitals",)),
+        None,
+        Efficiency(),
+        Execution(),
+    )
     assert divergence.of_dense(cell) is None

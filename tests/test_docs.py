@@ -41,9 +41,15 @@ def test_the_column_reference_is_made_from_the_schema() -> None:
 
 @pytest.mark.parametrize(
     ("column", "unit"),
-    [("weights_bytes", "bytes"), ("prune_seconds", "seconds"), ("decode_ms_per_token_p50", "milliseconds"),
-     ("sparsity_all_parameters", "fraction"), ("decode_speedup_low", "ratio"), ("cell", "")],
-)  # fmt: skip
+    [
+        ("weights_bytes", "bytes"),
+        ("prune_seconds", "seconds"),
+        ("decode_ms_per_token_p50", "milliseconds"),
+        ("sparsity_all_parameters", "fraction"),
+        ("decode_speedup_low", "ratio"),
+        ("cell", ""),
+    ],
+)
 def test_units_are_read_from_names(column: str, unit: str) -> None:
     assert columns.unit(column) == unit
 
@@ -121,8 +127,12 @@ def cells(words: list[str]) -> list[config.Cell]:
         for own in study.get("grids") or [{}]:
             given = {**(study.get("params") or {}), **own}
             asked = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in given.items()), *words])
-            choices = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override()
-                       else [o.input_line] for o in asked]  # fmt: skip
+            choices = [
+                [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+                if o.is_sweep_override()
+                else [o.input_line]
+                for o in asked
+            ]
             product = list(itertools.product(*choices))
             if len(product) > 12:  # each choice once is enough to know that it composes
                 first = [options[0] for options in choices]
@@ -163,10 +173,22 @@ def test_published_numbers_have_a_source_and_meet_the_cells_of_their_study(path:
     assert table.source.str.len().min() > 5 and (table.method == "dense").any()
     made = cells([f"+experiment={path.parent.name}"])
     made += list({cell.dense() for cell in made})
-    rows = pd.DataFrame([{"status": "ok", "model": cell.model.name, "method": cell.method.family, "sparsity": cell.sparsity,
-                          "seed": cell.seed, "execution": cell.execution.name,
-                          "criterion": getattr(cell.method, "criterion", None), "config": json.dumps(config.as_dict(cell)),
-                          **dict.fromkeys(table.metric, 1.0)} for cell in made])  # fmt: skip
+    rows = pd.DataFrame(
+        [
+            {
+                "status": "ok",
+                "model": cell.model.name,
+                "method": cell.method.family,
+                "sparsity": cell.sparsity,
+                "seed": cell.seed,
+                "execution": cell.execution.name,
+                "criterion": getattr(cell.method, "criterion", None),
+                "config": json.dumps(config.as_dict(cell)),
+                **dict.fromkeys(table.metric, 1.0),
+            }
+            for cell in made
+        ]
+    )
     text, agrees = published.compare(rows, path)
     assert "not run" not in text and "PROTOCOL DIFFERS" in text and not agrees
 

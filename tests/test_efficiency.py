@@ -67,8 +67,12 @@ def test_every_repeat_is_kept_and_the_row_follows_from_them(family: str) -> None
 
 def test_a_drifting_machine_leaves_the_paired_speedup_alone() -> None:
     drift = np.linspace(1, 3, 20)
-    lines = [(name, phase, i, base * drift[i]) for i in range(20) for phase in ("prefill", "decode")
-             for name, base in (("dense", 20.0), ("pruned", 10.0), ("control", 20.0))]  # fmt: skip
+    lines = [
+        (name, phase, i, base * drift[i])
+        for i in range(20)
+        for phase in ("prefill", "decode")
+        for name, base in (("dense", 20.0), ("pruned", 10.0), ("control", 20.0))
+    ]
     frame = pd.DataFrame(lines, columns=["model", "phase", "repeat", "milliseconds"])
     columns = efficiency.summary(frame, SETTINGS)
     assert columns["decode_speedup"] == columns["decode_speedup_low"] == columns["decode_speedup_high"] == 2
@@ -177,8 +181,12 @@ def test_peak_memory_sees_what_was_held_during_the_work_and_forgets_what_came_be
 
 def timed(dense: float, pruned: float, control: float, spread: float = 0.0) -> pd.DataFrame:
     draw = np.random.default_rng(0)
-    lines = [(name, phase, i, base * (1 + spread * draw.normal())) for i in range(20) for phase in ("prefill", "decode")
-             for name, base in (("dense", dense), ("pruned", pruned), ("control", control))]  # fmt: skip
+    lines = [
+        (name, phase, i, base * (1 + spread * draw.normal()))
+        for i in range(20)
+        for phase in ("prefill", "decode")
+        for name, base in (("dense", dense), ("pruned", pruned), ("control", control))
+    ]
     return pd.DataFrame(lines, columns=["model", "phase", "repeat", "milliseconds"])
 
 

@@ -24,8 +24,10 @@ def zone(powercap: Path, number: str, name: str, microjoules: int, turns_at: int
 
 
 def test_packages_and_memory_are_summed_and_their_parts_are_not(tmp_path: Path) -> None:
-    meters = [zone(tmp_path, number, name, 5_000_000) for number, name in
-              (("0", "package-0"), ("0:0", "core"), ("0:1", "dram"), ("1", "package-1"), ("2", "psys"))]  # fmt: skip
+    meters = [
+        zone(tmp_path, number, name, 5_000_000)
+        for number, name in (("0", "package-0"), ("0:0", "core"), ("0:1", "dram"), ("1", "package-1"), ("2", "psys"))
+    ]
 
     def work() -> None:
         for meter, joules in zip(meters, (1, 10, 2, 3, 100), strict=True):

@@ -13,15 +13,26 @@ def test_pareto_is_what_nothing_dominates() -> None:
     draw = np.random.default_rng(0)
     for _ in range(50):
         x, y = draw.integers(0, 8, (2, 30)).astype(float)
-        expected = [not any(x[j] <= x[i] and y[j] >= y[i] and (x[j] < x[i] or y[j] > y[i]) for j in range(30))
-                    for i in range(30)]  # fmt: skip
+        expected = [
+            not any(x[j] <= x[i] and y[j] >= y[i] and (x[j] < x[i] or y[j] > y[i]) for j in range(30))
+            for i in range(30)
+        ]
         found = frontier.pareto(pd.Series(x), pd.Series(y), x_is_loss=True, y_is_loss=False)
         assert found.tolist() == expected
 
 
 def rows(**changes: object) -> pd.DataFrame:
-    base = {"model": "m", "method": "weight", "criterion": "magnitude", "execution": "dense", "sparsity": 0.5,
-            "status": "ok", "dtype": "float32", "device": "cpu", "threads": 1}  # fmt: skip
+    base = {
+        "model": "m",
+        "method": "weight",
+        "criterion": "magnitude",
+        "execution": "dense",
+        "sparsity": 0.5,
+        "status": "ok",
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
     return pd.DataFrame({**base, **changes})
 
 
@@ -48,8 +59,14 @@ def test_the_interval_of_a_perplexity_is_that_of_its_loss() -> None:
 
 
 def test_numbered_rows_give_the_same_points_in_the_same_order() -> None:
-    frame = rows(method=["weight", "dense", "neuron", "weight"], criterion=["wanda", None, "random", "wanda"],
-                 sparsity=[0.5, 0.0, 0.3, 0.5], seed=[0, 0, 0, 1], cost=[1.0, 2.0, 3.0, 4.0], acc=[0.4, 0.5, 0.6, 0.8])  # fmt: skip
+    frame = rows(
+        method=["weight", "dense", "neuron", "weight"],
+        criterion=["wanda", None, "random", "wanda"],
+        sparsity=[0.5, 0.0, 0.3, 0.5],
+        seed=[0, 0, 0, 1],
+        cost=[1.0, 2.0, 3.0, 4.0],
+        acc=[0.4, 0.5, 0.6, 0.8],
+    )
     found = frontier.points(frontier.numbered(frame)[::-1], "cost", "acc")
     pd.testing.assert_frame_equal(found, frontier.points(frame, "cost", "acc"))
     assert found.method.tolist() == ["dense", "neuron", "weight"]
@@ -69,8 +86,16 @@ def test_paired_latency_follows_the_speedup_and_not_the_clock_of_the_day() -> No
 
 
 def test_a_point_that_may_be_no_faster_than_a_better_one_is_not_on_the_frontier_for_certain() -> None:
-    points = pd.DataFrame({"x": [37.4, 38.2], "x_low": [34.6, np.nan], "x_high": [39.0, np.nan], "y": [455.0, 13.3],
-                           "y_low": np.nan, "y_high": np.nan})  # fmt: skip
+    points = pd.DataFrame(
+        {
+            "x": [37.4, 38.2],
+            "x_low": [34.6, np.nan],
+            "x_high": [39.0, np.nan],
+            "y": [455.0, 13.3],
+            "y_low": np.nan,
+            "y_high": np.nan,
+        }
+    )
 
     def differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return one != other

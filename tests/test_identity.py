@@ -79,24 +79,41 @@ def cell(tiny_checkpoint: Path, tmp_path: Path) -> Cell:
     for name in ("calibration.txt", "evaluation.txt"):
         (tmp_path / name).write_text(f"the text of {name} " * 200)
     return Cell(
-        Model("tiny", "local", path=str(tmp_path / "model")), Weight("weight", criterion="wanda"), 0.5,
-        Benchmarks(("pydoc", "capitals")), Calibration(str(tmp_path / "calibration.txt")), Efficiency(), Execution(),
-        Perplexity(str(tmp_path / "evaluation.txt")), device="cpu", threads=1,
-    )  # fmt: skip
+        Model("tiny", "local", path=str(tmp_path / "model")),
+        Weight("weight", criterion="wanda"),
+        0.5,
+        Benchmarks(("pydoc", "capitals")),
+        Calibration(str(tmp_path / "calibration.txt")),
+        Efficiency(),
+        Execution(),
+        Perplexity(str(tmp_path / "evaluation.txt")),
+        device="cpu",
+        threads=1,
+    )
 
 
 def another(value: Any, hint: Any) -> Any:
     """A value of the same type that is not this one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return another(value, next(a for a in arguments if a is not type(None) and (value is None or type(value) is a
-                                                                                      or typing.get_origin(a) is Literal)))  # fmt: skip
+        return another(
+            value,
+            next(
+                a
+                for a in arguments
+                if a is not type(None) and (value is None or type(value) is a or typing.get_origin(a) is Literal)
+            ),
+        )
     if origin is Literal:
         return next(choice for choice in arguments if choice != value)
     if origin is tuple:
         return (*(value or ()), another(None, arguments[0]))
-    return {bool: lambda: not value, int: lambda: (value or 0) + 3, float: lambda: (value or 0.0) / 2 + 0.125,
-            str: lambda: f"{value}2"}[hint]()  # fmt: skip
+    return {
+        bool: lambda: not value,
+        int: lambda: (value or 0) + 3,
+        float: lambda: (value or 0.0) / 2 + 0.125,
+        str: lambda: f"{value}2",
+    }[hint]()
 
 
 def fields_of(kind: type) -> Iterator[tuple[str, Any]]:
@@ -105,8 +122,12 @@ def fields_of(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 PLACES = {"cell": Cell, **GROUPS, **{f"method {name}": kind for name, kind in FAMILIES.items()}}
-MOVED = [(place, name) for place, kind in PLACES.items() for name, hint in fields_of(kind)
-         if not (place == "cell" and name in {*GROUPS, "method"}) and name != "family"]  # fmt: skip
+MOVED = [
+    (place, name)
+    for place, kind in PLACES.items()
+    for name, hint in fields_of(kind)
+    if not (place == "cell" and name in {*GROUPS, "method"}) and name != "family"
+]
 
 
 def moved(cell: Cell, place: str, name: str) -> tuple[Cell, Cell, str]:
@@ -127,8 +148,9 @@ def moved(cell: Cell, place: str, name: str) -> tuple[Cell, Cell, str]:
     )
 
 
-@pytest.mark.parametrize(("place", "name"), [pair for pair in MOVED if ".".join(pair).removeprefix("cell.")
-                                             not in identity.FINGERPRINTED])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "name"), [pair for pair in MOVED if ".".join(pair).removeprefix("cell.") not in identity.FINGERPRINTED]
+)
 def test_every_setting_that_is_moved_alone_gives_a_new_name(cell: Cell, place: str, name: str) -> None:
     before, after, _ = moved(cell, place, name)
     assert before != after
@@ -151,15 +173,23 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     monkeypatch.setattr(hub, "joined", lambda corpus, *_: "the text of a data set " * 100)
     of_hub = replace(cell, calibration=Calibration("org/name", split="train"))
     others: dict[str, tuple[Cell, Any]] = {
-        "model.name": (cell, "another"), "model.path": (cell, str(tmp_path / "elsewhere" / "moved")),
-        "model.package": (cell, "unread"), "model.file": (cell, "unread"), "model.revision": (cell, "unread"),
-        "data_root": (cell, str(tmp_path)), "benchmarks.tasks": (cell, ("capitals", "pydoc")),
-        "benchmarks.include_path": (cell, str(tmp_path)), "benchmarks.num_fewshot": (cell, 0),
-        "benchmarks.fewshot_seed": (cell, 7), "benchmarks.unsafe_code": (cell, True),
+        "model.name": (cell, "another"),
+        "model.path": (cell, str(tmp_path / "elsewhere" / "moved")),
+        "model.package": (cell, "unread"),
+        "model.file": (cell, "unread"),
+        "model.revision": (cell, "unread"),
+        "data_root": (cell, str(tmp_path)),
+        "benchmarks.tasks": (cell, ("capitals", "pydoc")),
+        "benchmarks.include_path": (cell, str(tmp_path)),
+        "benchmarks.num_fewshot": (cell, 0),
+        "benchmarks.fewshot_seed": (cell, 7),
+        "benchmarks.unsafe_code": (cell, True),
         "perplexity.source": (cell, str(tmp_path / "elsewhere" / "evaluation.txt")),
         "calibration.source": (cell, str(tmp_path / "elsewhere" / "calibration.txt")),
-        "calibration.subset": (of_hub, "other"), "calibration.split": (of_hub, "test"), "calibration.column": (of_hub, "other"),
-    }  # fmt: skip
+        "calibration.subset": (of_hub, "other"),
+        "calibration.split": (of_hub, "test"),
+        "calibration.column": (of_hub, "other"),
+    }
     assert others.keys() == identity.FINGERPRINTED.keys() - {"model.source"}  # which says how the others are read
     for setting, (before, value) in others.items():
         group, _, name = setting.rpartition(".")
@@ -302,8 +332,16 @@ def test_a_task_is_hashed_as_lm_eval_resolves_it(cell: Cell, tmp_path: Path) -> 
     assert identity.cell_name(mine) == before
     (folder / "mine.yaml").write_text("# a remark\n" + (folder / "mine.yaml").read_text())
     assert identity.cell_name(mine) == before
-    shown = [replace(mine, benchmarks=replace(mine.benchmarks, **change)) for change in (
-        {"num_fewshot": 2}, {"fewshot_seed": 7}, {"num_fewshot": 1}, {"num_fewshot": 0}, {"num_fewshot": 0, "fewshot_seed": 7})]  # fmt: skip
+    shown = [
+        replace(mine, benchmarks=replace(mine.benchmarks, **change))
+        for change in (
+            {"num_fewshot": 2},
+            {"fewshot_seed": 7},
+            {"num_fewshot": 1},
+            {"num_fewshot": 0},
+            {"num_fewshot": 0, "fewshot_seed": 7},
+        )
+    ]
     names = [identity.cell_name(c) for c in shown]
     assert names[0] == before and names[3] == names[4] and len({*names}) == 4
     write_task(folder, start=50)  # of the examples alone
@@ -315,8 +353,13 @@ def test_names_are_the_same_in_every_process(cell: Cell, tmp_path: Path) -> None
     mine = replace(cell, benchmarks=Benchmarks(("mine", "pydoc"), include_path=str(tmp_path / "tasks")))
     code = f"from sweep.config import *\nfrom sweep import identity\nprint(identity.cell_name({mine!r}))"
     for seed in ("1", "2"):
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                               env={**os.environ, "PYTHONHASHSEED": seed})  # fmt: skip
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
         assert found.stdout.strip() == identity.cell_name(mine)
 
 

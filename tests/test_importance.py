@@ -48,8 +48,19 @@ def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) ->
 
 
 def test_the_command_writes_tables_and_figure(tiny_checkpoint: Path, tmp_path: Path, cache_folder: Path) -> None:
-    arguments = [str(tmp_path / "out"), "--model", "local", "--path", str(tiny_checkpoint), "--units", "6",
-                 "--texts", "2", "--tokens", "16"]  # fmt: skip
+    arguments = [
+        str(tmp_path / "out"),
+        "--model",
+        "local",
+        "--path",
+        str(tiny_checkpoint),
+        "--units",
+        "6",
+        "--texts",
+        "2",
+        "--tokens",
+        "16",
+    ]
     importance.main(arguments)
     summary = pd.read_parquet(tmp_path / "out" / "summary.parquet")
     assert set(summary.criterion) == {"drop", *config.PROXIES}

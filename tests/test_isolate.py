@@ -232,8 +232,12 @@ def test_the_child_sees_the_device_that_it_is_given(tmp_path: Path) -> None:
 def how_its_threads_wait(cell: Any) -> Any:
     """What libgomp says of itself when it is loaded, in a process that starts as the cell's server has."""
     variables = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\0") if entry)
-    asked = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True,
-                           env=variables | {"OMP_DISPLAY_ENV": "verbose"})  # fmt: skip
+    asked = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        capture_output=True,
+        text=True,
+        env=variables | {"OMP_DISPLAY_ENV": "verbose"},
+    )
     return {"status": "ok", "gpu": asked.stderr}, {}
 
 

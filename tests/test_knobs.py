@@ -32,7 +32,9 @@ def test_two_versions_of_a_cell_are_never_two_seeds() -> None:
     pruned = points[points.method == "weight"].set_index("version")
     assert pruned.seeds.tolist() == [1, 1] and pruned.y.to_dict() == {"5": 16, "6": 19} and pruned.y_low.isna().all()
     assert sorted(plot.series(points[points.method == "weight"])) == [
-        "weight magnitude (version 5)", "weight magnitude (version 6)"]  # fmt: skip
+        "weight magnitude (version 5)",
+        "weight magnitude (version 6)",
+    ]
     drops = plot.drop_table(two_versions(), ["pydoc/token_perplexity"])["pydoc/token_perplexity"]
     assert sorted(drops) == pytest.approx([100 / 15, 400 / 15])  # each after the dense row of its version
 
@@ -59,7 +61,10 @@ def test_no_figure_or_answer_of_a_report_sets_one_version_beside_another(tmp_pat
         return front, pd.read_csv(tmp_path / "out" / "table.csv").set_index("name")
 
     front, table = reported()
-    assert "14 cells, 14 of them ok. Left out, since measuring versions are not compared: 9 of version 4; --filter measuring_version=N reports another." in front  # fmt: skip
+    assert (
+        "14 cells, 14 of them ok. Left out, since measuring versions are not compared: 9 of version 4; --filter measuring_version=N reports another."
+        in front
+    )
     assert list(table.index) == ["dense", "weight magnitude", "weight magnitude"] and "wanda" not in front
     assert (table.seeds[table.method != "dense"] == 2).all()
     front, table = reported("measuring_version=4")
@@ -88,8 +93,10 @@ def test_a_default_that_changed_makes_no_other_setting() -> None:
     rows = two_versions()
     for version, shots in ((5, 0), (6, Benchmarks.num_fewshot)):
         here = rows.measuring_version == version
-        rows.loc[here, "config"] = [json.dumps(json.loads(text) | {"benchmarks": {"tasks": ["pydoc"], "num_fewshot": shots}})
-                                    for text in rows.config[here]]  # fmt: skip
+        rows.loc[here, "config"] = [
+            json.dumps(json.loads(text) | {"benchmarks": {"tasks": ["pydoc"], "num_fewshot": shots}})
+            for text in rows.config[here]
+        ]
     assert (knobs.with_variant(rows).setting == "").all()
     assert frontier.newest(rows, "")[0].measuring_version.tolist() == [6, 6]
 
@@ -137,8 +144,13 @@ def test_a_setting_that_no_cells_name_depends_on_parts_no_rows() -> None:
     by_name = {"model.name", "benchmarks.tasks", "perplexity.source", "calibration.source"}
     for key in identity.FINGERPRINTED:
         settings = [json.dumps({"method": {"family": "weight"}, **_nested(key, value)}) for value in ("one", "two")]
-        rows = pd.concat([one_cell(config=text, data_fingerprints='{"pydoc": "a", "calibration": "b", "perplexity:x": "c"}')[1:]
-                          for text in settings], ignore_index=True)  # fmt: skip
+        rows = pd.concat(
+            [
+                one_cell(config=text, data_fingerprints='{"pydoc": "a", "calibration": "b", "perplexity:x": "c"}')[1:]
+                for text in settings
+            ],
+            ignore_index=True,
+        )
         told = knobs.with_variant(rows)
         assert key in by_name or key.startswith("model.") or key in knobs._ASIDE, key
         assert set(told.setting) == set(told.variant) == {""}, key
@@ -168,8 +180,17 @@ def test_older_rows_tell_their_version_by_their_name(tmp_path: Path) -> None:
     assert all(rows.measuring_version.notna().all() for rows in recorded.values())
     row = recorded["first_look"].iloc[0]
     assert row.measuring_version == 4
-    store.write(tmp_path, {"cell": row.cell, "status": "ok", "config": row.config, "data_fingerprints": "{}",
-                           "model_fingerprint": row.model_fingerprint}, {})  # fmt: skip
+    store.write(
+        tmp_path,
+        {
+            "cell": row.cell,
+            "status": "ok",
+            "config": row.config,
+            "data_fingerprints": "{}",
+            "model_fingerprint": row.model_fingerprint,
+        },
+        {},
+    )
     assert store.load(tmp_path).measuring_version.isna().all()  # other data than the name was made of
 
 

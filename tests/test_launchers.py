@@ -15,10 +15,21 @@ import pytest
 import sweep
 from test_cli import ROOT, run
 
-NEEDED = {"joblib": "hydra_plugins.hydra_joblib_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher",
-          "ray": "hydra_plugins.hydra_ray_launcher"}  # fmt: skip
-QUICK = ["benchmarks=pydoc", "benchmarks.limit=2", "benchmarks.max_length=256", "efficiency.prompt_tokens=8",
-         "efficiency.output_tokens=2", "efficiency.repeats=6", "efficiency.warmup=0", "dtype=float32"]  # fmt: skip
+NEEDED = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "ray": "hydra_plugins.hydra_ray_launcher",
+}
+QUICK = [
+    "benchmarks=pydoc",
+    "benchmarks.limit=2",
+    "benchmarks.max_length=256",
+    "efficiency.prompt_tokens=8",
+    "efficiency.output_tokens=2",
+    "efficiency.repeats=6",
+    "efficiency.warmup=0",
+    "dtype=float32",
+]
 
 
 def needs(extra: str) -> None:
@@ -84,8 +95,13 @@ def test_slurm_runs_cells_and_a_killed_job_hangs_nothing(tmp_path: Path, command
 
 def test_ray_runs_cells(tmp_path: Path, command: list[str]) -> None:
     needs("ray")
-    run(*command, "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2",
-        "+hydra.launcher.ray.init.include_dashboard=false", cwd=tmp_path)  # fmt: skip
+    run(
+        *command,
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.include_dashboard=false",
+        cwd=tmp_path,
+    )
     check(tmp_path)
 
 
@@ -94,11 +110,18 @@ def test_a_launcher_whose_package_is_missing_names_the_extra(launcher: str, extr
     if importlib.util.find_spec(NEEDED[extra]) is not None:  # hide it, as it would be where it is not installed
         hide = tmp_path / "sitecustomize.py"
         package = NEEDED[extra].rpartition(".")[2]
-        hide.write_text("import pkgutil\nwalk = pkgutil.walk_packages\n"
-                        "pkgutil.walk_packages = lambda *a, **k: (m for m in walk(*a, **k) "
-                        f"if {package!r} not in m.name)\n")  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "sweep", "+method=weight", f"hydra/launcher={launcher}", "-m"], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+        hide.write_text(
+            "import pkgutil\nwalk = pkgutil.walk_packages\n"
+            "pkgutil.walk_packages = lambda *a, **k: (m for m in walk(*a, **k) "
+            f"if {package!r} not in m.name)\n"
+        )
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep", "+method=weight", f"hydra/launcher={launcher}", "-m"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 2
     assert f"pip install 'sweep-pruning[{extra}]'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "results").exists()

@@ -55,8 +55,10 @@ def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str,
 
 def test_attention_and_ffn_share_the_linear_layers_between_them(family: str) -> None:
     model = tiny_model(family)
-    count = {targets: methods.prune(copy.deepcopy(model), Weight("weight", targets=targets), 0.0, None).targets
-             for targets in ("all", "attention", "ffn")}  # fmt: skip
+    count = {
+        targets: methods.prune(copy.deepcopy(model), Weight("weight", targets=targets), 0.0, None).targets
+        for targets in ("all", "attention", "ffn")
+    }
     assert count["attention"] + count["ffn"] == count["all"]
     assert 0 < count["attention"] < count["all"]
 
@@ -166,8 +168,11 @@ def test_a_name_that_is_not_listed_is_refused_however_it_is_asked_for(kind: type
         kind(**{**needed.get(kind, {}), name: "unheard"})
 
 
-@pytest.mark.parametrize("method", [Weight("weight"), Weight("weight", allocation="global"), Neuron(), Head(), Layer(), Vocab("vocab")],
-                         ids=lambda m: f"{m.family} {getattr(m, 'allocation', '')}")  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [Weight("weight"), Weight("weight", allocation="global"), Neuron(), Head(), Layer(), Vocab("vocab")],
+    ids=lambda m: f"{m.family} {getattr(m, 'allocation', '')}",
+)
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_criterion_that_no_function_scores_is_an_error(
     method: Method, reads: bool, monkeypatch: pytest.MonkeyPatch

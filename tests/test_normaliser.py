@@ -12,8 +12,9 @@ from sweep import normaliser
 @pytest.mark.parametrize("step", [1e-3, 1e-2, 0.1, 1.0, 10.0])
 def test_the_rest_is_within_its_bound(step: float, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, states, change = (torch.randn(*shape, dtype=torch.double, generator=generator)
-                              for shape in ((50, 8), (5, 8), (200, 5, 8)))  # fmt: skip
+    weight, states, change = (
+        torch.randn(*shape, dtype=torch.double, generator=generator) for shape in ((50, 8), (5, 8), (200, 5, 8))
+    )
     offset = torch.randn(50, dtype=torch.double, generator=generator) if bias else None
     moved = states + step * change
     found, bound = normaliser.expand(weight, offset, states)(moved)

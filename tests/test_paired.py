@@ -71,15 +71,19 @@ def test_a_difference_that_no_draw_denies_stays_news_in_a_large_table() -> None:
 def test_f1_is_scikit_learns_and_its_interval_as_wide_as_a_bootstraps() -> None:
     draw = np.random.default_rng(0)
     target = draw.integers(0, 4, 80)
-    before, after = (pd.DataFrame({"target": target, "chosen": np.where(draw.random(80) < right, target, 0)})
-                     for right in (0.9, 0.5))  # fmt: skip
+    before, after = (
+        pd.DataFrame({"target": target, "chosen": np.where(draw.random(80) < right, target, 0)}) for right in (0.9, 0.5)
+    )
     found = paired.difference(before, after, "f1_macro")
     expected = [f1_score(target, frame.chosen, average="macro") for frame in (before, after)]
     assert [found["before"], found["after"]] == pytest.approx(expected)
     assert found["high"] < 0 and found["p"] < 0.01
     chosen = draw.integers(0, 80, (300, 80))
-    drawn = [f1_score(target[i], after.chosen.to_numpy()[i], average="macro")
-             - f1_score(target[i], before.chosen.to_numpy()[i], average="macro") for i in chosen]  # fmt: skip
+    drawn = [
+        f1_score(target[i], after.chosen.to_numpy()[i], average="macro")
+        - f1_score(target[i], before.chosen.to_numpy()[i], average="macro")
+        for i in chosen
+    ]
     assert found["high"] - found["low"] == pytest.approx(np.quantile(drawn, 0.975) - np.quantile(drawn, 0.025), rel=0.2)
 
 
@@ -94,13 +98,22 @@ def test_the_gap_between_bands_is_a_difference_of_differences() -> None:
     draw = np.random.default_rng(0)
 
     def outcomes(rare: float, common: float) -> pd.DataFrame:
-        return pd.DataFrame({"loss_band_zipf0to3": draw.normal(rare, 0.1, 50) * 10, "tokens_band_zipf0to3": 10.0,
-                             "loss_band_zipf5up": draw.normal(common, 0.1, 50) * 40, "tokens_band_zipf5up": 40.0})  # fmt: skip
+        return pd.DataFrame(
+            {
+                "loss_band_zipf0to3": draw.normal(rare, 0.1, 50) * 10,
+                "tokens_band_zipf0to3": 10.0,
+                "loss_band_zipf5up": draw.normal(common, 0.1, 50) * 40,
+                "tokens_band_zipf5up": 40.0,
+            }
+        )
 
     dense, pruned = outcomes(5.0, 2.0), outcomes(6.0, 2.5)
     found = paired.band_gap(dense, pruned, "zipf0to3", "zipf5up")
-    means = {f"{n}{b}": (f[f"loss_band_{b}"].sum() / f[f"tokens_band_{b}"].sum())
-             for n, f in (("dense", dense), ("pruned", pruned)) for b in ("zipf0to3", "zipf5up")}  # fmt: skip
+    means = {
+        f"{n}{b}": (f[f"loss_band_{b}"].sum() / f[f"tokens_band_{b}"].sum())
+        for n, f in (("dense", dense), ("pruned", pruned))
+        for b in ("zipf0to3", "zipf5up")
+    }
     expected = means["prunedzipf0to3"] - means["densezipf0to3"] - (means["prunedzipf5up"] - means["densezipf5up"])
     assert found["gap"] == pytest.approx(expected)
     assert 0 < found["low"] < found["gap"] < found["high"] < 1 and found["p"] < 0.01
@@ -130,9 +143,15 @@ def test_windows_of_the_papers_perplexity_are_paired_like_any_documents(tmp_path
 
 
 def test_metrics_of_log_likelihoods_are_losses_and_point_the_right_way(tmp_path: Path) -> None:
-    likelihood = pd.DataFrame({"word_perplexity": [-20.0, -30.0], "word_perplexity_weight": [10.0, 5.0],
-                               "bits_per_byte": [-20.0, -30.0], "bits_per_byte_weight": [40.0, 20.0],
-                               "perplexity": [-20.0, -30.0]})  # fmt: skip
+    likelihood = pd.DataFrame(
+        {
+            "word_perplexity": [-20.0, -30.0],
+            "word_perplexity_weight": [10.0, 5.0],
+            "bits_per_byte": [-20.0, -30.0],
+            "bits_per_byte_weight": [40.0, 20.0],
+            "perplexity": [-20.0, -30.0],
+        }
+    )
     words, bits, mean = (paired.estimate(likelihood, m) for m in ("word_perplexity", "bits_per_byte", "perplexity"))
     assert words.value == pytest.approx(50 / 15) and mean.value == 25  # exp of which is lm-eval's perplexity
     assert bits.value == pytest.approx(50 / 60 / np.log(2))
@@ -200,9 +219,13 @@ def test_a_table_too_large_for_its_documents_says_so(tmp_path: Path, caplog: pyt
     assert "t/loss: 8 documents give no p-value below 0.0078, and Holm's correction of 7 comparisons" in caplog.text
 
 
-OUTCOMES = {"of windows": {"loss"}, "of pages": {"log_likelihood", "tokens"}, "of choices": {"acc", "target", "chosen"},
-            "of old pages": {"log_likelihood", "tokens", "word_perplexity"},
-            "of pages by band": {"log_likelihood", "tokens", "loss_band_no_word", "tokens_band_no_word"}}  # fmt: skip
+OUTCOMES = {
+    "of windows": {"loss"},
+    "of pages": {"log_likelihood", "tokens"},
+    "of choices": {"acc", "target", "chosen"},
+    "of old pages": {"log_likelihood", "tokens", "word_perplexity"},
+    "of pages by band": {"log_likelihood", "tokens", "loss_band_no_word", "tokens_band_no_word"},
+}
 
 
 @pytest.mark.parametrize("columns", OUTCOMES.values(), ids=OUTCOMES)

@@ -94,12 +94,17 @@ def test_options_cannot_be_swept_over() -> None:
     [
         ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, machine.Share()),
         ({"_target_": "a.joblib_launcher.JoblibLauncher", "n_jobs": 4}, machine.Share(workers=4)),
-        ({"_target_": "a.submitit_launcher.SlurmLauncher", "cpus_per_task": 8, "gpus_per_node": 1},
-         machine.Share(threads=8, elsewhere=True, has_gpu=True)),
+        (
+            {"_target_": "a.submitit_launcher.SlurmLauncher", "cpus_per_task": 8, "gpus_per_node": 1},
+            machine.Share(threads=8, elsewhere=True, has_gpu=True),
+        ),
         ({"_target_": "a.submitit_launcher.LocalLauncher", "cpus_per_task": None}, machine.Share(threads=1)),
-        ({"_target_": "a.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 2}}}, machine.Share(threads=2, elsewhere=True)),
+        (
+            {"_target_": "a.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 2}}},
+            machine.Share(threads=2, elsewhere=True),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_launcher_gives_each_cell(launcher: dict, share: machine.Share) -> None:
     assert machine.share(launcher) == share
 
@@ -162,14 +167,22 @@ def test_cells_are_spread_over_gpus_and_each_sees_one(
 
 
 @pytest.mark.parametrize(
-    ("limit", "size"), [("12GiB", 12 * 2**30), ("1500MB", 1_500_000_000), ("2147483648", 2**31), ("1.5 gib", 3 * 2**29), (None, None)]
-)  # fmt: skip
+    ("limit", "size"),
+    [("12GiB", 12 * 2**30), ("1500MB", 1_500_000_000), ("2147483648", 2**31), ("1.5 gib", 3 * 2**29), (None, None)],
+)
 def test_memory_limits_are_read(limit: str | None, size: int | None) -> None:
     assert memory_bytes(limit) == size
 
 
-@pytest.mark.parametrize(("limit", "message"), [("much", "must be a size such as 12GiB"), ("-1GiB", "must be a size"),
-                                                ("12GiBs", "must be a size"), ("500MB", "must be at least 1GiB")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("much", "must be a size such as 12GiB"),
+        ("-1GiB", "must be a size"),
+        ("12GiBs", "must be a size"),
+        ("500MB", "must be at least 1GiB"),
+    ],
+)
 def test_wrong_memory_limits_are_refused(limit: str, message: str) -> None:
     with pytest.raises(RequestError, match=f"memory_limit {message}.*got '{limit}'"):
         memory_bytes(limit)
@@ -285,9 +298,15 @@ class Engine:
     ],
 )
 def test_what_an_engine_loses_is_handed_over_again_and_what_fails_is_told(
-    becomes: str, status: str, handed: int, code: int, words: str,
-    cell: Cell, tmp_path: Path, capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    becomes: str,
+    status: str,
+    handed: int,
+    code: int,
+    words: str,
+    cell: Cell,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     cell = replace(cell, dtype="float32")
     stored(tmp_path, cell.dense(), weights_bytes=1)
     if becomes == "outdone":

@@ -76,8 +76,17 @@ def test_metrics_of_log_likelihoods_follow_from_the_examples_and_their_weights(l
 
 
 def test_of_a_metric_of_the_whole_alone_no_document_has_a_value() -> None:
-    examples = [{"doc_id": i, "filter": "none", "metrics": ["acc", "f1"], "acc": 1.0, "f1": (i, 1), "filtered_resps": [(-1.0, True)]}
-                for i in range(2)]  # fmt: skip
+    examples = [
+        {
+            "doc_id": i,
+            "filter": "none",
+            "metrics": ["acc", "f1"],
+            "acc": 1.0,
+            "f1": (i, 1),
+            "filtered_resps": [(-1.0, True)],
+        }
+        for i in range(2)
+    ]
     _, outcomes = quality._by_document(examples, {"acc": aggregations.mean, "f1": aggregations.f1_score})
     assert outcomes == [{"log_likelihood": -1.0, "acc": 1.0}] * 2  # and not the right answers, equal for every model
 
@@ -173,8 +182,11 @@ def test_rows_of_tokens_by_band_are_those_of_the_dense_model(loaded: Loaded) -> 
             if (bands == i).any():
                 norms = weight[np.flatnonzero(bands == i)].norm(dim=1)
                 assert found[f"{matrix}/row_norm_band_{name}"] == pytest.approx(norms.mean().item(), rel=1e-5)
-        assert sum(found[f"{matrix}/share_pruned_band_{b}"] * found[f"{matrix}/rows_band_{b}"]
-                   for b in words.BANDS if f"{matrix}/rows_band_{b}" in found) == pytest.approx(2)  # fmt: skip
+        assert sum(
+            found[f"{matrix}/share_pruned_band_{b}"] * found[f"{matrix}/rows_band_{b}"]
+            for b in words.BANDS
+            if f"{matrix}/rows_band_{b}" in found
+        ) == pytest.approx(2)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -201,9 +213,11 @@ def test_a_metric_that_overflows_is_infinite_and_the_others_stand(
     metrics, samples = quality.evaluate(model, tokenizer, Benchmarks(tasks, limit=3, max_length=128), None)
     pages, endings = wide(samples, "pydoc"), wide(samples, "pydoc_cloze")
     counted = sum(len(document["page"].split()) for document in text.pydoc_documents()[:3])
-    losses = {"pydoc/token_perplexity": -pages.log_likelihood.sum() / pages.tokens.sum(),
-              "pydoc/word_perplexity": -pages.log_likelihood.sum() / counted,
-              "pydoc_cloze/perplexity": -endings.log_likelihood.mean()}  # fmt: skip
+    losses = {
+        "pydoc/token_perplexity": -pages.log_likelihood.sum() / pages.tokens.sum(),
+        "pydoc/word_perplexity": -pages.log_likelihood.sum() / counted,
+        "pydoc_cloze/perplexity": -endings.log_likelihood.mean(),
+    }
     with np.errstate(over="ignore"):
         assert [metrics[name] for name in losses] == pytest.approx(np.exp(list(losses.values())), rel=1e-9)
     assert [math.isinf(metrics[name]) for name in losses] == [infinite] * 3
@@ -217,8 +231,16 @@ def test_a_metric_that_overflows_is_infinite_and_the_others_stand(
 def test_papers_tasks_run_offline_with_examples_shown(loaded: Loaded, data_root: Path) -> None:
     settings = Benchmarks(("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq"), limit=2, max_length=512)
     metrics, samples = quality.evaluate(*loaded, settings, str(data_root))
-    names = ["wikitext/word_perplexity", "wikitext/token_perplexity", "lambada_openai/acc", "arc_easy/acc_norm",
-             "piqa/acc", "boolq/acc", "boolq/f1", "boolq/matthews"]  # fmt: skip
+    names = [
+        "wikitext/word_perplexity",
+        "wikitext/token_perplexity",
+        "lambada_openai/acc",
+        "arc_easy/acc_norm",
+        "piqa/acc",
+        "boolq/acc",
+        "boolq/f1",
+        "boolq/matthews",
+    ]
     assert all(metrics[name] is not None for name in names)
     assert "piqa/f1" not in metrics and "piqa/f1_macro" in metrics  # its second choice is no positive class
     assert samples.groupby("task").document.nunique().to_dict() == dict.fromkeys(settings.tasks, 2)
@@ -256,8 +278,11 @@ def test_what_two_answer_filters_find_stays_apart_and_carries_its_direction(load
     assert wide(samples, "sums")["exact_match,flexible-extract"].tolist() == [1, 0]
     assert wide(samples, "sums")["exact_match,strict-match"].tolist() == [0, 0]
     better = json.loads(metrics["higher_is_better"])
-    assert better == {f"sums/{metric},{name}": metric == "exact_match"
-                      for metric in ("exact_match", "ter") for name in ("strict-match", "flexible-extract")}  # fmt: skip
+    assert better == {
+        f"sums/{metric},{name}": metric == "exact_match"
+        for metric in ("exact_match", "ter")
+        for name in ("strict-match", "flexible-extract")
+    }
 
 
 def theirs(loaded: Loaded, task: str, **options: Any) -> tuple[dict[str, Any], list[float]]:
@@ -307,8 +332,10 @@ def test_a_task_that_shows_none_shows_none_whatever_is_asked(loaded: Loaded, tmp
 def test_the_window_is_the_models_unless_another_is_asked(loaded: Loaded) -> None:
     """The tiny model has 4096 positions, which every page fits in."""
     page, short = Benchmarks(("pydoc",), limit=2), Benchmarks(("pydoc",), limit=2, max_length=64)
-    whole, windowed, same = (quality.evaluate(*loaded, settings, None)[0]["pydoc/word_perplexity"]
-                             for settings in (page, short, replace(page, max_length=4096)))  # fmt: skip
+    whole, windowed, same = (
+        quality.evaluate(*loaded, settings, None)[0]["pydoc/word_perplexity"]
+        for settings in (page, short, replace(page, max_length=4096))
+    )
     assert whole == same != windowed
 
 

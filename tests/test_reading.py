@@ -107,12 +107,24 @@ def test_columns_do_not_depend_on_what_the_tokenizer_puts_around_a_text(
 ) -> None:
     model, bare = loaded
     settings = Benchmarks(("pydoc", "pydoc_cloze"), limit=2, max_length=512)
-    cell = Cell(Model("tiny", "local", str(tiny_checkpoint)), Dense(), 0.0, settings, None, Efficiency(), Execution(),
-                dtype="float32", device="cpu")  # fmt: skip
+    cell = Cell(
+        Model("tiny", "local", str(tiny_checkpoint)),
+        Dense(),
+        0.0,
+        settings,
+        None,
+        Efficiency(),
+        Execution(),
+        dtype="float32",
+        device="cpu",
+    )
     dense = divergence.of_dense(cell)
     first, samples = quality.evaluate(model, bare, settings, None, dense)
-    ours = [name for name in first if name.startswith("pydoc/") and "_perplexity" not in name.replace("token_", "")
-            and "bits" not in name]  # fmt: skip
+    ours = [
+        name
+        for name in first
+        if name.startswith("pydoc/") and "_perplexity" not in name.replace("token_", "") and "bits" not in name
+    ]
     assert "pydoc/token_perplexity" in ours and "pydoc/kl_from_dense" in ours and len(ours) > 15
     for template in ("<s> $A", "$A </s>", "<s> $A </s>"):
         metrics, other = quality.evaluate(model, framing(tiny_checkpoint, template), settings, None, dense)
@@ -157,8 +169,10 @@ def test_a_long_text_begins_once_and_does_not_end(
     assert columns["perplexity_windows"] == 3
     windows = [ids[i : i + 10] for i in (0, 10, 20)]
     skipped = max(1, len(before))
-    losses = [-log_probs(model, window[:start], window[start:]).mean()
-              for window, start in zip(windows, [skipped, 1, 1], strict=True)]  # fmt: skip
+    losses = [
+        -log_probs(model, window[:start], window[start:]).mean()
+        for window, start in zip(windows, [skipped, 1, 1], strict=True)
+    ]
     assert columns["a/perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
@@ -198,8 +212,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("dense", "rare") else pytest.mark.slow)
-                                  for name in FAMILIES])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("dense", "rare") else pytest.mark.slow) for name in FAMILIES]
+)
 def test_rows_tokens_and_ids_may_be_of_different_numbers(
     uneven: Model, name: str, tmp_path: Path, cache_folder: Path
 ) -> None:
@@ -207,9 +222,19 @@ def test_rows_tokens_and_ids_may_be_of_different_numbers(
     (tmp_path / "a.txt").write_text("some text of one's own " * 10)
     settings = Benchmarks(("pydoc", "pydoc_cloze"), limit=1, max_length=128)
     quick = Efficiency(prompt_tokens=8, output_tokens=2, warmup=0, repeats=6)
-    cell = Cell(uneven, method, sparsity, settings, calibration, quick, Execution("dense" if name in ("dense", "weight")
-                else "shrunk"), perplexity=Perplexity(str(tmp_path / "a.txt"), 32), dtype="float32", device="cpu",
-                threads=1)  # fmt: skip
+    cell = Cell(
+        uneven,
+        method,
+        sparsity,
+        settings,
+        calibration,
+        quick,
+        Execution("dense" if name in ("dense", "weight") else "shrunk"),
+        perplexity=Perplexity(str(tmp_path / "a.txt"), 32),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+    )
     row, _ = run.run_cell(cell, save_model=str(tmp_path / "saved"))
     assert row["status"] == "ok" and row["a/perplexity"] > 1 and np.isfinite(row["pydoc/kl_from_dense"])
     if name == "dense":

@@ -36,9 +36,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_is_a_folder_of_figures_tables_and_a_page(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
-    for figure in ("pydoc-token_perplexity-against-latency", "capitals-acc-against-memory",
-                   "capitals-acc-against-sparsity", "capitals-acc-against-stored", "capitals-acc-against-macs",
-                   "decode-speedup-against-sparsity", "drop-by-benchmark"):  # fmt: skip
+    for figure in (
+        "pydoc-token_perplexity-against-latency",
+        "capitals-acc-against-memory",
+        "capitals-acc-against-sparsity",
+        "capitals-acc-against-stored",
+        "capitals-acc-against-macs",
+        "decode-speedup-against-sparsity",
+        "drop-by-benchmark",
+    ):
         assert {f"{figure}.png", f"{figure}.svg", f"{figure}.pdf"} <= names
     assert {"table.md", "table.csv", "table.tex", "README.md", "report.html"} <= names
     assert "against-energy" not in "".join(names)  # the rows hold none
@@ -93,11 +99,22 @@ def test_every_method_has_its_own_mark_and_colour() -> None:
 
 
 def test_points_within_noise_are_hollow() -> None:
-    points = pd.DataFrame({"x": [1.0, 2, 3], "y": [10.0, 5.0, 5.1], "x_low": np.nan, "x_high": np.nan,
-                           "y_low": [9.9, 4.9, 4.8], "y_high": [10.1, 5.1, 5.4]})  # fmt: skip
+    points = pd.DataFrame(
+        {
+            "x": [1.0, 2, 3],
+            "y": [10.0, 5.0, 5.1],
+            "x_low": np.nan,
+            "x_high": np.nan,
+            "y_low": [9.9, 4.9, 4.8],
+            "y_high": [10.1, 5.1, 5.4],
+        }
+    )
     assert frontier.membership(points, x_is_loss=True, y_is_loss=True).tolist() == ["on", "on", "within noise"]
     assert frontier.membership(points.assign(y_low=[9.9, 4.9, 5.05]), x_is_loss=True, y_is_loss=True).tolist() == [
-        "on", "on", "off"]  # fmt: skip
+        "on",
+        "on",
+        "off",
+    ]
     rows = ready(frames.rows(seeds=1))
     rows["capitals/acc_stderr"] = 0.5  # everything is within noise of dense
     axes = plot.sparsity_figure(rows, "capitals/acc").axes[0]
@@ -113,7 +130,9 @@ def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
     assert (points.seeds == 1).all() and (points.setting == "").all()
     assert (knobs.with_variant(frames.rows()).setting == "").all()  # a dense row reads no calibration text: no matter
     assert set(plot.series(points[points.method == "weight"])) == {
-        "weight magnitude", "weight magnitude (scope=global)"}  # fmt: skip
+        "weight magnitude",
+        "weight magnitude (scope=global)",
+    }
 
 
 def test_rows_measured_differently_are_compared_with_their_own_dense_row() -> None:
@@ -148,16 +167,29 @@ def test_counted_speedup_stands_beside_the_measured_one() -> None:
 
 
 def simple(**columns: object) -> pd.DataFrame:
-    base = {"cell": "c", "status": "ok", "model": "m", "method": "weight", "criterion": "a", "execution": "dense",
-            "seed": 0, "variant": "", "setting": ""}  # fmt: skip
+    base = {
+        "cell": "c",
+        "status": "ok",
+        "model": "m",
+        "method": "weight",
+        "criterion": "a",
+        "execution": "dense",
+        "seed": 0,
+        "variant": "",
+        "setting": "",
+    }
     frame = pd.DataFrame(base | columns)
     frame.loc[frame.sparsity == 0, ["method", "criterion"]] = ["dense", None]
     return frame
 
 
 def test_the_cheapest_within_a_loss_and_whether_that_is_certain() -> None:
-    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 6, 4], acc=[0.80, 0.80, 0.79, 0.5],
-                  acc_stderr=[0.001, 0.001, 0.01, 0.01])  # fmt: skip
+    rows = simple(
+        sparsity=[0.0, 0.2, 0.4, 0.6],
+        cost_ms=[10.0, 8, 6, 4],
+        acc=[0.80, 0.80, 0.79, 0.5],
+        acc_stderr=[0.001, 0.001, 0.01, 0.01],
+    )
     said = advice.cheapest_within(rows, "cost_ms", "acc", 0.02, relative=True)
     assert "weight a at sparsity 0.4" in said and "within noise; the cheapest that is within it for certain" in said
     assert said.endswith("weight a at sparsity 0.2, cost ms 8.00, acc 0.800 (0.798 to 0.802).")
@@ -171,16 +203,16 @@ def test_the_cheapest_within_a_loss_and_whether_that_is_certain() -> None:
 
 
 def test_the_best_within_a_budget_names_its_ties() -> None:
-    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 6, 4], acc=[0.80, 0.75, 0.74, 0.5],
-                  acc_stderr=0.02)  # fmt: skip
+    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 6, 4], acc=[0.80, 0.75, 0.74, 0.5], acc_stderr=0.02)
     said = advice.best_within(rows, "cost_ms", "acc", 8.5)
     assert "weight a at sparsity 0.2" in said and "Within noise of it: weight a at 0.4." in said
     assert "no cell; the cheapest needs 4.00" in advice.best_within(rows, "cost_ms", "acc", 1.0)
 
 
 def test_the_knee_is_where_the_frontier_bends_and_says_how_sure() -> None:
-    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 3, 2.5], acc=[0.80, 0.79, 0.78, 0.1],
-                  acc_stderr=0.001)  # fmt: skip
+    rows = simple(
+        sparsity=[0.0, 0.2, 0.4, 0.6], cost_ms=[10.0, 8, 3, 2.5], acc=[0.80, 0.79, 0.78, 0.1], acc_stderr=0.001
+    )
     assert "sparsity 0.4" in advice.knee(rows, "cost_ms", "acc") and "in 100 % of 500" in advice.knee(
         rows, "cost_ms", "acc"
     )
@@ -190,8 +222,12 @@ def test_the_knee_is_where_the_frontier_bends_and_says_how_sure() -> None:
 
 
 def test_break_even_is_where_the_interval_stays_above_one() -> None:
-    rows = simple(sparsity=[0.0, 0.2, 0.4, 0.6], decode_speedup=[1.0, 1.05, 0.9, 1.4],
-                  decode_speedup_low=[0.99, 1.01, 0.8, 1.3], decode_speedup_high=[1.01, 1.1, 1.0, 1.5])  # fmt: skip
+    rows = simple(
+        sparsity=[0.0, 0.2, 0.4, 0.6],
+        decode_speedup=[1.0, 1.05, 0.9, 1.4],
+        decode_speedup_low=[0.99, 1.01, 0.8, 1.3],
+        decode_speedup_high=[1.01, 1.1, 1.0, 1.5],
+    )
     assert advice.break_even(rows) == [
         "weight a: decode is faster than dense from sparsity 0.6 on (1.40x there, 1.40x at best)."
     ]
@@ -203,8 +239,9 @@ def test_break_even_is_where_the_interval_stays_above_one() -> None:
 
 
 def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
-    rows = simple(sparsity=[0.0, 0.5, 0.5, 0.5], criterion=[None, "a_b", "c", "d"], acc=[0.8, 0.7, 0.69, 0.4],
-                  acc_stderr=0.02)  # fmt: skip
+    rows = simple(
+        sparsity=[0.0, 0.5, 0.5, 0.5], criterion=[None, "a_b", "c", "d"], acc=[0.8, 0.7, 0.69, 0.4], acc_stderr=0.02
+    )
     table = tables.summary(rows, ["acc"], [])
     text = tables.markdown(table, ["acc"], losses=())
     assert "| weight a_b | 0.5 | 1 | **0.700 ± 0.0392** |" in text
@@ -216,9 +253,18 @@ def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.0"), (1.0, "1.00"), (15.16, "15.2"), (351.0, "351"), (48419.0, "48,419"), (2.76e8, "2.76e+08"),
-     (-0.0123, "-0.0123"), (float("inf"), "inf"), (float("nan"), "")],
-)  # fmt: skip
+    [
+        (0.0, "0.0"),
+        (1.0, "1.00"),
+        (15.16, "15.2"),
+        (351.0, "351"),
+        (48419.0, "48,419"),
+        (2.76e8, "2.76e+08"),
+        (-0.0123, "-0.0123"),
+        (float("inf"), "inf"),
+        (float("nan"), ""),
+    ],
+)
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert tables.number(value) == text
 
@@ -255,7 +301,7 @@ def test_several_folders_are_one_and_a_cell_counts_once(tmp_path: Path) -> None:
         (["--max-bytes", "3 apples"], "--max-bytes must be a number with B, kB, MB"),
         (["--against", "nowhere.csv"], "--against: there is no file nowhere.csv"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -276,8 +322,26 @@ def test_all_failed_is_said(tmp_path: Path) -> None:
 
 def test_flags_choose_what_is_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     place = folder(tmp_path / "rows", frames.rows(seeds=1))
-    report.main([place, "--out", str(tmp_path / "out"), "--x", "weights", "--y", "capitals/acc", "--facet", "method",
-                 "--max-ms", "18", "--max-bytes", "350MB", "--no-html", "--width", "page"])  # fmt: skip
+    report.main(
+        [
+            place,
+            "--out",
+            str(tmp_path / "out"),
+            "--x",
+            "weights",
+            "--y",
+            "capitals/acc",
+            "--facet",
+            "method",
+            "--max-ms",
+            "18",
+            "--max-bytes",
+            "350MB",
+            "--no-html",
+            "--width",
+            "page",
+        ]
+    )
     names = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert {"capitals-acc-against-weights-method-weight", "capitals-acc-against-weights-method-neuron"} <= names
     assert not any("latency" in name or "pydoc" in name for name in names)
@@ -300,9 +364,12 @@ def csv_of(path: Path, *lines: tuple) -> Path:
 def test_published_numbers_stand_beside_ours_and_dense_comes_first(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1, methods=frames.METHODS[:1])
     dense = rows["capitals/acc"][0]
-    path = csv_of(tmp_path / "p.csv", ("m", "dense", "", 0, "", "capitals/acc", round(dense, 3), "paper"),
-                  ("m", "weight", "magnitude", 0.5, "matrix", "capitals/acc", 0.4, "paper"),
-                  ("m", "weight", "magnitude", 0.5, "global", "capitals/acc", 0.4, "paper"))  # fmt: skip
+    path = csv_of(
+        tmp_path / "p.csv",
+        ("m", "dense", "", 0, "", "capitals/acc", round(dense, 3), "paper"),
+        ("m", "weight", "magnitude", 0.5, "matrix", "capitals/acc", 0.4, "paper"),
+        ("m", "weight", "magnitude", 0.5, "global", "capitals/acc", 0.4, "paper"),
+    )
     text, agrees = published.compare(rows, path)
     assert agrees and text.splitlines()[0].endswith("agrees")
     ours = rows["capitals/acc"][rows.sparsity == 0.5].item()
@@ -398,8 +465,9 @@ def test_the_blocks_shares_are_drawn_where_they_differ(tmp_path: Path) -> None:
     (tmp_path / "layers").mkdir()
     for row in rows.itertuples():
         lost = [0, 0] if row.method == "dense" else [40, 80]
-        pd.DataFrame({"block": [0, 0, 1], "matrix": ["a", "b", "a"], "weights": [60, 40, 100],
-                      "zeros": [lost[0], 0, lost[1]]}).to_parquet(tmp_path / "layers" / f"{row.cell}.parquet")  # fmt: skip
+        pd.DataFrame(
+            {"block": [0, 0, 1], "matrix": ["a", "b", "a"], "weights": [60, 40, 100], "zeros": [lost[0], 0, lost[1]]}
+        ).to_parquet(tmp_path / "layers" / f"{row.cell}.parquet")
     layers = report._table([place], rows, "layers")
     assert layers is not None
     figure = plot.layer_figure(ready(rows), layers)
@@ -433,8 +501,14 @@ def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
     place = folder(tmp_path, rows)
     (tmp_path / "samples").mkdir()
     for cell, values in answers.items():
-        pd.DataFrame({"task": "capitals", "document": [str(i) for i in range(5)], "metric": "acc",
-                      "value": [float(v) for v in values]}).to_parquet(tmp_path / "samples" / f"{cell}.parquet")  # fmt: skip
+        pd.DataFrame(
+            {
+                "task": "capitals",
+                "document": [str(i) for i in range(5)],
+                "metric": "acc",
+                "value": [float(v) for v in values],
+            }
+        ).to_parquet(tmp_path / "samples" / f"{cell}.parquet")
     found = paired.flips(ready(report.read([place])), report._table([place], rows, "samples"), "capitals/acc")
     assert found[["lost", "gained"]].to_numpy().tolist() == [[0.4, 0.2]]
     assert not len(paired.flips(ready(rows), report._table([place], rows, "samples"), "continents/acc"))

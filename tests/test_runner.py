@@ -40,8 +40,9 @@ def test_ctrl_c_ends_the_running_cell_keeps_rows_and_says_how_to_go_on(tmp_path:
     sparsities = ",".join(f"0.{i}" for i in range(1, 10))
     words = ["-m", "+method=weight", f"sparsity={sparsities}", *tiny]
     with (tmp_path / "output").open("w") as output:
-        running = subprocess.Popen([sys.executable, "-m", "sweep", *words], cwd=tmp_path, stdout=output, stderr=output,
-                                   start_new_session=True)  # fmt: skip
+        running = subprocess.Popen(
+            [sys.executable, "-m", "sweep", *words], cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
+        )
         while "[3/10]" not in (tmp_path / "output").read_text():
             assert running.poll() is None, (tmp_path / "output").read_text()
             time.sleep(0.05)

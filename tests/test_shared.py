@@ -72,8 +72,10 @@ def test_wanda_on_the_dense_models_activations_shares_them() -> None:
     assert len(store) == 1
 
 
-@pytest.mark.parametrize("method", [Weight("weight", allocation="global", steps=2, criterion="wanda"),
-                                    Neuron(criterion="taylor_abs", steps=2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [Weight("weight", allocation="global", steps=2, criterion="wanda"), Neuron(criterion="taylor_abs", steps=2)],
+)
 def test_only_the_first_step_reads_what_was_measured_on_the_unpruned_model(method: Method) -> None:
     asked: list[str] = []
 
@@ -87,9 +89,17 @@ def test_only_the_first_step_reads_what_was_measured_on_the_unpruned_model(metho
 
 def cell(checkpoint: Path, sparsity: float, **changes) -> Cell:
     settings = {"method": Neuron(criterion="taylor_abs"), "seed": 0} | changes
-    return Cell(Model("tiny", "local", str(checkpoint)), sparsity=sparsity, benchmarks=Benchmarks(()),
-                calibration=Calibration("pydoc", 4, 16), efficiency=Efficiency(repeats=0), execution=Execution("shrunk"),
-                dtype="float32", device="cpu", **settings)  # fmt: skip
+    return Cell(
+        Model("tiny", "local", str(checkpoint)),
+        sparsity=sparsity,
+        benchmarks=Benchmarks(()),
+        calibration=Calibration("pydoc", 4, 16),
+        efficiency=Efficiency(repeats=0),
+        execution=Execution("shrunk"),
+        dtype="float32",
+        device="cpu",
+        **settings,
+    )
 
 
 def test_a_second_sparsity_measures_nothing_and_its_row_says_what_it_costs(

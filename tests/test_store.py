@@ -108,8 +108,10 @@ def test_a_half_written_file_is_not_read(tmp_path: Path) -> None:
 
 def test_a_reader_beside_writers_never_fails_and_never_miscounts(tmp_path: Path) -> None:
     store.write(tmp_path, row("first"), {})
-    writers = [threading.Thread(target=store.write, args=(tmp_path, row(f"{i:02x}", **{f"task{i}/acc": 0.5}), {}))
-               for i in range(20)]  # fmt: skip
+    writers = [
+        threading.Thread(target=store.write, args=(tmp_path, row(f"{i:02x}", **{f"task{i}/acc": 0.5}), {}))
+        for i in range(20)
+    ]
     for writer in writers:
         writer.start()
     counts = []
@@ -226,8 +228,16 @@ def test_compaction_beside_writers_and_readers_loses_nothing(tmp_path: Path) -> 
 
 def test_rows_of_an_older_version_come_in_the_columns_of_this_one(tmp_path: Path) -> None:
     store.write(tmp_path, row(cell_name(0), seed=1), {})
-    old = pa.table({"cell": [cell_name(1)], "status": ["ok"], "sparsity": pa.array([1], pa.int32()), "seed": [2.0],
-                    "schema_version": [1], "t/acc": pa.array([0.5], pa.float32())})  # fmt: skip
+    old = pa.table(
+        {
+            "cell": [cell_name(1)],
+            "status": ["ok"],
+            "sparsity": pa.array([1], pa.int32()),
+            "seed": [2.0],
+            "schema_version": [1],
+            "t/acc": pa.array([0.5], pa.float32()),
+        }
+    )
     pq.write_table(old, tmp_path / "cells" / f"{cell_name(1)}.parquet")
     for _ in range(2):  # as they lie, and compacted
         rows = sweep.load(tmp_path).set_index("cell")
@@ -359,8 +369,9 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
         at = f"2026-01-0{day}T00:00:00+00:00"
         for i in (day, 9):
             samples = pd.DataFrame({"task": name, "document": ["0"], "metric": ["acc"], "value": [day / 4]})
-            store.write(tmp_path / name, row(cell_name(i), started_at=at, **{f"{name}/acc": day / 4}),
-                        {"samples": samples})  # fmt: skip
+            store.write(
+                tmp_path / name, row(cell_name(i), started_at=at, **{f"{name}/acc": day / 4}), {"samples": samples}
+            )
     return tmp_path / "a", tmp_path / "b"
 
 

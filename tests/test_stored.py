@@ -100,13 +100,20 @@ def renamed(old: str, new: str) -> Edit:
         (renamed("q_proj.weight", "q_proj.qweight"), "The weights are quantised"),
         (renamed("up_proj.weight", "up_proj.weight_orig"), "Remove the parametrisations"),  # without its mask
         (renamed("up_proj.weight", "up_proj.parametrizations.weight.original0"), "Remove the parametrisations"),
-        (lambda state: {name: t[:10] if "gate" in name else t for name, t in state.items()},
-         r"tensors of another shape: 2 \(model.layers.0.mlp.gate_proj.weight \(10, 16\) and not \(24, 16\), "),
-        (lambda state: state | {"model.layers.0.mlp.up_proj.weight": torch.full((24, 16), torch.nan)},
-         r"NaN or infinite numbers in 1 of its tensors \(model.layers.0.mlp.up_proj.weight\)"),
-        (lambda state: state | {"model.norm.weight": torch.full((16,), -torch.inf)}, "NaN or infinite .*model.norm.weight"),
+        (
+            lambda state: {name: t[:10] if "gate" in name else t for name, t in state.items()},
+            r"tensors of another shape: 2 \(model.layers.0.mlp.gate_proj.weight \(10, 16\) and not \(24, 16\), ",
+        ),
+        (
+            lambda state: state | {"model.layers.0.mlp.up_proj.weight": torch.full((24, 16), torch.nan)},
+            r"NaN or infinite numbers in 1 of its tensors \(model.layers.0.mlp.up_proj.weight\)",
+        ),
+        (
+            lambda state: state | {"model.norm.weight": torch.full((16,), -torch.inf)},
+            "NaN or infinite .*model.norm.weight",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_named(folder: Path, edit: Edit, message: str) -> None:
     refused(edited(folder, edit), message)
     with pytest.raises(RequestError, match=message) if "NaN" not in message else pytest.raises(RequestError):
@@ -130,8 +137,12 @@ def test_wrappers_around_names_are_read(family: str, tmp_path: Path) -> None:
     """DataParallel, torch.compile, PEFT and DeepSpeed around the model; FSDP and compilation around its blocks."""
     model = tiny_model(family)
     block = f"{models.block_names(model)[0]}."
-    for i, edit in enumerate((*(lambda s, w=w: {w + n: t for n, t in s.items()} for w in WRAPPERS),
-                              *(renamed(block, f"{block}{w}.") for w in INNER))):  # fmt: skip
+    for i, edit in enumerate(
+        (
+            *(lambda s, w=w: {w + n: t for n, t in s.items()} for w in WRAPPERS),
+            *(renamed(block, f"{block}{w}.") for w in INNER),
+        )
+    ):
         place = tmp_path / str(i)
         model.config.save_pretrained(place)
         file = "pytorch_model.bin" if i % 2 else "model.safetensors"
@@ -176,13 +187,19 @@ def test_pairs_of_torch_pruning_are_their_product(family: str, how: str, tmp_pat
     ("family", "names"),
     [
         ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
-        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias",
-                      "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+        (
+            "gpt_neox",
+            [
+                "gpt_neox.layers.0.attention.bias",
+                "gpt_neox.layers.0.attention.masked_bias",
+                "gpt_neox.layers.0.attention.rotary_emb.inv_freq",
+            ],
+        ),
         ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
         ("opt", ["model.decoder.version"]),
         ("phi", ["model.embed.position_ids"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
 def test_what_modules_make_anew_is_harmless(family: str, names: list[str], dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -242,24 +259,41 @@ def as_pickle(folder: Path, content: Any = None, **options: Any) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: cut(f / "model.safetensors"), r"model.safetensors is damaged: it has \d+ bytes where .* fetch it again"),
+        (
+            lambda f: cut(f / "model.safetensors"),
+            r"model.safetensors is damaged: it has \d+ bytes where .* fetch it again",
+        ),
         (lambda f: cut(f / "model.safetensors", 5), "model.safetensors is damaged: 5 bytes, less than its header"),
         (lambda f: cut(in_shards(f)), r"model-00002-of-00003.safetensors is damaged"),
-        (lambda f: in_shards(f).unlink(), r"lacks 1 of the 3 files that model.safetensors.index.json names .model-00002"),
-        (lambda f: in_shards(f).with_name("model.safetensors.index.json").unlink(),
-         "holds no weights .*there is model-00001-of-00003.safetensors; .*fetch the model.safetensors.index.json"),
-        (lambda f: in_shards(f).with_name("model.safetensors.index.json").write_text("{"), "index.json is damaged and no JSON"),
+        (
+            lambda f: in_shards(f).unlink(),
+            r"lacks 1 of the 3 files that model.safetensors.index.json names .model-00002",
+        ),
+        (
+            lambda f: in_shards(f).with_name("model.safetensors.index.json").unlink(),
+            "holds no weights .*there is model-00001-of-00003.safetensors; .*fetch the model.safetensors.index.json",
+        ),
+        (
+            lambda f: in_shards(f).with_name("model.safetensors.index.json").write_text("{"),
+            "index.json is damaged and no JSON",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), r"holds no weights .model.safetensors or pytorch_model.bin"),
-        (lambda f: (f / "model.safetensors").rename(f / "adapter_model.safetensors"), "merge the adapter into its model"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "adapter_model.safetensors"),
+            "merge the adapter into its model",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter: merge"),
-        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "git lfs pull",
+        ),
         (lambda f: (f / "config.json").write_text('{"model_type": "lla'), "config.json is damaged and no JSON"),
         (lambda f: cut(as_pickle(f), -2000), "pytorch_model.bin is damaged, or no file of tensors"),
         (lambda f: as_pickle(f, {"state_dict": {}, "epoch": 3}), "no tensor: save the model's state_dict.. alone"),
         (lambda f: as_pickle(f, nn.Linear(2, 2)), "pytorch_model.bin is damaged, or no file of tensors"),
         (lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], "holds no tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_damaged_and_missing_files_are_named(folder: Path, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(folder)
     with pytest.raises(RequestError, match=message):
@@ -319,13 +353,35 @@ ENCODER = {
 OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "bert": (AutoModelForMaskedLM, ENCODER, r"is an encoder, whose tokens see those after them .*\(bert\)"),
     "roberta": (AutoModel, ENCODER, "is an encoder"),
-    "t5": (AutoModelForSeq2SeqLM, {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
-           "is an encoder and a decoder .t5."),
-    "bart": (AutoModelForSeq2SeqLM, {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
-                                     "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "an encoder and a decoder"),
-    "vit": (AutoModelForImageClassification, {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                              "intermediate_size": 24, "image_size": 32}, "is no language model .vit."),
-}  # fmt: skip
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
+        "is an encoder and a decoder .t5.",
+    ),
+    "bart": (
+        AutoModelForSeq2SeqLM,
+        {
+            "vocab_size": 64,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+        "an encoder and a decoder",
+    ),
+    "vit": (
+        AutoModelForImageClassification,
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 24,
+            "image_size": 32,
+        },
+        "is no language model .vit.",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -388,9 +444,12 @@ def test_a_tokenizer_that_cannot_begin_a_text_is_refused_where_text_is_scored(fo
     [
         (without("layers.1.mlp.up"), r"tensors missing: 1 \(model.layers.1.mlp.up_proj.weight\)"),
         (lambda state: state | {"model.extra": torch.ones(2)}, r"none of its own: 1 \(model.extra\)"),
-        (lambda state: state | {"model.norm.weight": torch.ones(9)}, r"another shape: 1 \(model.norm.weight \(9,\) and not"),
+        (
+            lambda state: state | {"model.norm.weight": torch.ones(9)},
+            r"another shape: 1 \(model.norm.weight \(9,\) and not",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_of_sweep_is_held_to_the_same(folder: Path, tmp_path: Path, edit: Edit, message: str) -> None:
     model, tokenizer = models.load(local(folder), "float32", "cpu")
     methods.prune(model, Neuron(criterion="l2", blocks=(0,)), 0.5, None)
@@ -405,11 +464,24 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, cache_folder
 
     def write(file: Path, leave_out: str | None) -> Model:
         writer = gguf.GGUFWriter(file, "llama")
-        for name, value in {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32,
-                            "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 8,
-                            "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "tokenizer_model": "gpt2",
-                            "token_list": [f"t{i}" for i in range(64)], "token_merges": [], "token_types": [1] * 64,
-                            "token_scores": [0.0] * 64}.items():  # fmt: skip
+        for name, value in {
+            "block_count": 1,
+            "context_length": 64,
+            "embedding_length": 32,
+            "feed_forward_length": 32,
+            "head_count": 4,
+            "head_count_kv": 2,
+            "layer_norm_rms_eps": 1e-5,
+            "rope_dimension_count": 8,
+            "vocab_size": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tokenizer_model": "gpt2",
+            "token_list": [f"t{i}" for i in range(64)],
+            "token_merges": [],
+            "token_types": [1] * 64,
+            "token_scores": [0.0] * 64,
+        }.items():
             getattr(writer, f"add_{name}")(value)
         shapes = {"token_embd": (64, 32), "output": (64, 32), "output_norm": (32,)}
         shapes |= {f"blk.0.{name}": (32, 32) for name in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
@@ -430,8 +502,15 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, cache_folder
         RequestError, match=r"lacks.gguf is not the model .* missing: 1 \(model.layers.0.mlp.up_proj.weight\)"
     ):
         models.load(write(tmp_path / "lacks.gguf", "blk.0.ffn_up"), "float32", "cpu")
-    lacks = Cell(Model("lacks", "gguf", path=str(tmp_path / "lacks.gguf")), Weight("weight"), 0.5, Benchmarks(()), None,
-                 Efficiency(), Execution())  # fmt: skip
+    lacks = Cell(
+        Model("lacks", "gguf", path=str(tmp_path / "lacks.gguf")),
+        Weight("weight"),
+        0.5,
+        Benchmarks(()),
+        None,
+        Efficiency(),
+        Execution(),
+    )
     plan.check_models([lacks])  # where other machines are to convert it, they tell
     with pytest.raises(RequestError, match="tensors missing: 1"):
         plan.check_models([lacks], convert=True)

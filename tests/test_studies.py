@@ -16,9 +16,18 @@ from sweep.config import Calibration
 from test_cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["perplexity.windows=1", "calibration.sequences=4", "calibration.length=32",
-         "efficiency=none", "efficiency.prompt_tokens=8", "efficiency.output_tokens=2", "benchmarks.tasks=[]",
-         "dtype=float32", "device=cpu", "threads=1"]  # fmt: skip
+SMALL = [
+    "perplexity.windows=1",
+    "calibration.sequences=4",
+    "calibration.length=32",
+    "efficiency=none",
+    "efficiency.prompt_tokens=8",
+    "efficiency.output_tokens=2",
+    "benchmarks.tasks=[]",
+    "dtype=float32",
+    "device=cpu",
+    "threads=1",
+]
 STUDIES = {  # the part of each study that is run, and how many of the published numbers stand beside ours then
     "wanda_llama2": ("llama", "meta-llama/Llama-2-7b-hf", ["+method=wanda", "method.pattern=null,2:4"], 3),
     "ria_llama3": ("llama", "meta-llama/Meta-Llama-3-8B", ["+method=ria", "method.pattern=null,2:4"], 3),
@@ -59,8 +68,7 @@ def test_a_published_study_runs_and_says_that_its_protocol_differs(
 
 # Studies whose rows come from an older measuring version or from uncommitted code. They say so in their README, will be
 # recorded anew, and then leave this list; no study is added to it.
-RECORDED_BEFORE = {"break_even", "first_look", "rare_words", "small_weights", "weight_criteria",
-                   "weight_vs_neuron"}  # fmt: skip
+RECORDED_BEFORE = {"break_even", "first_look", "rare_words", "small_weights", "weight_criteria", "weight_vs_neuron"}
 RECORDED = {path.parent.name: path for path in sorted(ROOT.glob("experiments/*/results"))}
 
 

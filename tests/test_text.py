@@ -147,8 +147,14 @@ def test_data_sets_that_cannot_be_read_are_refused(
 def test_a_column_that_is_spelt_out_is_the_usual_one() -> None:
     from sweep import config
 
-    asked = {"model": {"name": "m", "source": "hub"}, "sparsity": 0.5, "benchmarks": {"tasks": []}, "efficiency": {},
-             "execution": {}, "method": {"family": "weight", "criterion": "wanda"}}  # fmt: skip
+    asked = {
+        "model": {"name": "m", "source": "hub"},
+        "sparsity": 0.5,
+        "benchmarks": {"tasks": []},
+        "efficiency": {},
+        "execution": {},
+        "method": {"family": "weight", "criterion": "wanda"},
+    }
     pydoc, hub, spelt_out = (
         config.parse(asked | {"calibration": {"source": "s"} | more})[0].calibration
         for more in ({}, {"split": "train"}, {"split": "train", "column": "text", "subset": None})

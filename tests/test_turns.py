@@ -56,8 +56,13 @@ class Cell:
     def __init__(self, log: Path, where: Path | None = None, **environment: str) -> None:
         self.log = log
         self.log.touch()
-        self.process = subprocess.Popen([sys.executable, "-c", CELL, str(log)], stdin=subprocess.PIPE, text=True,
-                                        cwd=where, env=os.environ | environment)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CELL, str(log)],
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=where,
+            env=os.environ | environment,
+        )
 
     def do(self, *words: str) -> None:
         assert self.process.stdin is not None
@@ -78,8 +83,7 @@ class Cell:
     def spans(self, state: str) -> list[tuple[float, float]]:
         """The stretches of time in which it was in a state."""
         lines = [line.split() for line in self.log.read_text().splitlines()]
-        return [(float(start), float(end)) for (kind, start), (_, end) in itertools.pairwise(lines)
-                if kind == state]  # fmt: skip
+        return [(float(start), float(end)) for (kind, start), (_, end) in itertools.pairwise(lines) if kind == state]
 
 
 def until(happens: Callable[[], Any], seconds: float = 60) -> None:

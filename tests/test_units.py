@@ -228,9 +228,15 @@ def test_scores_are_their_formulas() -> None:
     weight = torch.randn(4, 6, generator=draw)
     product = (x * g).unflatten(-1, (3, 2)).sum(-1)
     flat = x.flatten(0, 1)
-    seen = Statistics(10, flat.sum(0), flat.var(0, correction=0) * 10, product.sum((0, 1)), product.abs().sum((0, 1)),
-                      product.square().sum((0, 1)),
-                      product.sum(1).square().sum(0))  # fmt: skip
+    seen = Statistics(
+        10,
+        flat.sum(0),
+        flat.var(0, correction=0) * 10,
+        product.sum((0, 1)),
+        product.abs().sum((0, 1)),
+        product.square().sum((0, 1)),
+        product.sum(1).square().sum(0),
+    )
     pair = torch.arange(6).view(3, 2)
     for unit, columns in enumerate(pair):
         assert unit_scores.l2([], weight, 2)[unit] == pytest.approx(float(weight[:, columns].norm()), rel=1e-5)
@@ -295,25 +301,44 @@ def test_nearest_spends_what_comes_nearest_and_keeps_the_best() -> None:
 @pytest.mark.parametrize(
     ("method", "sparsity", "message"),
     [
-        ({"family": "neuron"}, 0.99, "leaves a block without a neuron .0 of 48 neurons kept, 2 needed.: use at most 0.95"),
+        (
+            {"family": "neuron"},
+            0.99,
+            "leaves a block without a neuron .0 of 48 neurons kept, 2 needed.: use at most 0.95",
+        ),
         ({"family": "neuron", "scope": "layer"}, 0.99, "leaves a block without a neuron .0 of 24"),
-        ({"family": "neuron", "multiple_of": 8}, 0.8, "leaves a block without a neuron .10 of 48 neurons kept, 16 needed"),
+        (
+            {"family": "neuron", "multiple_of": 8},
+            0.8,
+            "leaves a block without a neuron .10 of 48 neurons kept, 16 needed",
+        ),
         ({"family": "neuron", "multiple_of": 25}, 0.1, "method.multiple_of and method.group must be at most 24"),
         ({"family": "head"}, 0.9, "leaves a block without a head .0 of 4 key-value groups kept, 2 needed"),
         ({"family": "head", "unit": "query", "sparsity_of": "units"}, 0.9, "leaves a key-value group without a head"),
         ({"family": "layer"}, 0.8, "leaves the model without a layer .0 of 2 layers kept, 1 needed"),
-        ({"family": "neuron", "blocks": [2]}, 0.1, r"method.blocks must be block numbers of 0 to 1, each once; got \[2\]"),
+        (
+            {"family": "neuron", "blocks": [2]},
+            0.1,
+            r"method.blocks must be block numbers of 0 to 1, each once; got \[2\]",
+        ),
         ({"family": "neuron", "blocks": []}, 0.1, "method.blocks must be block numbers"),
     ],
-)  # fmt: skip
+)
 def test_a_request_that_no_such_model_can_meet_is_refused(
     method: dict, sparsity: float, message: str, tmp_path: object
 ) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
-    (cell, _) = config.parse({
-        "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method, "sparsity": sparsity,
-        "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
-    })  # fmt: skip
+    (cell, _) = config.parse(
+        {
+            "model": {"name": "m", "source": "local", "path": str(tmp_path)},
+            "method": method,
+            "sparsity": sparsity,
+            "benchmarks": {"tasks": []},
+            "calibration": {"source": "pydoc"},
+            "efficiency": {},
+            "execution": {},
+        }
+    )
     with pytest.raises(RequestError, match=message):
         unit_requests.check(cell, sources.shape(cell.model))
 
@@ -321,13 +346,24 @@ def test_a_request_that_no_such_model_can_meet_is_refused(
 @pytest.mark.parametrize(
     ("family", "sizes", "method", "sparsity", "message"),
     [
-        ("llama", {"num_key_value_heads": 1}, {"family": "head"}, 0.5,
-         "0 of 2|1 of 2 key-value groups kept, 2 needed.: choose another method, or method.unit=query, which removes a query head"),
+        (
+            "llama",
+            {"num_key_value_heads": 1},
+            {"family": "head"},
+            0.5,
+            "0 of 2|1 of 2 key-value groups kept, 2 needed.: choose another method, or method.unit=query, which removes a query head",
+        ),
         ("llama", {}, {"family": "head"}, 0.9, "use at most 0.5000, or method.unit=query"),
         ("gpt2", {}, {"family": "head"}, 0.9, "4 needed.: use at most 0.5000$|2 needed.: use at most 0.7500$"),
-        ("gpt2", {}, {"family": "head", "unit": "query", "sparsity_of": "units"}, 0.9, "2 needed.: use at most 0.7500$"),
+        (
+            "gpt2",
+            {},
+            {"family": "head", "unit": "query", "sparsity_of": "units"},
+            0.9,
+            "2 needed.: use at most 0.7500$",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_names_a_way_out_that_is_one(
     family: str, sizes: dict, method: dict, sparsity: float, message: str, tmp_path: Path
 ) -> None:
@@ -340,10 +376,14 @@ def test_a_refusal_names_a_way_out_that_is_one(
 
     def asked(sparsity: float, **more: str) -> tuple[Cell, Head]:
         composed = {
-            "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method | more | {"criterion": "l2"},
-            "sparsity": sparsity, "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {},
+            "model": {"name": "m", "source": "local", "path": str(tmp_path)},
+            "method": method | more | {"criterion": "l2"},
+            "sparsity": sparsity,
+            "benchmarks": {"tasks": []},
+            "calibration": {"source": "pydoc"},
+            "efficiency": {},
             "execution": {},
-        }  # fmt: skip
+        }
         cell, _ = config.parse(composed)
         assert isinstance(cell.method, Head)
         return cell, cell.method
@@ -380,10 +420,17 @@ def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypa
     tiny_model("llama").config.save_pretrained(tmp_path)
 
     def name(method: dict) -> str:
-        (cell, _) = config.parse({
-            "model": {"name": "m", "source": "local", "path": str(tmp_path)}, "method": method, "sparsity": 0.1,
-            "benchmarks": {"tasks": []}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
-        })  # fmt: skip
+        (cell, _) = config.parse(
+            {
+                "model": {"name": "m", "source": "local", "path": str(tmp_path)},
+                "method": method,
+                "sparsity": 0.1,
+                "benchmarks": {"tasks": []},
+                "calibration": {"source": "pydoc"},
+                "efficiency": {},
+                "execution": {},
+            }
+        )
         return identity.cell_name(cell)
 
     asked = {"family": "neuron", "criterion": "drop", "metric": "f1", "task": "continents"}

@@ -269,8 +269,10 @@ def test_alps_leaves_less_error_than_sparsegpt(pattern: str | None) -> None:
         weight, hessian = problem(32, 64, seed)
         method = Weight("weight", pattern=pattern)
         choose, m = chooser(method, weight, 0.5), 4 if pattern else 1
-        left = [error(weight, solve([weight], hessian, [choose], 0.01, m=m)[0][0][0], hessian)
-                for solve in (rebuild.alps, rebuild.sparsegpt)]  # fmt: skip
+        left = [
+            error(weight, solve([weight], hessian, [choose], 0.01, m=m)[0][0][0], hessian)
+            for solve in (rebuild.alps, rebuild.sparsegpt)
+        ]
         assert left[0] < 0.95 * left[1]
 
 
@@ -362,8 +364,10 @@ def test_owl_spares_the_block_with_more_outliers() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[:, 0] *= 100
     weights.prune(model, Weight("weight", criterion="wanda", allocation="owl"), 0.5, random_tokens())
-    removed = [sum(int((w == 0).sum()) for n, w in matrices(model).items() if n.startswith(b))
-               for b in models.block_names(model)]  # fmt: skip
+    removed = [
+        sum(int((w == 0).sum()) for n, w in matrices(model).items() if n.startswith(b))
+        for b in models.block_names(model)
+    ]
     total = sum(w.numel() for w in matrices(model).values()) / 2
     assert removed[0] - removed[1] == pytest.approx(2 * 0.08 * total, rel=0.02)  # the two ends of the range
 
@@ -506,21 +510,35 @@ def test_what_cannot_be_met_is_refused_before_anything_is_changed(changes: dict,
     [
         ({"method": {"pattern": "2:5"}, "sparsity": 0.6}, "method.pattern=2:5 needs .* the model's hidden_size is 16"),
         ({"method": {"allocation": [0.5, 0.5, 0.5]}}, "method.allocation lists 3 sparsities; the model has 2 blocks"),
-        ({"method": {"exclude": ["*.nothing"]}}, r"method.exclude=\*.nothing matches none of the matrices .* such as model"),
-        ({"method": {"pattern": "2:5", "exclude": ["*.0.*"]}, "sparsity": 0.6},
-         "input dimensions divisible by 5, but model.layers.1.self_attn.q_proj has 16"),
-        ({"method": {"criterion": "wanda"}, "calibration": {"source": "pydoc", "sequences": 10**6}},
-         "calibration.source=pydoc has .* bytes, which cannot give 1000000 sequences of 256 tokens"),
+        (
+            {"method": {"exclude": ["*.nothing"]}},
+            r"method.exclude=\*.nothing matches none of the matrices .* such as model",
+        ),
+        (
+            {"method": {"pattern": "2:5", "exclude": ["*.0.*"]}, "sparsity": 0.6},
+            "input dimensions divisible by 5, but model.layers.1.self_attn.q_proj has 16",
+        ),
+        (
+            {"method": {"criterion": "wanda"}, "calibration": {"source": "pydoc", "sequences": 10**6}},
+            "calibration.source=pydoc has .* bytes, which cannot give 1000000 sequences of 256 tokens",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_configuration_tells_is_refused_before_a_model_loads(
     changes: dict, message: str, tiny_checkpoint: Path
 ) -> None:
     from sweep import plan
 
-    asked = {"model": {"name": "tiny", "source": "local", "path": str(tiny_checkpoint)}, "sparsity": 0.5,
-             "benchmarks": {"tasks": ["pydoc"]}, "calibration": {"source": "pydoc"}, "efficiency": {}, "execution": {},
-             "perplexity": {}, "device": "cpu"}  # fmt: skip
+    asked = {
+        "model": {"name": "tiny", "source": "local", "path": str(tiny_checkpoint)},
+        "sparsity": 0.5,
+        "benchmarks": {"tasks": ["pydoc"]},
+        "calibration": {"source": "pydoc"},
+        "efficiency": {},
+        "execution": {},
+        "perplexity": {},
+        "device": "cpu",
+    }
     with pytest.raises(RequestError, match=message):
         plan.prepare({**asked, **changes, "method": {"family": "weight", **changes["method"]}})
 

@@ -34,8 +34,14 @@ def test_every_file_of_the_checkout_is_in_the_wheel(unpacked: Path) -> None:
 def test_the_wheel_runs_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sweep", "+method=weight", "sparsity=0.1,0.2", "plan=true", "-m"]
     environment = os.environ | {"PYTHONPATH": str(unpacked)}
-    where = subprocess.run([sys.executable, "-c", "import sweep; print(sweep.__file__)"], cwd=tmp_path, text=True,
-                           env=environment, check=True, capture_output=True).stdout  # fmt: skip
+    where = subprocess.run(
+        [sys.executable, "-c", "import sweep; print(sweep.__file__)"],
+        cwd=tmp_path,
+        text=True,
+        env=environment,
+        check=True,
+        capture_output=True,
+    ).stdout
     assert where.startswith(str(unpacked))
     done = subprocess.run(command, cwd=tmp_path, text=True, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -63,8 +63,12 @@ def test_the_error_of_a_band_is_that_of_drawing_texts() -> None:
 
 
 def test_losses_that_are_no_numbers_stay_so() -> None:
-    found = words.pooled([{"loss_band_zipf5up": np.nan, "tokens_band_zipf5up": 2.0},
-                          {"loss_band_zipf5up": 1.0, "tokens_band_zipf5up": 2.0}])  # fmt: skip
+    found = words.pooled(
+        [
+            {"loss_band_zipf5up": np.nan, "tokens_band_zipf5up": 2.0},
+            {"loss_band_zipf5up": 1.0, "tokens_band_zipf5up": 2.0},
+        ]
+    )
     assert np.isnan(found["loss_band_zipf5up"]) and np.isnan(found["perplexity_band_zipf5up"])
 
 

@@ -16,8 +16,13 @@ from tabulate import tabulate
 from sweep import paired, plot, store, words
 
 HERE = Path(__file__).parent
-NAMES = {"zipf5up": "Zipf 5 and more (the, house)", "zipf4to5": "4 to 5 (castle)", "zipf3to4": "3 to 4 (lizard)",
-         "zipf0to3": "below 3 (metaclass)", "no_word": "no word (digits, signs)"}  # fmt: skip
+NAMES = {
+    "zipf5up": "Zipf 5 and more (the, house)",
+    "zipf4to5": "4 to 5 (castle)",
+    "zipf3to4": "3 to 4 (lizard)",
+    "zipf0to3": "below 3 (metaclass)",
+    "no_word": "no word (digits, signs)",
+}
 COLOURS = dict(zip(words.BANDS, ["#0072B2", "#009E73", "#E69F00", "#D55E00", "#999999"], strict=True))
 
 
@@ -33,11 +38,18 @@ def gaps(results: Path) -> pd.DataFrame:
     lines = []
     for before, after in paired.against_dense(rows[rows.status == "ok"]):
         a, b = (paired.outcomes(samples, cell, "pydoc") for cell in (before, after))
-        lines.append({"method": rows.method[after], "criterion": rows.criterion[after], "sparsity": rows.sparsity[after], "seed": rows.seed[after],
-                      "accuracy, common": rows["pydoc_cloze/acc_band_zipf5up"][after],
-                      "accuracy, rare": rows["pydoc_cloze/acc_band_zipf0to3"][after],
-                      "removed of rare": rows.get("pydoc/removed_share_band_zipf0to3", pd.Series(np.nan, rows.index))[after],
-                      **paired.band_gap(a, b, "zipf0to3", "zipf5up")})  # fmt: skip
+        lines.append(
+            {
+                "method": rows.method[after],
+                "criterion": rows.criterion[after],
+                "sparsity": rows.sparsity[after],
+                "seed": rows.seed[after],
+                "accuracy, common": rows["pydoc_cloze/acc_band_zipf5up"][after],
+                "accuracy, rare": rows["pydoc_cloze/acc_band_zipf0to3"][after],
+                "removed of rare": rows.get("pydoc/removed_share_band_zipf0to3", pd.Series(np.nan, rows.index))[after],
+                **paired.band_gap(a, b, "zipf0to3", "zipf5up"),
+            }
+        )
     found = pd.DataFrame(lines).sort_values(["method", "criterion", "sparsity"])
     return found.assign(p_holm=paired.holm(found.p))
 
@@ -54,8 +66,16 @@ def draw(table: pd.DataFrame) -> plt.Figure:
             # the mean of the seeds, in an interval that holds all of theirs
             line = of_band.agg(difference=("difference", "mean"), low=("low", "min"), high=("high", "max"))
             error = np.abs(np.stack([line.difference - line.low, line.high - line.difference]))
-            axis.errorbar(line.index + 0.006 * (i - 2), line.difference, yerr=error, marker="o", markersize=3.5,
-                          capsize=2, color=COLOURS[band], label=NAMES[band])  # fmt: skip
+            axis.errorbar(
+                line.index + 0.006 * (i - 2),
+                line.difference,
+                yerr=error,
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                color=COLOURS[band],
+                label=NAMES[band],
+            )
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle="--")
         axis.set_title(f"{method} ({criterion})", fontsize=10)
         axis.set_xlabel("sparsity")

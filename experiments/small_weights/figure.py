@@ -47,16 +47,27 @@ def draw(table: pd.DataFrame) -> plt.Figure:
             "linewidth": 0.9,
         }
         if criterion == "random":  # its tenths are alike: any place will do
-            bands.axhspan(line.low.min(), line.high.max(), color=COLOURS[criterion], alpha=0.25, linewidth=0,
-                          label="random tenths")  # fmt: skip
+            bands.axhspan(
+                line.low.min(),
+                line.high.max(),
+                color=COLOURS[criterion],
+                alpha=0.25,
+                linewidth=0,
+                label="random tenths",
+            )
         elif len(line):
             bands.errorbar(place, line.difference, yerr=_bars(line), linestyle="none", label=criterion, **style)
-            bands.plot(place.groupby(line.skipped).mean(), line.groupby("skipped").difference.mean(),
-                       color=COLOURS[criterion], linewidth=0.9)  # fmt: skip
+            bands.plot(
+                place.groupby(line.skipped).mean(),
+                line.groupby("skipped").difference.mean(),
+                color=COLOURS[criterion],
+                linewidth=0.9,
+            )
         rest = table[np.isclose(table.sparsity, 0.45) & (table.criterion == criterion)]
         if len(rest):
-            parts.errorbar(i + 0.12 * (rest.seed - rest.seed.mean()), rest.difference, yerr=_bars(rest),
-                           linestyle="none", **style)  # fmt: skip
+            parts.errorbar(
+                i + 0.12 * (rest.seed - rest.seed.mean()), rest.difference, yerr=_bars(rest), linestyle="none", **style
+            )
     whole = table[np.isclose(table.sparsity, 0.5)]
     for axis in (bands, parts):
         for value in whole.difference:
@@ -64,8 +75,11 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         axis.set_yscale("symlog", linthresh=0.01)
         axis.grid(alpha=0.25, linewidth=0.5)
     bands.axhline(0, color="0.7", linewidth=0.8)
-    bands.set(xlabel="which tenth of the smaller half, in the criterion's order", xticks=range(1, 11),
-              ylabel="loss added to dense (nats a token)")  # fmt: skip
+    bands.set(
+        xlabel="which tenth of the smaller half, in the criterion's order",
+        xticks=range(1, 11),
+        ylabel="loss added to dense (nats a token)",
+    )
     bands.legend(fontsize=7, frameon=False, loc="lower right")
     parts.set_xticks(range(len(COLOURS)), list(COLOURS), fontsize=7)
     parts.set(xlabel="all but the highest tenth", xlim=(-0.5, len(COLOURS) - 0.5))

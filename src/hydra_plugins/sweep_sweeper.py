@@ -42,8 +42,9 @@ class SweepSweeper(BasicSweeper):
     grids   a list of such mappings: each with `params` and the command line makes a grid, and the sweep is all of them
     """
 
-    def __init__(self, max_batch_size: int | None = None, params: Words | None = None,
-                 grids: Sequence[Words] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, max_batch_size: int | None = None, params: Words | None = None, grids: Sequence[Words] | None = None
+    ) -> None:
         super().__init__(max_batch_size, params)
         self.grids = grids or [{}]
 
@@ -108,8 +109,10 @@ def _count(override: Override) -> int:
     from sweep.config import RequestError
 
     if not override.is_discrete_sweep():
-        raise RequestError(f"{override.input_line} has no list of values: give {override.key_or_group}=a,b,c, "
-                           f"choice(a,b,c), range(start,stop,step) or, for a group, glob(pattern)")  # fmt: skip
+        raise RequestError(
+            f"{override.input_line} has no list of values: give {override.key_or_group}=a,b,c, "
+            f"choice(a,b,c), range(start,stop,step) or, for a group, glob(pattern)"
+        )
     values = override.value()
     if isinstance(values, RangeSweep):  # counted, not listed: there may be billions
         start, stop, step = (values.start or 0, values.stop, values.step)

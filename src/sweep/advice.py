@@ -107,12 +107,16 @@ def break_even(rows: pd.DataFrame, phase: str = "decode") -> list[str]:
         sure = line[(line.lowest > 1.0).cummin()]
         if sure.empty:
             best = line.loc[line.y.idxmax()]
-            sentences.append(f"{name}: {phase} is nowhere faster than dense for certain "
-                             f"(best {best.y:.2f}x at sparsity {best.sparsity:g}).")  # fmt: skip
+            sentences.append(
+                f"{name}: {phase} is nowhere faster than dense for certain "
+                f"(best {best.y:.2f}x at sparsity {best.sparsity:g})."
+            )
         else:
             first = sure.iloc[-1]
-            sentences.append(f"{name}: {phase} is faster than dense from sparsity {first.sparsity:g} on "
-                             f"({first.y:.2f}x there, {line.y.max():.2f}x at best).")  # fmt: skip
+            sentences.append(
+                f"{name}: {phase} is faster than dense from sparsity {first.sparsity:g} on "
+                f"({first.y:.2f}x there, {line.y.max():.2f}x at best)."
+            )
     return sentences
 
 
@@ -138,8 +142,10 @@ def _knee(x: np.ndarray, y: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> 
 
 def _describe(point: pd.Series, cost: str, metric: str) -> str:
     at = f" at sparsity {point.sparsity:g}" if point.method != "dense" else ""
-    return (f"{point.name_}{at}, {plot.label(cost)} {_with_interval(point, 'x', cost)}, "
-            f"{plot.label(metric)} {_with_interval(point, 'y', metric)}")  # fmt: skip
+    return (
+        f"{point.name_}{at}, {plot.label(cost)} {_with_interval(point, 'x', cost)}, "
+        f"{plot.label(metric)} {_with_interval(point, 'y', metric)}"
+    )
 
 
 def _with_interval(point: pd.Series, axis: str, column: str) -> str:

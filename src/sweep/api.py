@@ -54,13 +54,22 @@ def prune(
         knobs = {"family": method, **knobs}
     else:
         known = [*criteria, *config.FAMILIES]
-        raise RequestError(f"method must be one of {', '.join(known)}; got {method!r}."
-                           f"{config.did_you_mean(method, known)}")  # fmt: skip
-    (cell, _) = config.parse({
-        "model": {"name": type(model).__name__, "source": "local"}, "method": knobs, "sparsity": sparsity, "seed": seed,
-        "calibration": {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential},
-        "benchmarks": {"tasks": []}, "efficiency": {"repeats": 0}, "execution": {}, "data_root": data_root,
-    })  # fmt: skip
+        raise RequestError(
+            f"method must be one of {', '.join(known)}; got {method!r}.{config.did_you_mean(method, known)}"
+        )
+    (cell, _) = config.parse(
+        {
+            "model": {"name": type(model).__name__, "source": "local"},
+            "method": knobs,
+            "sparsity": sparsity,
+            "seed": seed,
+            "calibration": {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential},
+            "benchmarks": {"tasks": []},
+            "efficiency": {"repeats": 0},
+            "execution": {},
+            "data_root": data_root,
+        }
+    )
     if device is not None and not isinstance(cell.method, Weight):
         raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
     plan.check_method(cell, model.config.to_dict())
@@ -79,6 +88,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     """
     rows, kept = model.get_input_embeddings().weight.shape[0], vocabulary.kept_ids(tokenizer)
     if tokenizer.vocab_size > rows or (kept is not None and len(kept) != rows):
-        raise RequestError(f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "
-                           "give the tokenizer that the outcome carries, sweep.save(model, outcome.tokenizer, folder)")  # fmt: skip
+        raise RequestError(
+            f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "
+            "give the tokenizer that the outcome carries, sweep.save(model, outcome.tokenizer, folder)"
+        )
     checkpoint.save(model, tokenizer, folder)

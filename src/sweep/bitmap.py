@@ -84,15 +84,23 @@ def check(mask: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
     rows = len(offsets) - 1
     shapes = mask.shape == (rows, -(-columns // WORD)) and values.dim() == 1 and values.dtype in DTYPES
     if not shapes or mask.dtype != torch.int64 or offsets.dtype != torch.int32:
-        raise ValueError(f"no bitmap of {columns} columns: mask {tuple(mask.shape)} {mask.dtype}, values "
-                         f"{tuple(values.shape)} {values.dtype}, offsets {tuple(offsets.shape)} {offsets.dtype}")  # fmt: skip
+        raise ValueError(
+            f"no bitmap of {columns} columns: mask {tuple(mask.shape)} {mask.dtype}, values "
+            f"{tuple(values.shape)} {values.dtype}, offsets {tuple(offsets.shape)} {offsets.dtype}"
+        )
     bits = np.unpackbits(np.ascontiguousarray(mask.numpy()).view(np.uint8), axis=1, bitorder="little")
     counts = torch.from_numpy(bits.sum(1, dtype=np.int64))
     padded = int(offsets[-1]) + PADDING // values.element_size()
-    if offsets[0] != 0 or not torch.equal(offsets.diff().long(), counts) or bits[:, columns:].any() \
-            or len(values) != padded:  # fmt: skip
-        raise ValueError(f"damaged bitmap: its mask has {int(counts.sum())} weights, its offsets end at "
-                         f"{int(offsets[-1])}, and {len(values)} values are there")  # fmt: skip
+    if (
+        offsets[0] != 0
+        or not torch.equal(offsets.diff().long(), counts)
+        or bits[:, columns:].any()
+        or len(values) != padded
+    ):
+        raise ValueError(
+            f"damaged bitmap: its mask has {int(counts.sum())} weights, its offsets end at "
+            f"{int(offsets[-1])}, and {len(values)} values are there"
+        )
 
 
 class BitmapLinear(nn.Module):
@@ -137,12 +145,15 @@ class BitmapLinear(nn.Module):
             raise RuntimeError("no gradient flows through a bitmap layer: use execution=dense, or torch.no_grad()")
         if self._version < 0:
             return nn.functional.linear(x, self.dense(), self.bias)
-        return extension().linear(x, self.mask, self.values, self.offsets, self.bias, self.in_features, self._version,
-                                  FEW_TOKENS, PANEL_BYTES)  # fmt: skip
+        return extension().linear(
+            x, self.mask, self.values, self.offsets, self.bias, self.in_features, self._version, FEW_TOKENS, PANEL_BYTES
+        )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.nonzeros}, " \
-               f"bias={self.bias is not None}, kernel={self.kernel}"  # fmt: skip
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.nonzeros}, "
+            f"bias={self.bias is not None}, kernel={self.kernel}"
+        )
 
 
 def kernels() -> tuple[str, ...]:
@@ -182,8 +193,17 @@ def _key() -> str:
         digest.update(path.name.encode() + path.read_bytes())
     found = compiler()
     words = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else ""
-    digest.update("\0".join([torch.__version__, sysconfig.get_config_var("SOABI") or "", platform.machine(),
-                             words.partition("\n")[0], *_FLAGS]).encode())  # fmt: skip
+    digest.update(
+        "\0".join(
+            [
+                torch.__version__,
+                sysconfig.get_config_var("SOABI") or "",
+                platform.machine(),
+                words.partition("\n")[0],
+                *_FLAGS,
+            ]
+        ).encode()
+    )
     return digest.hexdigest()[:16]
 
 
@@ -194,8 +214,13 @@ def _build(folder: Path) -> None:
         raise KernelError(f"there is no C++ compiler ({os.environ.get('CXX', 'c++')}) on this machine")
     try:
         with _scripts_on_path():
-            cpp_extension.load("sweep_bitmap", [str(_SOURCES / "binding.cpp")], extra_cflags=_FLAGS,
-                               build_directory=str(folder), is_python_module=False)  # fmt: skip
+            cpp_extension.load(
+                "sweep_bitmap",
+                [str(_SOURCES / "binding.cpp")],
+                extra_cflags=_FLAGS,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise KernelError(f"the bitmap kernel cannot be built: {str(error).strip()[-2000:]}") from error
 

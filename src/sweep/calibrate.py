@@ -56,8 +56,10 @@ class Inputs:
     @classmethod
     def none(cls, width: int, device: torch.device, *, hessian: bool) -> Inputs:
         """Of a layer that has read nothing yet."""
-        return cls(torch.zeros(width, dtype=torch.float64, device=exact_device(device)),
-                   torch.zeros(width, width, device=device) if hessian else None)  # fmt: skip
+        return cls(
+            torch.zeros(width, dtype=torch.float64, device=exact_device(device)),
+            torch.zeros(width, width, device=device) if hessian else None,
+        )
 
     @property
     def hessian(self) -> Tensor | None:
@@ -116,8 +118,10 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
                 continue
     for calls in text.calls:
         if len(calls) != len(blocks):
-            raise RequestError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks: its text cannot be "
-                               "streamed block by block; use a criterion that reads no text, such as magnitude")  # fmt: skip
+            raise RequestError(
+                f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks: its text cannot be "
+                "streamed block by block; use a criterion that reads no text, such as magnitude"
+            )
     return text
 
 
@@ -232,8 +236,10 @@ def _check_experts(module: nn.Module, path: str) -> None:
     if not (
         plain and hasattr(module, "_apply_gate") and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
     ):
-        raise RequestError(f"{path} ({type(module).__name__}) keeps its experts in a form whose inputs sweep cannot "
-                           "observe; use a criterion that reads no text, such as magnitude, or exclude it")  # fmt: skip
+        raise RequestError(
+            f"{path} ({type(module).__name__}) keeps its experts in a form whose inputs sweep cannot "
+            "observe; use a criterion that reads no text, such as magnitude, or exclude it"
+        )
 
 
 @torch.no_grad()
@@ -307,8 +313,9 @@ def _owner(view: Tensor, model: PreTrainedModel) -> nn.Parameter:
 @contextmanager
 def inputs_observed(layers: Sequence[nn.Module], observe: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While open, `observe(i, x)` is called with each input x of `layers[i]`; removed again on any exit."""
-    handles = [layer.register_forward_pre_hook(lambda _, args, i=i: observe(i, args[0]))
-               for i, layer in enumerate(layers)]  # fmt: skip
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, i=i: observe(i, args[0])) for i, layer in enumerate(layers)
+    ]
     try:
         yield
     finally:

@@ -54,8 +54,10 @@ def check(settings: Benchmarks, data_root: str | None) -> dict[str, str]:
         raise RequestError(f"benchmarks.include_path: there is no folder {settings.include_path}")
     ours = [task for task in settings.tasks if task in text.EMBEDDED]
     if ours and settings.num_fewshot:
-        raise RequestError(f"benchmarks.num_fewshot={settings.num_fewshot}: the task {ours[0]} has no examples to show; "
-                           "use 0 or null, or leave it out of benchmarks.tasks")  # fmt: skip
+        raise RequestError(
+            f"benchmarks.num_fewshot={settings.num_fewshot}: the task {ours[0]} has no examples to show; "
+            "use 0 or null, or leave it out of benchmarks.tasks"
+        )
     found = {task: task_identity.of_embedded(task) for task in ours}
     rest = tuple(task for task in settings.tasks if task not in text.EMBEDDED)
     if not rest and settings.include_path is None:
@@ -69,8 +71,10 @@ def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any
     found = find(settings)
     for name in found.names:
         if not settings.unsafe_code and any(_declared(leaf, "unsafe_code") for leaf in _leaves(name, found.known)):
-            raise RequestError(f"benchmarks.tasks: {name} runs code that the model wrote, on this machine. If that is "
-                               "what you want, add benchmarks.unsafe_code=true")  # fmt: skip
+            raise RequestError(
+                f"benchmarks.tasks: {name} runs code that the model wrote, on this machine. If that is "
+                "what you want, add benchmarks.unsafe_code=true"
+            )
     loaded = load(settings, data_root)
     fingerprints = {}
     with hub.data_folder(data_root):
@@ -92,8 +96,10 @@ def _check_examples(name: str, task: Any, shown: int, settings: Benchmarks) -> N
     needed = shown + (shows is not None and shows.split == task.config.test_split)  # one may be the question itself
     have = len(task.fewshot_docs() or ())
     if have < max(needed, 2):
-        raise RequestError(f"benchmarks.num_fewshot={'null' if settings.num_fewshot is None else settings.num_fewshot}: the "
-                           f"task {name} is to show {shown} and has {have} examples to show: use fewer, or 0")  # fmt: skip
+        raise RequestError(
+            f"benchmarks.num_fewshot={'null' if settings.num_fewshot is None else settings.num_fewshot}: the "
+            f"task {name} is to show {shown} and has {have} examples to show: use fewer, or 0"
+        )
 
 
 def shots(task: Any, settings: Benchmarks) -> int:
@@ -165,8 +171,9 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
         taken = theirs | mine | {task: {"path": TASK_FOLDER / f"{task}.yaml"} for task in text.EMBEDDED}
         other = taken[name]["path"] if name in taken else path
         if other is None or Path(other).resolve() != path:
-            raise RequestError(f"{path} calls its task '{name}', as does {other or 'a tag of lm-eval'}: give it a name of "
-                               "its own")  # fmt: skip
+            raise RequestError(
+                f"{path} calls its task '{name}', as does {other or 'a tag of lm-eval'}: give it a name of its own"
+            )
         called[path] = name
         entries: dict[str, Any] = {}
         TaskIndex.process_cfg(config, path, entries)
@@ -218,8 +225,14 @@ def index() -> dict[str, dict[str, Any]]:
     def search(folder: Path) -> None:
         from lm_eval.tasks import TaskManager
 
-        entries = {name: {"kind": entry.kind.name, "path": entry.yaml_path and str(entry.yaml_path),
-                          "tags": sorted(entry.tags)} for name, entry in TaskManager().task_index.items()}  # fmt: skip
+        entries = {
+            name: {
+                "kind": entry.kind.name,
+                "path": entry.yaml_path and str(entry.yaml_path),
+                "tags": sorted(entry.tags),
+            }
+            for name, entry in TaskManager().task_index.items()
+        }
         (folder / "index.json").write_text(json.dumps(entries))
 
     import lm_eval
@@ -263,8 +276,10 @@ def _build(manager: Any, name: str, mine: Known, data_root: str | None) -> dict[
         raise RequestError(hub.missing(f"benchmarks.tasks={name}", data_root, error)) from error
     except Exception as error:
         if name in mine:  # whatever its YAML and its functions lead lm-eval to
-            raise RequestError(f"benchmarks.tasks: {mine[name]['path'] or name} cannot be built: {type(error).__name__}: "
-                               f"{' '.join(str(error).split())}") from error  # fmt: skip
+            raise RequestError(
+                f"benchmarks.tasks: {mine[name]['path'] or name} cannot be built: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         if isinstance(error, ImportError):
             raise RequestError(f"benchmarks.tasks: {name} needs a package that is not installed: {error}") from error
         if isinstance(error, ValueError):

@@ -105,26 +105,33 @@ def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[st
     for what, place in (guarded or {}).items():
         place = place.expanduser().resolve()
         if relation := _relation(path, place):
-            raise RequestError(f"save_model={folder} {relation} {what} ({place}), which saving would change: name another "
-                               "folder")  # fmt: skip
+            raise RequestError(
+                f"save_model={folder} {relation} {what} ({place}), which saving would change: name another folder"
+            )
     above = next((p for p in path.parents if os.path.lexists(p)), path)
     try:
         tempfile.TemporaryDirectory(prefix=".sweep-", dir=above).cleanup()  # as `save` will: written there, and renamed
     except OSError as error:
-        raise RequestError(f"save_model={folder} cannot be made: {above} is no folder that takes a new one ("
-                           f"{error.strerror})") from error  # fmt: skip
+        raise RequestError(
+            f"save_model={folder} cannot be made: {above} is no folder that takes a new one ({error.strerror})"
+        ) from error
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return path
     saved = _saved(path) if path.is_dir() else {}
     if not (saved or _is_older(path)):
-        raise RequestError(f"save_model={folder} exists and is no checkpoint that sweep has written: name a new or an empty "
-                           "folder")  # fmt: skip
+        raise RequestError(
+            f"save_model={folder} exists and is no checkpoint that sweep has written: name a new or an empty folder"
+        )
     if saved and (changed := sorted(dict(saved["files"].items() ^ _files(path).items()))):
-        raise RequestError(f"save_model={folder} was changed after sweep had written it ({', '.join(changed[:3])}): name "
-                           "another folder, or remove this one")  # fmt: skip
+        raise RequestError(
+            f"save_model={folder} was changed after sweep had written it ({', '.join(changed[:3])}): name "
+            "another folder, or remove this one"
+        )
     if saved.get("cell") not in (cell, None):
-        raise RequestError(f"save_model={folder} holds the model of another cell, {saved['cell']}: name another folder, or "
-                           "one for each cell with {cell} in its name")  # fmt: skip
+        raise RequestError(
+            f"save_model={folder} holds the model of another cell, {saved['cell']}: name another folder, or "
+            "one for each cell with {cell} in its name"
+        )
     return path
 
 
@@ -195,8 +202,11 @@ def card(facts: Mapping[str, Any]) -> str:
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
     if facts.get("execution") == "bitmap":
-        lines += ["", "Pruned matrices are stored as one bit a weight and their non-zeros: load the folder with "
-                  "`sweep.load_model(FOLDER)`, since transformers does not know the format."]  # fmt: skip
+        lines += [
+            "",
+            "Pruned matrices are stored as one bit a weight and their non-zeros: load the folder with "
+            "`sweep.load_model(FOLDER)`, since transformers does not know the format.",
+        ]
     else:
         lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]
     if facts.get("command"):

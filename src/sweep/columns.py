@@ -26,12 +26,21 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "method": (ASKED, "what is removed: `dense` (nothing), `weight`, `neuron`, `head`, `layer` or `vocab`"),
     "criterion": (ASKED, "the importance score by which it is chosen"),
     "sparsity": (ASKED, "fraction to remove, in [0, 1)"),
-    "sparsity_achieved": (COUNTED, "fraction removed of the weights that the method targets: cut out, or zero and not zero in the dense model"),
+    "sparsity_achieved": (
+        COUNTED,
+        "fraction removed of the weights that the method targets: cut out, or zero and not zero in the dense model",
+    ),
     "sparsity_units": (COUNTED, "fraction removed of the units (neurons, heads, layers, vocabulary rows)"),
-    "sparsity_block_parameters": (COUNTED, "fraction removed of the parameters of the blocks, biases and norms included"),
+    "sparsity_block_parameters": (
+        COUNTED,
+        "fraction removed of the parameters of the blocks, biases and norms included",
+    ),
     "sparsity_all_parameters": (COUNTED, "fraction removed of all parameters, embeddings included, a tied matrix once"),
     "seed": (ASKED, "seed of the calibration samples and of random scores; 0 where the method reads neither"),
-    "execution": (ASKED, "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones, `bitmap`, `csr` and `semi_structured` hold the non-zeros alone"),
+    "execution": (
+        ASKED,
+        "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones, `bitmap`, `csr` and `semi_structured` hold the non-zeros alone",
+    ),
     "kernel": (ORIGIN, "which kernel ran the pruned matrices, where the execution has several; else null"),
     "dtype": (ASKED, "type of the weights and activations"),
     "device": (ASKED, "where the model ran"),
@@ -39,51 +48,100 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "parameters": (COUNTED, "parameters that are held, a tied matrix once"),
     "nonzero_parameters": (COUNTED, "those that are not zero"),
     "weights_bytes": (COUNTED, "bytes of the parameters as held in memory"),
-    "stored_bytes": (COUNTED, "bytes of the tensors that a checkpoint of the model holds, saved or not; its files have a header beside them"),
-    "macs_per_token": (COUNTED, "multiply-accumulates of the linear layers and the head for one token, of experts those that it goes through; routers and attention scores left out"),
+    "stored_bytes": (
+        COUNTED,
+        "bytes of the tensors that a checkpoint of the model holds, saved or not; its files have a header beside them",
+    ),
+    "macs_per_token": (
+        COUNTED,
+        "multiply-accumulates of the linear layers and the head for one token, of experts those that it goes through; routers and attention scores left out",
+    ),
     "nonzero_macs_per_token": (COUNTED, "those whose weight is not zero"),
     "prefill_ms_p50": (MEASURED, "median time of the prompt; compare between cells through `prefill_speedup` only"),
-    "decode_ms_per_token_p50": (MEASURED, "median time of one generated token; compare between cells through `decode_speedup` only"),
+    "decode_ms_per_token_p50": (
+        MEASURED,
+        "median time of one generated token; compare between cells through `decode_speedup` only",
+    ),
     "dense_prefill_ms_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
     "dense_decode_ms_per_token_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
-    **{f"{phase}_speedup{end}": (MEASURED, text) for phase in ("prefill", "decode") for end, text in (
-        ("", f"dense time over this model's in {phase}, median over interleaved pairs"),
-        ("_low", "lower end of its 95 % interval (order statistics, no assumption on the distribution; with `efficiency.precision` one of 99 % at each of at most eight looks, so that the last covers 95 %)"),
-        ("_high", "upper end of its 95 % interval"))},
-    **{f"{stem}_{end}": (MEASURED, f"{words} of the {what} times")
-       for stem, what in (("prefill_ms", "prompt's"), ("decode_ms_per_token", "generated tokens'"))
-       for end, words in (("mean", "mean"), ("p90", "90th percentile"), ("p99", "99th percentile"))},
-    **{f"{phase}_control{end}": (MEASURED, text) for phase in ("prefill", "decode") for end, text in (
-        ("", f"dense over dense in {phase}, timed as the speed-up is: what the machine's noise alone gives"),
-        ("_low", "lower end of its 95 % interval"), ("_high", "upper end of its 95 % interval"))},
+    **{
+        f"{phase}_speedup{end}": (MEASURED, text)
+        for phase in ("prefill", "decode")
+        for end, text in (
+            ("", f"dense time over this model's in {phase}, median over interleaved pairs"),
+            (
+                "_low",
+                "lower end of its 95 % interval (order statistics, no assumption on the distribution; with `efficiency.precision` one of 99 % at each of at most eight looks, so that the last covers 95 %)",
+            ),
+            ("_high", "upper end of its 95 % interval"),
+        )
+    },
+    **{
+        f"{stem}_{end}": (MEASURED, f"{words} of the {what} times")
+        for stem, what in (("prefill_ms", "prompt's"), ("decode_ms_per_token", "generated tokens'"))
+        for end, words in (("mean", "mean"), ("p90", "90th percentile"), ("p99", "99th percentile"))
+    },
+    **{
+        f"{phase}_control{end}": (MEASURED, text)
+        for phase in ("prefill", "decode")
+        for end, text in (
+            ("", f"dense over dense in {phase}, timed as the speed-up is: what the machine's noise alone gives"),
+            ("_low", "lower end of its 95 % interval"),
+            ("_high", "upper end of its 95 % interval"),
+        )
+    },
     "no_measurable_gain": (MEASURED, "true when neither phase is faster than dense beyond the noise"),
     "timed_repeats": (COUNTED, "interleaved pairs that were timed"),
-    "timing_ended_by": (ORIGIN, "what ended the timing: an interval that is narrow enough (`precision`), the `seconds`, or the `repeats`"),
+    "timing_ended_by": (
+        ORIGIN,
+        "what ended the timing: an interval that is narrow enough (`precision`), the `seconds`, or the `repeats`",
+    ),
     "memory_bytes_per_second": (MEASURED, "memory bandwidth of the machine, by a short probe"),
     "matrix_macs_per_second": (MEASURED, "matrix rate of the machine, by a short probe"),
-    "decode_macs_per_byte": (COUNTED, "multiply-accumulates a byte that a generated token reads, of experts those that it goes through: arithmetic intensity"),
+    "decode_macs_per_byte": (
+        COUNTED,
+        "multiply-accumulates a byte that a generated token reads, of experts those that it goes through: arithmetic intensity",
+    ),
     "decode_bound": (MEASURED, "what limits a generated token on this machine, `memory` or `compute`"),
     "decode_bound_ms": (MEASURED, "the time below which that limit lets no token be, from the probes"),
     "decode_bound_reached": (MEASURED, "that limit over the measured time: 1 would be at the limit"),
     "kv_cache_bytes": (COUNTED, "bytes of the key-value cache after one prefill and decode"),
     "prune_peak_memory_bytes": (MEASURED, "highest resident memory of the process while it was pruned"),
-    "energy_joules_per_token": (MEASURED, "energy of one generated token by the machine's counters over two seconds of decoding, idling included; null where it has none"),
+    "energy_joules_per_token": (
+        MEASURED,
+        "energy of one generated token by the machine's counters over two seconds of decoding, idling included; null where it has none",
+    ),
     "energy_source": (ORIGIN, "the counters that were read: RAPL's `package` and `dram` zones, or `gpu` by NVML"),
     "tokens_per_second": (MEASURED, "generated tokens a second, over the batch"),
     "peak_memory_bytes": (MEASURED, "highest resident memory of the process during one prefill and decode (VmHWM)"),
     "base_memory_bytes": (MEASURED, "resident memory before it"),
     "peak_device_memory_bytes": (MEASURED, "highest memory allocated on the CUDA device during it"),
     "load_seconds": (MEASURED, "loading the model"),
-    "prune_forward_passes": (COUNTED, "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share"),
-    "prune_seconds": (MEASURED, "calibration, scoring and removal; what the cache held of an earlier measurement, statistics or drops, counts with what it took there"),
+    "prune_forward_passes": (
+        COUNTED,
+        "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share",
+    ),
+    "prune_seconds": (
+        MEASURED,
+        "calibration, scoring and removal; what the cache held of an earlier measurement, statistics or drops, counts with what it took there",
+    ),
     "calibration_tokens": (COUNTED, "tokens of calibration text that were read"),
-    "units_measured": (COUNTED, "units whose drop was measured, where `criterion` is `drop`; with screening not all are"),
+    "units_measured": (
+        COUNTED,
+        "units whose drop was measured, where `criterion` is `drop`; with screening not all are",
+    ),
     "damping": (MEASURED, "largest amount that was added to a Hessian, as a share of the mean of its diagonal"),
-    "perplexity_tokens": (COUNTED, "tokens of the windows over which the papers' perplexity was taken, the first of each, which is not predicted, included"),
+    "perplexity_tokens": (
+        COUNTED,
+        "tokens of the windows over which the papers' perplexity was taken, the first of each, which is not predicted, included",
+    ),
     "perplexity_windows": (COUNTED, "windows over which it was taken"),
     "perplexity_join": (ORIGIN, "how its documents were joined before they were cut into windows"),
     "cell_seconds": (MEASURED, "the whole cell, without what it waited"),
-    "waited_seconds": (MEASURED, "waiting for other cells: for its turn, and for what they made at that moment; in no other column"),
+    "waited_seconds": (
+        MEASURED,
+        "waiting for other cells: for its turn, and for what they made at that moment; in no other column",
+    ),
     "config": (ORIGIN, "the resolved configuration, as JSON"),
     "schema_version": (ORIGIN, "version of these columns"),
     "command": (ORIGIN, "command line that runs the cell again"),
@@ -96,32 +154,88 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "openmp_wait": (ORIGIN, "how idle threads of the cell wait for work: the environment variables that say so"),
     "gpu": (ORIGIN, "model of the GPU"),
     "cuda_visible_devices": (ORIGIN, "which GPU the cell was given"),
-    "other_cores_busy": (MEASURED, "cores that other processes kept busy meanwhile, on average: high means that timings are contended"),
+    "other_cores_busy": (
+        MEASURED,
+        "cores that other processes kept busy meanwhile, on average: high means that timings are contended",
+    ),
     "model_fingerprint": (ORIGIN, "hash of the model's file, or its revision"),
     "data_fingerprints": (ORIGIN, "hashes of the texts that were read, as JSON"),
-    "measuring_version": (ORIGIN, "version of the measuring code: rows of different versions are never averaged or compared"),
+    "measuring_version": (
+        ORIGIN,
+        "version of the measuring code: rows of different versions are never averaged or compared",
+    ),
     "higher_is_better": (ORIGIN, "what lm-eval says of its metrics, `{column: true or false}` as JSON"),
-}  # fmt: skip
+}
 
 _COSTS = {"bytes", "seconds", "milliseconds", "joules", "MACs", "parameters", "passes"}  # units that are better low
 
 OURS: dict[str, bool] = {  # our own metrics of a task, and whether higher is better
-    "token_perplexity": False, "kl_from_dense": False, "loss": False, "loss_band": False, "word_loss_band": False,
-    "perplexity_band": False, "acc_band": True, "removed_share_band": False, "told": True, "log_likelihood": True,
-    "precision": True, "recall": True, "f1": True, "precision_macro": True, "recall_macro": True, "f1_macro": True,
-    "precision_weighted": True, "recall_weighted": True, "f1_weighted": True, "matthews": True,
+    "token_perplexity": False,
+    "kl_from_dense": False,
+    "loss": False,
+    "loss_band": False,
+    "word_loss_band": False,
+    "perplexity_band": False,
+    "acc_band": True,
+    "removed_share_band": False,
+    "told": True,
+    "log_likelihood": True,
+    "precision": True,
+    "recall": True,
+    "f1": True,
+    "precision_macro": True,
+    "recall_macro": True,
+    "f1_macro": True,
+    "precision_weighted": True,
+    "recall_weighted": True,
+    "f1_weighted": True,
+    "matthews": True,
     "calibration_error": False,
-}  # fmt: skip
+}
 # Of rows from before lm-eval's word was kept: its metrics of which lower is better, by their exact names.
 LM_EVAL_LOSSES = {
-    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer", "likelihood_diff",
-    "difference_male_female", "pct_female_preferred", "pct_male_preferred", "pct_stereotype", "pct_invalid",
-    "perspective_api_toxicity_score", "bias_score_ambig", "bias_score_disambig", "age_bias", "asian_bias", "black_bias",
-    "female_bias", "hispanic_bias", "native_american_bias", "non_binary_bias",
-    *(f"{which}_bias_score{of}" for which in ("amb", "disamb") for of in (
-        "", "_Age", "_Disability_status", "_Gender_identity", "_Nationality", "_Physical_appearance", "_Race_ethnicity",
-        "_Race_x_SES", "_Race_x_gender", "_Religion", "_SES", "_Sexual_orientation")),
-}  # fmt: skip
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "brier_score",
+    "ter",
+    "wer",
+    "likelihood_diff",
+    "difference_male_female",
+    "pct_female_preferred",
+    "pct_male_preferred",
+    "pct_stereotype",
+    "pct_invalid",
+    "perspective_api_toxicity_score",
+    "bias_score_ambig",
+    "bias_score_disambig",
+    "age_bias",
+    "asian_bias",
+    "black_bias",
+    "female_bias",
+    "hispanic_bias",
+    "native_american_bias",
+    "non_binary_bias",
+    *(
+        f"{which}_bias_score{of}"
+        for which in ("amb", "disamb")
+        for of in (
+            "",
+            "_Age",
+            "_Disability_status",
+            "_Gender_identity",
+            "_Nationality",
+            "_Physical_appearance",
+            "_Race_ethnicity",
+            "_Race_x_SES",
+            "_Race_x_gender",
+            "_Religion",
+            "_SES",
+            "_Sexual_orientation",
+        )
+    ),
+}
 
 _FIRST = ("acc", "f1", "exact_match", "token_perplexity", "word_perplexity", "perplexity")
 
@@ -165,10 +279,22 @@ tokens without letters), for each band B: `task/loss_band_B` (nats a token) with
 
 def unit(column: str) -> str:
     """The unit of a column, read from its name."""
-    for ending, name in (("_bytes", "bytes"), ("_seconds", "seconds"), ("_joules", "joules"), ("joules_per_token", "joules"), ("tokens", "tokens"), ("passes", "passes"),
-                         ("parameters", "parameters"), ("speedup", "ratio"), ("macs_per_token", "MACs"), ("control", "ratio"),
-                         ("bytes_per_second", "bytes/second"), ("macs_per_second", "MACs/second"),
-                         ("macs_per_byte", "MACs/byte"), ("bound_reached", "ratio")):  # fmt: skip
+    for ending, name in (
+        ("_bytes", "bytes"),
+        ("_seconds", "seconds"),
+        ("_joules", "joules"),
+        ("joules_per_token", "joules"),
+        ("tokens", "tokens"),
+        ("passes", "passes"),
+        ("parameters", "parameters"),
+        ("speedup", "ratio"),
+        ("macs_per_token", "MACs"),
+        ("control", "ratio"),
+        ("bytes_per_second", "bytes/second"),
+        ("macs_per_second", "MACs/second"),
+        ("macs_per_byte", "MACs/byte"),
+        ("bound_reached", "ratio"),
+    ):
         if column.startswith("sparsity"):
             return "fraction"
         if column.removesuffix("_low").removesuffix("_high").endswith(ending):

@@ -173,7 +173,13 @@ class Vocab(_Named):
 
 Method = Dense | Weight | Neuron | Head | Layer | Vocab
 FAMILIES: dict[str, type[Dense] | type[Weight] | type[Neuron] | type[Head] | type[Layer] | type[Vocab]] = {
-    "dense": Dense, "weight": Weight, "neuron": Neuron, "head": Head, "layer": Layer, "vocab": Vocab}  # fmt: skip
+    "dense": Dense,
+    "weight": Weight,
+    "neuron": Neuron,
+    "head": Head,
+    "layer": Layer,
+    "vocab": Vocab,
+}
 ALIASES = {"importance": "criterion"}  # what a neuron's score is called in its literature
 # criteria that need a backward pass over the text, and whose next tokens it is of: the text's own, or the model's
 LABELS: dict[str, Literal["text", "model"]] = {
@@ -182,8 +188,11 @@ LABELS: dict[str, Literal["text", "model"]] = {
 }
 REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
 BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
-CALIBRATED = LABELS.keys() | REBUILDING | {
-    "activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}  # that read text  # fmt: skip
+CALIBRATED = (
+    LABELS.keys()
+    | REBUILDING
+    | {"activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}
+)  # that read text
 SEEDED = {"random"}  # criteria that draw numbers, text or not
 SHRINKING = {"neuron", "head", "layer", "vocab"}  # families whose matrices become smaller
 
@@ -346,8 +355,18 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
 
 def byte_size(name: str, text: str) -> int:
     """`12GiB`, `800MB` or a number of bytes as bytes. Raises RequestError, which names `name`, for what is no size."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in units:
         raise RequestError(f"{name} must be a size such as 12GiB, 800MB or a number of bytes; got {text!r}")
@@ -363,8 +382,10 @@ def memory_bytes(limit: str | None) -> int | None:
         return None
     size = byte_size("memory_limit", limit)
     if size < _LEAST_MEMORY:
-        raise RequestError(f"memory_limit must be at least 1GiB, which a process takes that has only loaded its libraries; "
-                           f"got {limit!r}")  # fmt: skip
+        raise RequestError(
+            f"memory_limit must be at least 1GiB, which a process takes that has only loaded its libraries; "
+            f"got {limit!r}"
+        )
     return size
 
 
@@ -395,8 +416,10 @@ def _normalised(cell: Cell) -> Cell:
     if method.family in SHRINKING:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":
-        raise RequestError(f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
-                           f"method={method.family} leaves the matrices their size: use execution=dense")  # fmt: skip
+        raise RequestError(
+            f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
+            f"method={method.family} leaves the matrices their size: use execution=dense"
+        )
     if cell.execution.name == "bitmap":
         _check_bitmap(cell)
     elif cell.execution.name == "semi_structured":
@@ -405,8 +428,9 @@ def _normalised(cell: Cell) -> Cell:
     else:
         cell = replace(cell, execution=Execution(cell.execution.name))
     if cell.execution.name == "csr" and cell.dtype != "float32":
-        raise RequestError(f"execution=csr multiplies float32 only, got dtype={cell.dtype}: set dtype=float32, or "
-                           "execution=bitmap")  # fmt: skip
+        raise RequestError(
+            f"execution=csr multiplies float32 only, got dtype={cell.dtype}: set dtype=float32, or execution=bitmap"
+        )
     return cell
 
 
@@ -419,9 +443,11 @@ def fits(asked: Efficiency, positions: int | None) -> bool:
     if positions is None or tokens <= positions:
         return True
     if asked.repeats:
-        raise RequestError(f"efficiency.prompt_tokens={asked.prompt_tokens} and .output_tokens={asked.output_tokens} are "
-                           f"{tokens} tokens together, and the model has {positions} positions: lower one of them, or set "
-                           "efficiency=none")  # fmt: skip
+        raise RequestError(
+            f"efficiency.prompt_tokens={asked.prompt_tokens} and .output_tokens={asked.output_tokens} are "
+            f"{tokens} tokens together, and the model has {positions} positions: lower one of them, or set "
+            "efficiency=none"
+        )
     return False
 
 
@@ -444,15 +470,18 @@ def _check_bitmap(cell: Cell) -> None:
     if cell.dtype == "float16":
         raise RequestError(f"execution=bitmap holds bfloat16 or float32, got dtype={cell.dtype}: set dtype=bfloat16")
     if cell.execution.kernel == "avx512_bf16" and cell.dtype == "float32":
-        raise RequestError(f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use "
-                           "execution.kernel=avx512")  # fmt: skip
+        raise RequestError(
+            f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use execution.kernel=avx512"
+        )
 
 
 def _check_semi_structured(cell: Cell) -> None:
     pattern = cell.method.pattern if isinstance(cell.method, Weight) else None
     if pattern not in ("2:4", "1:4"):
-        raise RequestError("execution=semi_structured multiplies matrices of which each four neighbours hold two weights at "
-                           "most: set method.pattern=2:4 sparsity=0.5, or use another execution")  # fmt: skip
+        raise RequestError(
+            "execution=semi_structured multiplies matrices of which each four neighbours hold two weights at "
+            "most: set method.pattern=2:4 sparsity=0.5, or use another execution"
+        )
     if cell.dtype == "float32":
         raise RequestError(
             "execution=semi_structured multiplies bfloat16 or float16, got dtype=float32: set dtype=bfloat16"
@@ -488,28 +517,38 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
     if method.pattern is not None:
         n, m = groups(method.pattern)
         if round(1 - n / m, 6) != round(sparsity, 6):
-            raise RequestError(f"method.pattern={method.pattern} removes exactly {1 - n / m:g}: set sparsity={1 - n / m:g}, "
-                               f"or another pattern for sparsity={sparsity:g}")  # fmt: skip
+            raise RequestError(
+                f"method.pattern={method.pattern} removes exactly {1 - n / m:g}: set sparsity={1 - n / m:g}, "
+                f"or another pattern for sparsity={sparsity:g}"
+            )
         for name, allowed in (("scope", (None, "matrix")), ("allocation", ("uniform",)), ("steps", (1,))):
             if getattr(method, name) not in allowed:
-                raise RequestError(f"method.{name}={getattr(method, name)} has no meaning with method.pattern="
-                                   f"{method.pattern}, which removes the same of every group: leave it out")  # fmt: skip
+                raise RequestError(
+                    f"method.{name}={getattr(method, name)} has no meaning with method.pattern="
+                    f"{method.pattern}, which removes the same of every group: leave it out"
+                )
     allocation = method.allocation
     if method.scope == "global":
         if allocation not in ("uniform", "global"):
-            raise RequestError(f"method.scope=global decides what each block loses, and so does method.allocation="
-                               f"{allocation}: use scope=matrix or scope=row with it")  # fmt: skip
+            raise RequestError(
+                f"method.scope=global decides what each block loses, and so does method.allocation="
+                f"{allocation}: use scope=matrix or scope=row with it"
+            )
         allocation = "global"
     if allocation == "global" and method.criterion in CALIBRATED and method.embeddings and not method.head:
-        raise RequestError("method.embeddings=true with a global rank: an embedding reads no activations, and its scores "
-                           "cannot be compared with the others'; use method.allocation=uniform")  # fmt: skip
+        raise RequestError(
+            "method.embeddings=true with a global rank: an embedding reads no activations, and its scores "
+            "cannot be compared with the others'; use method.allocation=uniform"
+        )
     if isinstance(allocation, tuple):
         if any(not 0 <= share <= 1 for share in allocation):
             raise RequestError(f"method.allocation lists a sparsity for each block, in [0, 1]; got {list(allocation)}")
         mean = sum(allocation) / max(len(allocation), 1)
         if abs(mean - sparsity) > 0.005:
-            raise RequestError(f"the sparsities of method.allocation have the mean {mean:.4g}: set sparsity={mean:.4g}, "
-                               "or other sparsities; small differences are spread over the blocks")  # fmt: skip
+            raise RequestError(
+                f"the sparsities of method.allocation have the mean {mean:.4g}: set sparsity={mean:.4g}, "
+                "or other sparsities; small differences are spread over the blocks"
+            )
     _check_band(method, sparsity)
     scope = method.scope or ("row" if method.criterion in BY_ROW else "matrix")
     if method.pattern is not None or scope == "global":
@@ -536,16 +575,22 @@ def _check_band(method: Weight, sparsity: float) -> None:
             f"method.among_smallest must be in (0, 1], the share of a matrix that may lose weights; got {among:g}"
         )
     if skip + sparsity > among + 1e-9:
-        raise RequestError(f"method.skip_lowest={skip:g} and sparsity={sparsity:g} are together more than the share "
-                           f"method.among_smallest={among:g} of a matrix that may go: lower one of the two")  # fmt: skip
+        raise RequestError(
+            f"method.skip_lowest={skip:g} and sparsity={sparsity:g} are together more than the share "
+            f"method.among_smallest={among:g} of a matrix that may go: lower one of the two"
+        )
     for name, allowed in (("pattern", None), ("allocation", "uniform"), ("steps", 1)):
         if getattr(method, name) != allowed:
-            raise RequestError(f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
-                               f"which method.{name}={getattr(method, name)} contradicts: leave one of them out")  # fmt: skip
+            raise RequestError(
+                f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
+                f"which method.{name}={getattr(method, name)} contradicts: leave one of them out"
+            )
     if method.scope == "global" or method.criterion in REBUILDING:
         word = "scope=global" if method.scope == "global" else f"criterion={method.criterion}"
-        raise RequestError(f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
-                           f"which method.{word} does not rank as a whole: leave one of them out")  # fmt: skip
+        raise RequestError(
+            f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
+            f"which method.{word} does not rank as a whole: leave one of them out"
+        )
 
 
 def as_dict(cell: Cell) -> dict[str, Any]:
@@ -599,8 +644,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint == Method:
         family = value.get("family")
         if family not in FAMILIES:
-            raise RequestError(f"method.family must be one of {', '.join(FAMILIES)}, got {family!r}."
-                               f"{did_you_mean(str(family), FAMILIES)}")  # fmt: skip
+            raise RequestError(
+                f"method.family must be one of {', '.join(FAMILIES)}, got {family!r}."
+                f"{did_you_mean(str(family), FAMILIES)}"
+            )
         return build(FAMILIES[family], value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):

@@ -76,9 +76,11 @@ class Bill(Meter):
     def columns(self, tokens: int) -> dict[str, Any]:
         """Of a row whose calibration text has so many tokens, after leaving."""
         total, peak = self._own + self._read, self._memory.peak
-        return {"prune_seconds": total.seconds,
-                "prune_forward_passes": self.passes.of(tokens, total.block_tokens),
-                "prune_peak_memory_bytes": None if peak is None else max(peak, self._read.peak_bytes)}  # fmt: skip
+        return {
+            "prune_seconds": total.seconds,
+            "prune_forward_passes": self.passes.of(tokens, total.block_tokens),
+            "prune_peak_memory_bytes": None if peak is None else max(peak, self._read.peak_bytes),
+        }
 
 
 _open: list[Bill] = []

@@ -101,9 +101,12 @@ def layers(before: Stock, now: Stock) -> pd.DataFrame:
     zeros  weights that are zero or not there any more, those of removed neurons, heads and blocks among them
     """
     are = _by_old_names(before, now)
-    lines = [(number, name.removeprefix(f"{block}."), piece.size, piece.size - are.get(name, _ABSENT).nonzeros)
-             for number, (block, _) in enumerate(before.blocks)
-             for name, piece in before.pieces.items() if piece.multiplies and name.startswith(f"{block}.")]  # fmt: skip
+    lines = [
+        (number, name.removeprefix(f"{block}."), piece.size, piece.size - are.get(name, _ABSENT).nonzeros)
+        for number, (block, _) in enumerate(before.blocks)
+        for name, piece in before.pieces.items()
+        if piece.multiplies and name.startswith(f"{block}.")
+    ]
     return pd.DataFrame(lines, columns=["block", "matrix", "weights", "zeros"])
 
 

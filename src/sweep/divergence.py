@@ -41,13 +41,24 @@ def of_dense(cell: Cell) -> Distributions | None:
     if TASK not in cell.benchmarks.tasks:
         return None
     settings = cell.benchmarks
-    key = text.fingerprint([sources.fingerprint(cell.model), task_identity.of_embedded(TASK), TOP, settings.limit,
-                            settings.batch_size, settings.max_length, *identity.arithmetic(cell)])  # fmt: skip
+    key = text.fingerprint(
+        [
+            sources.fingerprint(cell.model),
+            task_identity.of_embedded(TASK),
+            TOP,
+            settings.limit,
+            settings.batch_size,
+            settings.max_length,
+            *identity.arithmetic(cell),
+        ]
+    )
     folder = cache.entry("distributions", key, lambda half: _measure(cell, half))
     with np.load(folder / "top.npz") as stored:
         pages = [document["page"] for document in text.pydoc_documents()][: settings.limit]
-        return Distributions({page: stored[f"ids{i}"].astype(np.int64) for i, page in enumerate(pages)},
-                             {page: stored[f"log_probs{i}"] for i, page in enumerate(pages)})  # fmt: skip
+        return Distributions(
+            {page: stored[f"ids{i}"].astype(np.int64) for i, page in enumerate(pages)},
+            {page: stored[f"log_probs{i}"] for i, page in enumerate(pages)},
+        )
 
 
 def _measure(cell: Cell, folder: Path) -> None:

@@ -102,9 +102,11 @@ def classified(truth: np.ndarray, chosen: np.ndarray, classes: int) -> dict[str,
     """
     hits, asked, given = (
         np.stack([counted.sum(-1) for counted in both], -1)
-        for both in zip(*[((chosen == c) & (truth == c), (truth == c) + 0 * chosen, chosen == c) for c in range(classes)],
-                        strict=True)
-    )  # fmt: skip
+        for both in zip(
+            *[((chosen == c) & (truth == c), (truth == c) + 0 * chosen, chosen == c) for c in range(classes)],
+            strict=True,
+        )
+    )
     seen = (asked + given) > 0
     over = {"precision": given, "recall": asked, "f1": (asked + given) / 2}
     found = {name: (hits / np.maximum(below, 0.5) * seen).sum(-1) / seen.sum(-1) for name, below in over.items()}
@@ -161,8 +163,10 @@ def probe_of_task(task: str, documents: int | None, tokenizer: PreTrainedTokeniz
     prompts = [
         rows(before + ids).tolist() for ids in reading.own(tokenizer, [prompt for prompt, _, _ in triples], before)
     ]
-    answers = [[rows(ids).tolist() for ids in reading.own(tokenizer, [f" {answer}" for answer in choices], [])]
-               for _, choices, _ in triples]  # fmt: skip
+    answers = [
+        [rows(ids).tolist() for ids in reading.own(tokenizer, [f" {answer}" for answer in choices], [])]
+        for _, choices, _ in triples
+    ]
     return probe_of_questions(prompts, answers, [truth for _, _, truth in triples])
 
 
@@ -230,8 +234,10 @@ def likelihoods(
         base = run.whole()
         again = run.after(0, run.entering(1) if len(run.blocks) > 1 else run.leaving(0), 1)[0]
         if not np.allclose(base, again, rtol=1e-4, atol=1e-3):
-            raise RuntimeError(f"going on from block 0 gives log-likelihoods that differ by up to "
-                               f"{np.abs(base - again).max():.3g} nats from those of {type(model).__name__}")  # fmt: skip
+            raise RuntimeError(
+                f"going on from block 0 gives log-likelihoods that differ by up to "
+                f"{np.abs(base - again).max():.3g} nats from those of {type(model).__name__}"
+            )
         key = _key(model, probe) if resume else []
         if spare_head is None:  # by all units, not by those that an interrupted run left: it must go on as it began
             spare_head = sum(len(a.columns) for a in ablations) > PAYS * run.head.weight.shape[1]
@@ -370,9 +376,12 @@ class Resumed:
         self.at_once = max(1, TOKENS_AT_ONCE // self.rows.numel())
         self._expansion: normaliser.Expansion | None = None
         self._entering: list[Tensor] = []  # what each block gets in the whole model
-        handles = [block.register_forward_pre_hook(
-            lambda _, args, kwargs: self._entering.append(first_tensor(args, kwargs)), with_kwargs=True)
-            for block in self.blocks]  # fmt: skip
+        handles = [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: self._entering.append(first_tensor(args, kwargs)), with_kwargs=True
+            )
+            for block in self.blocks
+        ]
         try:
             hidden = self._scored(self.model, self.rows)
         finally:

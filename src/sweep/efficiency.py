@@ -123,8 +123,9 @@ def latency(
     is known to that fraction or `settings.seconds` are spent. What ended it is the column `timing_ended_by`.
     """
     readable = min(model.get_input_embeddings().weight.shape[0] for model in (pruned, dense))
-    prompt = torch.randint(readable, (settings.batch_size, settings.prompt_tokens),
-                           generator=torch.Generator().manual_seed(0)).to(pruned.device)  # fmt: skip
+    prompt = torch.randint(
+        readable, (settings.batch_size, settings.prompt_tokens), generator=torch.Generator().manual_seed(0)
+    ).to(pruned.device)
     turns = [("dense", dense), ("pruned", pruned), ("control", dense)]
     repeats: list[tuple[str, str, int, float]] = []
     for _ in range(settings.warmup):
@@ -184,9 +185,13 @@ def summary(frame: pd.DataFrame, settings: Efficiency) -> dict[str, Any]:
     gains = []
     for phase, name in (("prefill", "prefill_ms"), ("decode", "decode_ms_per_token")):
         times = frame[frame.phase == phase].pivot(index="repeat", columns="model", values="milliseconds")
-        columns |= {f"{name}_mean": float(times.pruned.mean()), f"{name}_p50": float(times.pruned.median()),
-                    f"{name}_p90": float(times.pruned.quantile(0.9)), f"{name}_p99": float(times.pruned.quantile(0.99)),
-                    f"dense_{name}_p50": float(times.dense.median())}  # fmt: skip
+        columns |= {
+            f"{name}_mean": float(times.pruned.mean()),
+            f"{name}_p50": float(times.pruned.median()),
+            f"{name}_p90": float(times.pruned.quantile(0.9)),
+            f"{name}_p99": float(times.pruned.quantile(0.99)),
+            f"dense_{name}_p50": float(times.dense.median()),
+        }
         low, median, high = interval(times.dense / times.pruned)
         columns |= {f"{phase}_speedup": median, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
         noise_low, noise, noise_high = interval(times.dense / times.control)

@@ -119,8 +119,10 @@ def _bitmap_kernel(dtype: torch.dtype, execution: Execution) -> str:
         reason = str(error)
     if execution.fallback:
         return "torch"
-    raise RequestError(f"execution=bitmap, kernel {execution.kernel}: {reason}. Install a C++ compiler, choose another "
-                       "execution.kernel, or set execution.fallback=true to run a slow substitute")  # fmt: skip
+    raise RequestError(
+        f"execution=bitmap, kernel {execution.kernel}: {reason}. Install a C++ compiler, choose another "
+        "execution.kernel, or set execution.fallback=true to run a slow substitute"
+    )
 
 
 def _bitmap_layer(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module:
@@ -154,5 +156,7 @@ def _replace(
             try:
                 model.set_submodule(name, make(weight, layer.bias))
             except (RuntimeError, ValueError) as error:
-                raise RequestError(f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from "
-                                   "pruning with method.exclude") from error  # fmt: skip
+                raise RequestError(
+                    f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from "
+                    "pruning with method.exclude"
+                ) from error

@@ -88,8 +88,10 @@ def dense_of(rows: pd.DataFrame) -> NDArray[np.int64]:
     known: dict[tuple, int] = {}
     for *key, place in _oldest_first(dense)[[*keys, "place"]].itertuples(index=False):
         known[tuple(key)] = known[tuple(key[:-1])] = place
-    return np.array([known.get(key, known.get(key[:-1], -1)) for key in rows[keys].itertuples(index=False, name=None)],
-                    dtype=np.int64)  # fmt: skip
+    return np.array(
+        [known.get(key, known.get(key[:-1], -1)) for key in rows[keys].itertuples(index=False, name=None)],
+        dtype=np.int64,
+    )
 
 
 def dense_value(rows: pd.DataFrame, column: str) -> pd.Series:
@@ -124,12 +126,18 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     centred = several | documents
     low, high = (np.exp(end) if logarithm else end for end in (scatter.mean() - half, scatter.mean() + half))
     interval = np.select([several, documents, mean[f"{y}_low"].notna()], ["seeds", "documents", "repeats"], "none")
-    found = pd.DataFrame({
-        "x": mean.x, "x_low": mean[f"{x}_low"], "x_high": mean[f"{x}_high"], "y": mean.y,
-        "y_low": low.where(centred, mean[f"{y}_low"]),
-        "y_high": high.where(centred, mean[f"{y}_high"]),
-        "seeds": seeds, "interval": interval,
-    })  # fmt: skip
+    found = pd.DataFrame(
+        {
+            "x": mean.x,
+            "x_low": mean[f"{x}_low"],
+            "x_high": mean[f"{x}_high"],
+            "y": mean.y,
+            "y_low": low.where(centred, mean[f"{y}_low"]),
+            "y_high": high.where(centred, mean[f"{y}_high"]),
+            "seeds": seeds,
+            "interval": interval,
+        }
+    )
     named = ok.drop_duplicates("point").set_index("point")[SAME_POINT]
     return named.join(found, how="right").reset_index()
 

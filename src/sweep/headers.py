@@ -17,8 +17,16 @@ from sweep.config import Model, RequestError
 
 # In the order in which transformers looks for them: the weights, or an index of the files that hold them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-              "vocab.model", "*.tiktoken")  # fmt: skip
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.model",
+    "*.tiktoken",
+)
 SWEEP_FILE = "sweep.json"  # beside weights whose shapes transformers' format cannot say
 _LENGTH = 8  # bytes that give the length of the header
 _POINTER = b"version https://git-lfs"
@@ -56,8 +64,10 @@ def check(model: Model) -> None:
     cut = folder / "tokenizer"  # of a cut vocabulary
     place = cut if (folder / SWEEP_FILE).is_file() and cut.is_dir() else folder
     if not model.trust_remote_code and not has_tokenizer(place):
-        raise RequestError(f"{place} holds no tokenizer ({', '.join(TOKENIZERS[:4])}, …): save the model's own there with "
-                           f"tokenizer.save_pretrained({str(place)!r})")  # fmt: skip
+        raise RequestError(
+            f"{place} holds no tokenizer ({', '.join(TOKENIZERS[:4])}, …): save the model's own there with "
+            f"tokenizer.save_pretrained({str(place)!r})"
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -90,8 +100,10 @@ def check_config(folder: Path) -> None:
     config = sources.read_json(folder / "config.json")
     if quantised := config.get("quantization_config") or config.get("compression_config"):
         method = quantised.get("quant_method", "compressed") if isinstance(quantised, dict) else quantised
-        raise RequestError(f"{folder} is quantised ({method}), and pruning needs the weights themselves: give the checkpoint "
-                           "that it was made from, or load it with transformers, call model.dequantize() and save it")  # fmt: skip
+        raise RequestError(
+            f"{folder} is quantised ({method}), and pruning needs the weights themselves: give the checkpoint "
+            "that it was made from, or load it with transformers, call model.dequantize() and save it"
+        )
 
 
 def check_types(dtypes: Mapping[str, str], file: Path) -> None:
@@ -102,8 +114,10 @@ def check_types(dtypes: Mapping[str, str], file: Path) -> None:
     """
     packed = sorted(name for name, dtype in dtypes.items() if name.endswith("weight") and dtype not in _FLOATS)
     if packed:
-        raise RequestError(f"{file} holds quantised weights ({some(packed)}: {dtypes[packed[0]]}), and pruning needs the "
-                           "weights themselves: give the checkpoint that it was made from")  # fmt: skip
+        raise RequestError(
+            f"{file} holds quantised weights ({some(packed)}: {dtypes[packed[0]]}), and pruning needs the "
+            "weights themselves: give the checkpoint that it was made from"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -113,8 +127,14 @@ def weight_files(folder: Path) -> list[Path]:
     """
     first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if first is None:
-        advice = next((f": there is {file.name}; {what}" for pattern, what in _OTHERS.items()
-                       for file in sorted(folder.glob(pattern))), "")  # fmt: skip
+        advice = next(
+            (
+                f": there is {file.name}; {what}"
+                for pattern, what in _OTHERS.items()
+                for file in sorted(folder.glob(pattern))
+            ),
+            "",
+        )
         raise RequestError(f"{folder} holds no weights ({WEIGHTS[0]} or {WEIGHTS[2]}, or the index of several){advice}")
     if first.suffix != ".json":
         return [_itself(first)]
@@ -123,8 +143,10 @@ def weight_files(folder: Path) -> list[Path]:
         raise RequestError(f"{first} is damaged: it has no weight_map")
     files = sorted({folder / str(name) for name in index.values()})
     if absent := [file.name for file in files if not file.is_file()]:
-        raise RequestError(f"{folder} lacks {len(absent)} of the {len(files)} files that {first.name} names "
-                           f"({some(absent)}): fetch the rest of the checkpoint")  # fmt: skip
+        raise RequestError(
+            f"{folder} lacks {len(absent)} of the {len(files)} files that {first.name} names "
+            f"({some(absent)}): fetch the rest of the checkpoint"
+        )
     return [_itself(file) for file in files]
 
 

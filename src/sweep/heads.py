@@ -56,9 +56,12 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
         outputs = [getattr(module, name) for name in _OUTPUT if hasattr(module, name)]
         head_dim = next((getattr(module, name) for name in _HEAD_DIM if hasattr(module, name)), None)
         if len(outputs) != 1 or head_dim is None or (len(inputs), len(fused)) not in ((3, 0), (0, 1)):
-            raise RequestError(f"method=head: the heads of {type(module).__name__} are not known: use +method=weight "
-                               "method.targets=attention, or add the names of its matrices to sweep/heads.py")  # fmt: skip
+            raise RequestError(
+                f"method=head: the heads of {type(module).__name__} are not known: use +method=weight "
+                "method.targets=attention, or add the names of its matrices to sweep/heads.py"
+            )
         matrices = tuple(inputs) or (getattr(module, fused[0]),)
-        found.append(Attention(index, names[id(module)], module, matrices, outputs[0], head_dim,
-                               fused == ["query_key_value"]))  # fmt: skip
+        found.append(
+            Attention(index, names[id(module)], module, matrices, outputs[0], head_dim, fused == ["query_key_value"])
+        )
     return found

@@ -33,9 +33,10 @@ class Corpus:
 # longer than a sequence, one sequence each; here the file's opening is one stream, of which sequences are drawn.
 EVALUATED = {
     "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "c4": Corpus("allenai/c4", None, "validation", join=" ", file="en/c4-validation.00000-of-00008.json.gz",
-                 documents=1100),
-}  # fmt: skip
+    "c4": Corpus(
+        "allenai/c4", None, "validation", join=" ", file="en/c4-validation.00000-of-00008.json.gz", documents=1100
+    ),
+}
 CALIBRATION = {
     "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", "train", join=" "),
     "c4": Corpus("allenai/c4", None, "train", file="en/c4-train.00000-of-01024.json.gz", documents=8000),
@@ -58,8 +59,9 @@ def joined(corpus: Corpus, data_root: str | None, asked: str) -> str:
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise RequestError(missing(asked, data_root, error)) from error
     if corpus.column not in rows.column_names:
-        raise RequestError(f"{asked}: {corpus.dataset} has no column '{corpus.column}', but "
-                           f"{', '.join(rows.column_names)}")  # fmt: skip
+        raise RequestError(
+            f"{asked}: {corpus.dataset} has no column '{corpus.column}', but {', '.join(rows.column_names)}"
+        )
     found = rows[: min(corpus.documents or len(rows), len(rows))][corpus.column]
     if not all(isinstance(document, str) for document in found):
         raise RequestError(f"{asked}: the column '{corpus.column}' of {corpus.dataset} holds no text")
@@ -70,9 +72,11 @@ def missing(asked: str, data_root: str | None, error: Exception) -> str:
     """What to say when the data of `asked` could not be loaded."""
     looked = f"in data_root={data_root}, " if data_root else ""
     offline = "" if os.environ.get("HF_HUB_OFFLINE") == "1" else " (HF_HUB_OFFLINE=1 makes the search there short)"
-    return (f"{asked}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
-            f"{str(error).strip().splitlines()[0]}. Without a network, data_root=FOLDER names a folder that holds "
-            "each data set as the hub names it, FOLDER/org/name")  # fmt: skip
+    return (
+        f"{asked}: no data. Looked {looked}in the cache of datasets and on the hub{offline}: "
+        f"{str(error).strip().splitlines()[0]}. Without a network, data_root=FOLDER names a folder that holds "
+        "each data set as the hub names it, FOLDER/org/name"
+    )
 
 
 @contextlib.contextmanager

@@ -62,8 +62,10 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
     chosen = np.sort(draw.choice(total, count, replace=False))
     block = np.searchsorted(first, chosen, side="right") - 1
     unit = chosen - first[block]
-    ablations = [drop.Ablation(part.block, part.output, [torch.tensor([u]) for u in unit[block == index]])
-                 for index, part in enumerate(parts)]  # fmt: skip
+    ablations = [
+        drop.Ablation(part.block, part.output, [torch.tensor([u]) for u in unit[block == index]])
+        for index, part in enumerate(parts)
+    ]
     base, found = drop.likelihoods(model, drop.probe_of_text(tokens), [a for a in ablations if a.columns])
     lost = (base - np.concatenate(found)) / (tokens.shape[1] - 1)  # (units, texts), nats a token
     columns: dict[str, Any] = {"block": block, "unit": unit}
@@ -99,8 +101,11 @@ def draw_figure(summary: pd.DataFrame, folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"with_drop": "with the measured drop", "with_size": "with the size of the drop",
-              "halves": "between two halves of the text"}  # fmt: skip
+    panels = {
+        "with_drop": "with the measured drop",
+        "with_size": "with the size of the drop",
+        "halves": "between two halves of the text",
+    }
     figure, axes = plt.subplots(1, 3, figsize=(10, 0.35 * len(summary) + 1.2), sharey=True, layout="constrained")
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         shown = summary[summary.criterion != "drop"] if column != "halves" else summary
@@ -123,8 +128,9 @@ def find_model(name: str, path: str | None) -> Model:
     folder = conf_folder() / "model"
     if not (folder / f"{name}.yaml").is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise RequestError(f"--model {name}: there is no such model.{config.did_you_mean(name, known)} "
-                           f"Allowed: {', '.join(known)}")  # fmt: skip
+        raise RequestError(
+            f"--model {name}: there is no such model.{config.did_you_mean(name, known)} Allowed: {', '.join(known)}"
+        )
     values = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
     assert isinstance(values, dict)
     changed = {} if path is None else {"path": path, "name": Path(path).name}
@@ -133,8 +139,9 @@ def find_model(name: str, path: str | None) -> Model:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, and print the summary."""
-    parser = argparse.ArgumentParser(prog="python -m sweep.importance", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m sweep.importance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="receives the tables and the figure")
     parser.add_argument("--model", default="smollm2", help="a name in conf/model")
     parser.add_argument("--path", help="checkpoint folder of --model local")
@@ -146,8 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of the processor; all by default")
     asked = parser.parse_args(arguments)
     if asked.texts < 2 or asked.tokens < 2:
-        raise RequestError(f"--texts and --tokens must be at least 2, got {asked.texts} and {asked.tokens}: the "
-                           "stability is that between two halves of the texts")  # fmt: skip
+        raise RequestError(
+            f"--texts and --tokens must be at least 2, got {asked.texts} and {asked.tokens}: the "
+            "stability is that between two halves of the texts"
+        )
     if asked.threads:
         torch.set_num_threads(asked.threads)
     model, tokenizer = models.load(find_model(asked.model, asked.path), "float32", "cpu")

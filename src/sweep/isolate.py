@@ -239,9 +239,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the machine or of a device, ran out."""
     text = str(error).lower()
     phrases = ("can't allocate memory", "out of memory", "alloc_failed", "unable to allocate", "cannot allocate memory")
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases)
-    )  # fmt: skip
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases))
+    )
 
 
 class _Stopwatch:

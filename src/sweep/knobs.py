@@ -22,8 +22,17 @@ from sweep import config
 # Told by columns of their own, or no choice between methods.
 _NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
 # No number depends on them beyond what fingerprints and the names below say.
-_ASIDE = {"data_root", "calibration", "calibration.subset", "calibration.split", "calibration.column",
-          "benchmarks.include_path", "benchmarks.num_fewshot", "benchmarks.fewshot_seed", "benchmarks.unsafe_code"}  # fmt: skip
+_ASIDE = {
+    "data_root",
+    "calibration",
+    "calibration.subset",
+    "calibration.split",
+    "calibration.column",
+    "benchmarks.include_path",
+    "benchmarks.num_fewshot",
+    "benchmarks.fewshot_seed",
+    "benchmarks.unsafe_code",
+}
 _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a task is
 _DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
     name: {f.name: f.default for f in fields(kind)} for name, kind in (config.FAMILIES | config.GROUPS).items()
@@ -85,21 +94,33 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     settings = [flat(text) for text in _column(rows, "config")]
     data = [json.loads(text) if isinstance(text, str) else {} for text in _column(rows, "data_fingerprints")]
     for key, names, prints in (
-        ("benchmarks.tasks", [_tasks(*pair) for pair in zip(settings, version, strict=True)],
-         [_tasks_fingerprint(*row) for row in zip(settings, data, version, strict=True)]),
-        ("perplexity.source", [s.get("perplexity.source") for s in settings],
-         [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data]),
+        (
+            "benchmarks.tasks",
+            [_tasks(*pair) for pair in zip(settings, version, strict=True)],
+            [_tasks_fingerprint(*row) for row in zip(settings, data, version, strict=True)],
+        ),
+        (
+            "perplexity.source",
+            [s.get("perplexity.source") for s in settings],
+            [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data],
+        ),
         ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
-    ):  # fmt: skip
+    ):
         for setting, name in zip(settings, _names(names, prints, version), strict=True):
             if key in setting:
                 setting[key] = name
-    measured = [{k: v for k, v in s.items() if _is_measurement(k) and not _is_default(k, s, of)}
-                for s, of in zip(settings, version, strict=True)]  # fmt: skip
-    chosen = [{k: v for k, v in s.items() if _is_choice(k) and not _is_default(k, s, of)}
-              for s, of in zip(settings, version, strict=True)]  # fmt: skip
-    machines = [{k: v for k, v in zip(("cpu", "gpu"), pair, strict=True) if isinstance(v, str)}
-                for pair in zip(_column(rows, "cpu"), _column(rows, "gpu"), strict=True)]  # fmt: skip
+    measured = [
+        {k: v for k, v in s.items() if _is_measurement(k) and not _is_default(k, s, of)}
+        for s, of in zip(settings, version, strict=True)
+    ]
+    chosen = [
+        {k: v for k, v in s.items() if _is_choice(k) and not _is_default(k, s, of)}
+        for s, of in zip(settings, version, strict=True)
+    ]
+    machines = [
+        {k: v for k, v in zip(("cpu", "gpu"), pair, strict=True) if isinstance(v, str)}
+        for pair in zip(_column(rows, "cpu"), _column(rows, "gpu"), strict=True)
+    ]
     everything = pd.Series("all", index=rows.index)
     return rows.assign(
         model=_models(rows),
@@ -136,22 +157,29 @@ def _names(names: Sequence[Any], prints: Sequence[Any], version: Sequence[int]) 
         if is_known:
             holders[of, chosen[mark]].add(mark)
     unclear = {mark for marks in holders.values() if len(marks) > 1 for mark in marks}
-    shown = {mark: f"{name} ({re.split('[:@]', mark)[-1][:8]})" if mark in unclear else name
-             for mark, name in chosen.items()}  # fmt: skip
+    shown = {
+        mark: f"{name} ({re.split('[:@]', mark)[-1][:8]})" if mark in unclear else name for mark, name in chosen.items()
+    }
     return [shown[mark] if is_known else name for name, mark, is_known in zip(names, prints, known, strict=True)]
 
 
 def _tasks(setting: dict[str, Any], version: int) -> str | None:
     """What a row's tasks are called: with the examples that are shown, where that is not as a task says."""
     tasks = setting.get("benchmarks.tasks")
-    shots = [f"{key.rpartition('.')[2]}={setting[key]}" for key in _SHOTS
-             if key in setting and not _is_default(key, setting, version)]  # fmt: skip
+    shots = [
+        f"{key.rpartition('.')[2]}={setting[key]}"
+        for key in _SHOTS
+        if key in setting and not _is_default(key, setting, version)
+    ]
     return None if tasks is None else ", ".join([tasks, *shots])
 
 
 def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: int) -> str | None:
-    tasks = {name: mark for name, mark in data.items()
-             if name != "calibration" and not name.startswith("perplexity:") and not name.endswith(" of the drop")}  # fmt: skip
+    tasks = {
+        name: mark
+        for name, mark in data.items()
+        if name != "calibration" and not name.startswith("perplexity:") and not name.endswith(" of the drop")
+    }
     if not tasks:
         return None
     content = [tasks, None if version >= _CHANGED else setting.get("benchmarks.num_fewshot")]
@@ -186,7 +214,11 @@ def _words(settings: list[dict[str, Any]], groups: pd.Series) -> list[str]:
         values = seen.setdefault(group, {})
         for key, value in setting.items():
             values.setdefault(key, Counter())[str(value)] += 1
-    varying = {group: sorted(key for key, found in keys.items() if max(found.values()) < sizes[group])
-               for group, keys in seen.items()}  # fmt: skip
-    return [", ".join(f"{key.rpartition('.')[2]}={setting[key]}" for key in varying[group] if key in setting)
-            for group, setting in zip(groups, settings, strict=True)]  # fmt: skip
+    varying = {
+        group: sorted(key for key, found in keys.items() if max(found.values()) < sizes[group])
+        for group, keys in seen.items()
+    }
+    return [
+        ", ".join(f"{key.rpartition('.')[2]}={setting[key]}" for key in varying[group] if key in setting)
+        for group, setting in zip(groups, settings, strict=True)
+    ]

@@ -45,8 +45,11 @@ def prune(
             cost for block, cost in costs.items() if block not in left
         )
         keep = select.nearest(
-            [scores], [torch.tensor([costs[block] for block in open_])], budget, at_least=int(len(open_) == len(left)),
-        )[0]  # fmt: skip
+            [scores],
+            [torch.tensor([costs[block] for block in open_])],
+            budget,
+            at_least=int(len(open_) == len(left)),
+        )[0]
         gone = {block for block, stays in zip(open_, keep.tolist(), strict=True) if not stays}
         surgery.remove_layers(model, [block not in gone for block in left])
         left = [block for block in left if block not in gone]

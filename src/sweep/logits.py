@@ -35,8 +35,10 @@ class Tail:
         self.is_split = True  # while it is tried
         self.is_split = self.head is not None and any(map(self._gives_the_logits, (_unchanged, _unchanged_in_a_tuple)))
         if not self.is_split:
-            log.info("%s keeps all logits of a batch in memory: they do not follow from what leaves its decoder",
-                     type(model).__name__)  # fmt: skip
+            log.info(
+                "%s keeps all logits of a batch in memory: they do not follow from what leaves its decoder",
+                type(model).__name__,
+            )
 
     def states(self, **arguments: Any) -> Tensor:
         """(B, L, d) what leaves the decoder when the model gets these arguments."""
@@ -70,8 +72,11 @@ class Tail:
         if not self.is_split:
             return states
         hidden = states[None]
-        output = (hidden, *self._output) if isinstance(self._output, tuple) else self._kind(
-            **{**self._output, "last_hidden_state": hidden})  # fmt: skip
+        output = (
+            (hidden, *self._output)
+            if isinstance(self._output, tuple)
+            else self._kind(**{**self._output, "last_hidden_state": hidden})
+        )
         with ExitStack() as restore:
             models.replace_forward(restore, self.decoder, lambda *_, **__: output)
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)

@@ -48,8 +48,9 @@ def share(launcher: Mapping[str, Any]) -> Share:
         return Share(threads=launcher.get("cpus_per_task") or 1, elsewhere="Local" not in target, has_gpu=gpus)
     if "ray_launcher" in target:
         remote = launcher["ray"].get("remote") or {}
-        return Share(threads=max(1, int(remote.get("num_cpus") or 1)), elsewhere=True,
-                     has_gpu=bool(remote.get("num_gpus")))  # fmt: skip
+        return Share(
+            threads=max(1, int(remote.get("num_cpus") or 1)), elsewhere=True, has_gpu=bool(remote.get("num_gpus"))
+        )
     return Share()
 
 
@@ -79,8 +80,10 @@ def resolve(cell: Cell, part: Share = Share()) -> Cell:
         device = ("cuda" if part.has_gpu else "cpu") if cell.device == "auto" else cell.device
         return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or part.threads)
     if cell.threads is not None and cell.threads > cores():
-        raise RequestError(f"threads={cell.threads} is more than the {cores()} that this process may use: use at most as many, or null "
-                           "for all")  # fmt: skip
+        raise RequestError(
+            f"threads={cell.threads} is more than the {cores()} that this process may use: use at most as many, or null "
+            "for all"
+        )
     device = _device(cell.device)
     workers = max(part.workers, len(gpus()) if device == "cuda" else 1)
     threads = cell.threads or part.threads or max(1, cores() // workers)
@@ -125,14 +128,18 @@ def check_execution(cell: Cell) -> None:
     if execution.name in ("bitmap", "csr") and device != "cpu":
         raise RequestError(f"execution={execution.name} runs on the CPU, got device={device}: set device=cpu")
     if execution.name == "semi_structured" and not device.startswith("cuda") and not execution.fallback:
-        raise RequestError(f"execution=semi_structured runs on a CUDA device of the Ampere generation or later, got "
-                           f"device={device}: use execution=bitmap, or set execution.fallback=true to run the zeros in dense "
-                           "matrices")  # fmt: skip
+        raise RequestError(
+            f"execution=semi_structured runs on a CUDA device of the Ampere generation or later, got "
+            f"device={device}: use execution=bitmap, or set execution.fallback=true to run the zeros in dense "
+            "matrices"
+        )
     compiler = os.environ.get("CXX", "c++")
     needed = execution.name == "bitmap" and execution.kernel != "torch" and not execution.fallback
     if needed and shutil.which(compiler) is None:
-        raise RequestError(f"execution=bitmap builds its kernel with a C++ compiler, and there is no {compiler} here: "
-                           "install one (g++), or set execution.fallback=true to run a slow substitute")  # fmt: skip
+        raise RequestError(
+            f"execution=bitmap builds its kernel with a C++ compiler, and there is no {compiler} here: "
+            "install one (g++), or set execution.fallback=true to run a slow substitute"
+        )
 
 
 def thread_settings() -> dict[str, str]:

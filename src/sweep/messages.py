@@ -113,15 +113,21 @@ def explain(error: Exception) -> str:
         word = next((word for word in sys.argv if word.startswith(f"{match[1]}=")), f"{match[1]}=NAME")
         return f"'{word}' needs a plus, since nothing is chosen by default: write +{word}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"'{match[1]}' lists several values: add -m to sweep over them, or write [a,b] for one list. A comma within " \
-               f"a name needs quotes: {_quoted(match[1])}"  # fmt: skip
+        return (
+            f"'{match[1]}' lists several values: add -m to sweep over them, or write [a,b] for one list. A comma within "
+            f"a name needs quotes: {_quoted(match[1])}"
+        )
     if match := re.search(r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':((?:\s+\S+)*)", text):
         group, option, available = match[1], match[2], match[3].split("Config search path")[0].split()
         if group == "hydra/launcher" and option in LAUNCHERS:
-            return f"{group}={option}: the package of this launcher is not installed. " \
-                   f"Run: pip install 'sweep-pruning[{LAUNCHERS[option]}]'"  # fmt: skip
-        return f"{group}={option}: there is no such option.{did_you_mean(option, available)} " \
-               f"Allowed: {', '.join(available)}"  # fmt: skip
+            return (
+                f"{group}={option}: the package of this launcher is not installed. "
+                f"Run: pip install 'sweep-pruning[{LAUNCHERS[option]}]'"
+            )
+        return (
+            f"{group}={option}: there is no such option.{did_you_mean(option, available)} "
+            f"Allowed: {', '.join(available)}"
+        )
     if "Config group override must be a string or a list" in text:
         groups = {key.partition(".")[0] for key in known_keys() if "." in key}
         words = [
@@ -148,8 +154,10 @@ def _unreadable(word: str) -> str:
         return f"'{word}' gives no value: write {key}=VALUE"
     if not re.fullmatch(r"[+~]*[\w./@:$-]+", key):
         return f"'{word}' cannot be read: {key!r} is no key"
-    return f"'{word}' cannot be read. A value with other characters than letters, digits and / - + . $ % * @ ? | needs quotes, " \
-           f"and quotes around them for the shell: {_quoted(word)}"  # fmt: skip
+    return (
+        f"'{word}' cannot be read. A value with other characters than letters, digits and / - + . $ % * @ ? | needs quotes, "
+        f"and quotes around them for the shell: {_quoted(word)}"
+    )
 
 
 def _quoted(word: str) -> str:
@@ -168,8 +176,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def known_keys() -> list[str]:
     """Every key that can be set, as it is typed: `sparsity`, `benchmarks.limit`, `method.criterion`, …"""
-    return [*_keys(config.Options, ""), *_keys(config.Cell, ""),
-            *(key for family in config.FAMILIES.values() for key in _keys(family, "method."))]  # fmt: skip
+    return [
+        *_keys(config.Options, ""),
+        *_keys(config.Cell, ""),
+        *(key for family in config.FAMILIES.values() for key in _keys(family, "method.")),
+    ]
 
 
 def _keys(cls: type, prefix: str) -> Iterator[str]:

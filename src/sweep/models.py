@@ -108,8 +108,10 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     loaded = loaded.to(device).eval()
     if wrong := stored.not_finite(loaded.named_parameters()):
         advice = "try dtype=bfloat16 or float32" if dtype == "float16" else "the checkpoint is damaged"
-        raise RequestError(f"{place} has NaN or infinite numbers in {len(wrong)} of its tensors ({headers.some(wrong)}) as "
-                           f"{dtype}: {advice}")  # fmt: skip
+        raise RequestError(
+            f"{place} has NaN or infinite numbers in {len(wrong)} of its tensors ({headers.some(wrong)}) as "
+            f"{dtype}: {advice}"
+        )
     _check_causal(loaded, str(place))
     return loaded, tokenizer
 
@@ -162,16 +164,20 @@ def check_decoder(config: PreTrainedConfig, place: str) -> None:
         what = "a model of more than text"
     else:
         return
-    raise RequestError(f"{place} is {what} ({kind}); sweep prunes decoders that predict the next token of a text, such as "
-                       f"{', '.join(list(ARCHITECTURES)[:4])}: give one of these")  # fmt: skip
+    raise RequestError(
+        f"{place} is {what} ({kind}); sweep prunes decoders that predict the next token of a text, such as "
+        f"{', '.join(list(ARCHITECTURES)[:4])}: give one of these"
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
     """Refuse a tokenizer with no token to begin a text, whose first token lm-eval predicts from it. Raises RequestError."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise RequestError(f"the tokenizer of {place} has neither a BOS nor an EOS token, and benchmarks need one to begin a "
-                           "text with: name it as bos_token or eos_token in tokenizer_config.json, or measure no "
-                           "benchmarks (benchmarks.tasks=[])")  # fmt: skip
+        raise RequestError(
+            f"the tokenizer of {place} has neither a BOS nor an EOS token, and benchmarks need one to begin a "
+            "text with: name it as bos_token or eos_token in tokenizer_config.json, or measure no "
+            "benchmarks (benchmarks.tasks=[])"
+        )
 
 
 @torch.inference_mode()
@@ -182,11 +188,15 @@ def _check_causal(model: PreTrainedModel, place: str) -> None:
     """
     size = model.get_input_embeddings().weight.shape[0]
     texts = torch.linspace(0, size - 1, 5, device=model.device).long()
-    one, other = (model(input_ids=texts[list(pick)].unsqueeze(0), use_cache=False).logits[0, :3].float()
-                  for pick in ((1, 2, 3, 0), (1, 2, 3, 4)))  # fmt: skip
+    one, other = (
+        model(input_ids=texts[list(pick)].unsqueeze(0), use_cache=False).logits[0, :3].float()
+        for pick in ((1, 2, 3, 0), (1, 2, 3, 4))
+    )
     if (one - other).abs().max() > 8 * torch.finfo(model.dtype).eps * one.abs().max():
-        raise RequestError(f"{place} is no decoder: what it says of a token changes with the tokens after it. sweep prunes "
-                           "decoders that predict the next token of a text")  # fmt: skip
+        raise RequestError(
+            f"{place} is no decoder: what it says of a token changes with the tokens after it. sweep prunes "
+            "decoders that predict the next token of a text"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -273,8 +283,10 @@ def architecture(model: PreTrainedModel) -> Architecture:
     """Where the parts of a block are. Raises RequestError for a model type that is not listed."""
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
-        raise RequestError(f"the parts of a '{kind}' block are not known: use +method=weight, which needs none, or add a "
-                           f"line to ARCHITECTURES in sweep/models.py. Known: {', '.join(ARCHITECTURES)}")  # fmt: skip
+        raise RequestError(
+            f"the parts of a '{kind}' block are not known: use +method=weight, which needs none, or add a "
+            f"line to ARCHITECTURES in sweep/models.py. Known: {', '.join(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[kind]
 
 
@@ -322,9 +334,12 @@ def experts(model: PreTrainedModel) -> dict[str, float]:
     All of them where the configuration does not say how many a token takes.
     """
     taken = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return {matrix: taken / len(parameter) if taken else 1.0
-            for path, module in model.named_modules() for name, parameter in fused(module).items()
-            for matrix in _expert_matrices(module, f"{path}.", name, parameter)}  # fmt: skip
+    return {
+        matrix: taken / len(parameter) if taken else 1.0
+        for path, module in model.named_modules()
+        for name, parameter in fused(module).items()
+        for matrix in _expert_matrices(module, f"{path}.", name, parameter)
+    }
 
 
 def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
@@ -361,8 +376,11 @@ def products(model: PreTrainedModel) -> list[Linear]:
 
     Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
     """
-    found = [module for path, module in decoder(model).named_modules()
-             if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS]  # fmt: skip
+    found = [
+        module
+        for path, module in decoder(model).named_modules()
+        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS
+    ]
     head = model.get_output_embeddings()
     return found if head is None else [*found, head]
 
@@ -370,15 +388,18 @@ def products(model: PreTrainedModel) -> list[Linear]:
 def linears(model: PreTrainedModel) -> dict[str, Linear]:
     """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
     inside = {id(module) for block in blocks(model) for module in block.modules()}
-    return {name: module for name, module in model.named_modules()
-            if id(module) in inside and isinstance(module, Linear)}  # fmt: skip
+    return {
+        name: module for name, module in model.named_modules() if id(module) in inside and isinstance(module, Linear)
+    }
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
     """The feed-forward network of every block, in order."""
     parts = architecture(model)
-    return [Ffn(index, tuple(block.get_submodule(path) for path in parts.ffn_in), block.get_submodule(parts.ffn_out))
-            for index, block in enumerate(blocks(model))]  # fmt: skip
+    return [
+        Ffn(index, tuple(block.get_submodule(path) for path in parts.ffn_in), block.get_submodule(parts.ffn_out))
+        for index, block in enumerate(blocks(model))
+    ]
 
 
 def weight(linear: Linear) -> Tensor:

@@ -22,9 +22,14 @@ _FILTERS = ("model", "method", "criterion", "variant", "execution", "setting", "
 
 
 def render(
-    rows: pd.DataFrame, ok: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], left_out: Sequence[str],
-    advised: Sequence[str], failed: Sequence[str],
-) -> str:  # fmt: skip
+    rows: pd.DataFrame,
+    ok: pd.DataFrame,
+    metrics: Sequence[str],
+    costs: Sequence[str],
+    left_out: Sequence[str],
+    advised: Sequence[str],
+    failed: Sequence[str],
+) -> str:
     """The page as text.
 
     rows     all rows, with variant and setting
@@ -32,8 +37,16 @@ def render(
     left_out, advised, failed  sentences that stand above and below the figure
     """
     ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
-    numeric = [c for c in ok.columns if pd.api.types.is_numeric_dtype(ok[c]) and ok[c].dtype != bool and ok[c].notna().any()
-               and not c.endswith(("_low", "_high")) and not metric(c).endswith("_stderr") and c not in ("seed", "schema_version")]  # fmt: skip
+    numeric = [
+        c
+        for c in ok.columns
+        if pd.api.types.is_numeric_dtype(ok[c])
+        and ok[c].dtype != bool
+        and ok[c].notna().any()
+        and not c.endswith(("_low", "_high"))
+        and not metric(c).endswith("_stderr")
+        and c not in ("seed", "schema_version")
+    ]
     first = [c for c in [*costs, "sparsity"] if c in numeric]
     data = {
         "columns": _columns(ok),
@@ -47,8 +60,9 @@ def render(
         "errors": {c: stderr(c) for c in numeric if stderr(c) in ok},
         "colours": plot.COLOURS,
     }
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True,
-                                     undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     return environment.get_template("report.html.j2").render(
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         data=Markup(

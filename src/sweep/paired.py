@@ -118,8 +118,12 @@ def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]
     """
     both = before.index.intersection(after.index)
     a, b = (estimate(o.loc[both], metric) for o in (before, after))
-    found: dict[str, Any] = {"documents": len(both), "before": a.value, "after": b.value,
-                             "difference": b.value - a.value}  # fmt: skip
+    found: dict[str, Any] = {
+        "documents": len(both),
+        "before": a.value,
+        "after": b.value,
+        "difference": b.value - a.value,
+    }
     if metric in before and metric in after and _are_answers(answers := [o.loc[both, metric] for o in (before, after)]):
         p, gained, lost = mcnemar(*answers)
         low, high = chance.flip_interval(gained, lost, len(both), p)
@@ -203,10 +207,18 @@ def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[st
             for found in (a, b):
                 _check(name, found)
             metric = _written(metric, a)
-            lines.append({"before": before, "after": after, "method": row.method, "criterion": row.criterion,
-                          "sparsity": row.sparsity, "seed": row.seed, "metric": name}
-                         | {f"{k}_value" if k in ("before", "after") else k: v
-                            for k, v in difference(a, b, metric).items()})  # fmt: skip
+            lines.append(
+                {
+                    "before": before,
+                    "after": after,
+                    "method": row.method,
+                    "criterion": row.criterion,
+                    "sparsity": row.sparsity,
+                    "seed": row.seed,
+                    "metric": name,
+                }
+                | {f"{k}_value" if k in ("before", "after") else k: v for k, v in difference(a, b, metric).items()}
+            )
     found = pd.DataFrame(lines)
     if found.empty:
         return found
@@ -244,9 +256,17 @@ def _say_what_cannot_be_told(found: pd.DataFrame) -> None:
     for name, documents in found.groupby("metric", sort=False).documents.max().items():
         least = chance.least(documents)
         if compared and least * compared >= LEVEL:
-            log.warning("%s: %d documents give no p-value below %.2g, and Holm's correction of %d comparisons asks for one "
-                        "below %.2g: whatever the difference, the verdict is `%s`. Compare fewer at a time, or on more "
-                        "documents", name, documents, least, compared, LEVEL / compared, NOISE)  # fmt: skip
+            log.warning(
+                "%s: %d documents give no p-value below %.2g, and Holm's correction of %d comparisons asks for one "
+                "below %.2g: whatever the difference, the verdict is `%s`. Compare fewer at a time, or on more "
+                "documents",
+                name,
+                documents,
+                least,
+                compared,
+                LEVEL / compared,
+                NOISE,
+            )
 
 
 def _written(metric: str, found: Outcomes) -> str:

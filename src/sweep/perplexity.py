@@ -34,8 +34,10 @@ def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str
         return {}
     longest = sources.shape(model).get("max_position_embeddings")
     if longest and settings.seqlen > longest:
-        raise RequestError(f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}: "
-                           f"use at most {longest}")  # fmt: skip
+        raise RequestError(
+            f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}: "
+            f"use at most {longest}"
+        )
     source = settings.source
     found = text.facts(source, lambda: joined(source, data_root), "perplexity", data_root).fingerprint
     return {f"perplexity:{name(settings)}": f"{source}:{found}" if source in hub.EVALUATED else found}
@@ -74,23 +76,32 @@ def measure(
     if settings.source == "c4":
         count = min(count, _C4_WINDOWS)
     if not count:
-        raise RequestError(f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
-                           f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text")  # fmt: skip
+        raise RequestError(
+            f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
+            f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text"
+        )
     count = min(count, settings.windows or count)
     windows = np.array(stream[: count * settings.seqlen]).reshape(count, settings.seqlen)
     told = ~np.isin(windows[:, 1:], reading.special(tokenizer))
     rows = reading.Rows.of(tokenizer, reading.embedded(model))
-    scored = scorer.score(model, [(window, settings.seqlen - 1) for window in rows(windows).tolist()],
-                          batch_size * scorer.TOKENS_PER_ROW, widest=0, rows=rows)  # fmt: skip
-    losses = np.array([-scores.log_probs[here].mean(dtype=np.float64)
-                       for scores, here in zip(scored, told, strict=True)])  # fmt: skip
+    scored = scorer.score(
+        model,
+        [(window, settings.seqlen - 1) for window in rows(windows).tolist()],
+        batch_size * scorer.TOKENS_PER_ROW,
+        widest=0,
+        rows=rows,
+    )
+    losses = np.array(
+        [-scores.log_probs[here].mean(dtype=np.float64) for scores, here in zip(scored, told, strict=True)]
+    )
     mean, called = float(losses.mean()), name(settings)
     value = words.exp(mean)
     if not math.isfinite(value):
         warnings.warn(f"{called}/perplexity is {value}", stacklevel=2)
     error = float(losses.std(ddof=1) / math.sqrt(count) * value) if count > 1 else None  # by the delta method
-    samples = pd.DataFrame({"task": called, "document": [str(i) for i in range(count)], "metric": "loss",
-                            "value": losses})  # fmt: skip
+    samples = pd.DataFrame(
+        {"task": called, "document": [str(i) for i in range(count)], "metric": "loss", "value": losses}
+    )
     return {
         f"{called}/perplexity": value,
         f"{called}/perplexity_stderr": error,

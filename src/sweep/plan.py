@@ -93,8 +93,10 @@ def received(composed: Mapping[str, Any], words: Iterable[str]) -> tuple[Step, O
     step = Step(planned["name"], cell, tuple(word for word in words if not word.startswith("planned=")))
     here = identity.cell_name(cell)
     if here != step.name:
-        raise RequestError(f"cell {step.name} would be {here} on {platform.node()}: the model, the data or the packages there "
-                           "are not those of the machine that planned the sweep")  # fmt: skip
+        raise RequestError(
+            f"cell {step.name} would be {here} on {platform.node()}: the model, the data or the packages there "
+            "are not those of the machine that planned the sweep"
+        )
     return step, options
 
 
@@ -152,8 +154,10 @@ def _check_calibration(asked: Calibration, data_root: str | None) -> None:
     """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
     size = text.calibration_facts(asked, data_root).size
     if size < asked.sequences * asked.length:
-        raise RequestError(f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
-                           f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length")  # fmt: skip
+        raise RequestError(
+            f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
+            f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length"
+        )
 
 
 def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
@@ -163,9 +167,11 @@ def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
         for name in ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"):
             size = shape.get(name)
             if size and size % m and not method.exclude:
-                raise RequestError(f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
-                                   f"model's {name} is {size}: choose another pattern, or method.exclude=[...] the "
-                                   "matrices that read it")  # fmt: skip
+                raise RequestError(
+                    f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
+                    f"model's {name} is {size}: choose another pattern, or method.exclude=[...] the "
+                    "matrices that read it"
+                )
     blocks = shape.get("num_hidden_layers") or shape.get("n_layer")
     if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
         raise RequestError(
@@ -188,8 +194,9 @@ def same_options(all_options: Iterable[Options]) -> Options:
     for f in fields(Options):
         values = list(dict.fromkeys(getattr(options, f.name) for options in (first, *rest)))
         if len(values) > 1:
-            raise RequestError(f"{f.name} says how the whole sweep is run and cannot be swept over; "
-                               f"got {', '.join(map(str, values))}")  # fmt: skip
+            raise RequestError(
+                f"{f.name} says how the whole sweep is run and cannot be swept over; got {', '.join(map(str, values))}"
+            )
     return first
 
 

@@ -75,9 +75,20 @@ _SAVED: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
-_STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-          "axes.titlesize": 8, "lines.linewidth": 1.1, "lines.markersize": 4.5, "axes.linewidth": 0.6,
-          "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "sweep"}  # fmt: skip
+_STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.titlesize": 8,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4.5,
+    "axes.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "sweep",
+}
 
 
 def label(column: str) -> str:
@@ -198,8 +209,14 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
     return pd.concat(columns, axis=1).sort_index() if columns else pd.DataFrame()
 
 
-def heat_figure(drops: pd.DataFrame, width: str = "column", *, columns: Iterable[str] = (),
-                words: str = "change against dense in %, positive = worse", darkest: float = 100.0) -> Figure:  # fmt: skip
+def heat_figure(
+    drops: pd.DataFrame,
+    width: str = "column",
+    *,
+    columns: Iterable[str] = (),
+    words: str = "change against dense in %, positive = worse",
+    darkest: float = 100.0,
+) -> Figure:
     """The table of drop_table as a heat map. Every cell has its number: the colour is for the eye, not for reading.
 
     columns  what stands under them; by default the labels of their metrics
@@ -213,8 +230,12 @@ def heat_figure(drops: pd.DataFrame, width: str = "column", *, columns: Iterable
     figure, axes = _new(width, height=0.19 * len(drops), left=min(0.15 + 0.058 * longest, 0.7 * WIDTHS[width]))
     axes.grid(visible=False)
     values = drops.to_numpy(dtype=float)
-    axes.imshow(np.clip(values, -darkest / 5, darkest), aspect="auto", cmap="PuOr_r",
-                norm=TwoSlopeNorm(0.0, vmin=-darkest, vmax=darkest))  # fmt: skip
+    axes.imshow(
+        np.clip(values, -darkest / 5, darkest),
+        aspect="auto",
+        cmap="PuOr_r",
+        norm=TwoSlopeNorm(0.0, vmin=-darkest, vmax=darkest),
+    )
     axes.set_xticks(range(drops.shape[1]), list(columns) or [label(c).replace(" on ", "\n") for c in drops.columns])
     axes.set_yticks(range(len(drops)), [f"{name} {sparsity:g}" for name, sparsity in drops.index])
     for i, j in np.ndindex(values.shape):
@@ -256,8 +277,13 @@ def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figur
     axes.set_ylim(bottom=0)
     _pin_label(axes)
     style: dict[str, Any] = {"color": "0.3", "marker": "o"}
-    _legend(axes, {"right to wrong": Line2D([], [], **style),
-                   "wrong to right": Line2D([], [], linestyle="--", markerfacecolor="white", **style)})  # fmt: skip
+    _legend(
+        axes,
+        {
+            "right to wrong": Line2D([], [], **style),
+            "wrong to right": Line2D([], [], linestyle="--", markerfacecolor="white", **style),
+        },
+    )
     return figure
 
 
@@ -365,8 +391,10 @@ def _prepared(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
     """Colour, mark and line of each method, by its place in the sorted names."""
     names = sorted(set(series(points[points.method != "dense"])))
-    return {name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
-            for i, name in enumerate(names)}  # fmt: skip
+    return {
+        name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
+        for i, name in enumerate(names)
+    }
 
 
 def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
@@ -374,8 +402,12 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
     pruned = points[points.method != "dense"].sort_values(["sparsity", "x"])
     styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
     x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
-    bars = [(bar, strokes) for along in ("x", "y") for kind, strokes in _OVER.items()
-            if (bar := _bars(pruned, along, kind)) is not None]  # fmt: skip
+    bars = [
+        (bar, strokes)
+        for along in ("x", "y")
+        for kind, strokes in _OVER.items()
+        if (bar := _bars(pruned, along, kind)) is not None
+    ]
     for name in sorted(set(names)):
         colour, mark, dashes = styles[name]
         own = names == name
@@ -385,12 +417,23 @@ def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
             )
         if joined:
             axes.plot(x[own], y[own], color=colour, linestyle=dashes, zorder=2)
-        for kind, face, alpha in ((frontier.ON, colour, 1.0), (frontier.WITHIN_NOISE, "white", 1.0),
-                                  (frontier.OFF, colour, 0.45)):  # fmt: skip
+        for kind, face, alpha in (
+            (frontier.ON, colour, 1.0),
+            (frontier.WITHIN_NOISE, "white", 1.0),
+            (frontier.OFF, colour, 0.45),
+        ):
             part = own & (standing == kind)
             if part.any():
-                axes.plot(x[part], y[part], linestyle="none", marker=mark, color=colour, markerfacecolor=face,
-                          alpha=alpha, zorder=3)  # fmt: skip
+                axes.plot(
+                    x[part],
+                    y[part],
+                    linestyle="none",
+                    marker=mark,
+                    color=colour,
+                    markerfacecolor=face,
+                    alpha=alpha,
+                    zorder=3,
+                )
         axes.add_line(Line2D([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name))
 
 
@@ -409,8 +452,11 @@ def _over(points: pd.DataFrame, along: str) -> pd.Series:
 def _kinds(points: pd.DataFrame) -> dict[str, Line2D]:
     """What the bars of a figure are, for its legend."""
     there = {kind for along in ("x", "y") for kind in _over(points, along)}
-    return {f"95 % over {kind}": Line2D([], [], color="0.3", linestyle=strokes, linewidth=0.9)
-            for kind, strokes in _OVER.items() if kind in there}  # fmt: skip
+    return {
+        f"95 % over {kind}": Line2D([], [], color="0.3", linestyle=strokes, linewidth=0.9)
+        for kind, strokes in _OVER.items()
+        if kind in there
+    }
 
 
 def _bars(points: pd.DataFrame, along: str, kind: str) -> np.ndarray | None:
@@ -436,8 +482,9 @@ def _draw_frontier(axes: Axes, points: pd.DataFrame, *, x_is_loss: bool, y_is_lo
     if points.empty:
         return
     grid = np.unique(points.x)
-    central, low, high = (_staircase(points, y, grid, x_is_loss=x_is_loss, y_is_loss=y_is_loss)
-                          for y in ("y", "y_low", "y_high"))  # fmt: skip
+    central, low, high = (
+        _staircase(points, y, grid, x_is_loss=x_is_loss, y_is_loss=y_is_loss) for y in ("y", "y_low", "y_high")
+    )
     where: Literal["post", "pre"] = "post" if x_is_loss else "pre"
     axes.fill_between(grid, low, high, step=where, color="0.88", linewidth=0, zorder=0.5)
     axes.plot(grid, central, color="0.45", linewidth=1.0, drawstyle=f"steps-{where}", zorder=1, label="Pareto frontier")
@@ -466,8 +513,9 @@ def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
             box = (x + right, y + up, x + right + width, y + up + size)
             free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
             if free and point.method != "dense":
-                axes.annotate(text, (point.x, point.y), textcoords="offset points", xytext=(right, up), fontsize=size,
-                              color="0.3")  # fmt: skip
+                axes.annotate(
+                    text, (point.x, point.y), textcoords="offset points", xytext=(right, up), fontsize=size, color="0.3"
+                )
                 taken.append(box)
                 break
 
@@ -477,8 +525,18 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool
         axes.axhline(dense.y, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
         if x != "sparsity":
             axes.axvline(dense.x, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
-        drawn = axes.errorbar([dense.x], [dense.y], yerr=None if np.isnan(dense.y_low) else [[dense.y - dense.y_low], [dense.y_high - dense.y]],
-                              marker="*", color="black", markersize=8, elinewidth=0.8, capsize=1.5, linestyle="none", zorder=4)  # fmt: skip
+        drawn = axes.errorbar(
+            [dense.x],
+            [dense.y],
+            yerr=None if np.isnan(dense.y_low) else [[dense.y - dense.y_low], [dense.y_high - dense.y]],
+            marker="*",
+            color="black",
+            markersize=8,
+            elinewidth=0.8,
+            capsize=1.5,
+            linestyle="none",
+            zorder=4,
+        )
         for bar in drawn.lines[2]:
             bar.set_linestyle(_OVER[dense.interval])
     if (points.method == "dense").any():
@@ -529,6 +587,16 @@ def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
     figure.set_size_inches(inches, total)
     axes.set_position((box.x0, box.y0 * height / total, box.width, box.height * height / total))
     with matplotlib.rc_context(_STYLE):
-        figure.legend(entries.values(), entries.keys(), loc="upper left", bbox_to_anchor=(0.02, 1 - 0.02 / total),
-                      ncols=columns, frameon=False, borderaxespad=0, borderpad=0.2, handletextpad=0.5,
-                      columnspacing=1.0, labelspacing=0.35)  # fmt: skip
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="upper left",
+            bbox_to_anchor=(0.02, 1 - 0.02 / total),
+            ncols=columns,
+            frameon=False,
+            borderaxespad=0,
+            borderpad=0.2,
+            handletextpad=0.5,
+            columnspacing=1.0,
+            labelspacing=0.35,
+        )

@@ -24,8 +24,10 @@ def read(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, comment="#")
     lacking = [name for name in NEEDED if name not in table]
     if lacking:
-        raise RequestError(f"--against {path}: the columns {', '.join(lacking)} are missing. Needed: {', '.join(NEEDED)}; "
-                           "further columns are matched with the rows' columns or settings")  # fmt: skip
+        raise RequestError(
+            f"--against {path}: the columns {', '.join(lacking)} are missing. Needed: {', '.join(NEEDED)}; "
+            "further columns are matched with the rows' columns or settings"
+        )
     return table
 
 
@@ -78,8 +80,14 @@ def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> lis
     said = []
     for line, value, agrees in verdicts:
         words = f"dense {line['model']}, {line['metric']}: published {line['published']:g}, ours {value:.4g}"
-        said.append(f"{words}: " + ("agrees" if agrees else
-                    "PROTOCOL DIFFERS (context length, split, tokenisation or window rule): do not compare the lines below"))  # fmt: skip
+        said.append(
+            f"{words}: "
+            + (
+                "agrees"
+                if agrees
+                else "PROTOCOL DIFFERS (context length, split, tokenisation or window rule): do not compare the lines below"
+            )
+        )
     return said
 
 

@@ -128,8 +128,11 @@ def _evaluate(
             metrics |= {f"{task}/{name}": value for name, value in found.items()}
         for example, outcome in zip(examples, outcomes, strict=True):
             rows += [(task, str(example["doc_id"]), name, value) for name, value in outcome.items()]
-    strange = [f"{column} is {number}" for column, number in metrics.items()
-               if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)]  # fmt: skip
+    strange = [
+        f"{column} is {number}"
+        for column, number in metrics.items()
+        if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)
+    ]
     if strange:
         warnings.warn(", ".join(strange), stacklevel=2)
     return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
@@ -141,8 +144,10 @@ def token_rows(model: PreTrainedModel) -> dict[str, np.ndarray]:
     matrices = {"embedding": embedding}
     if head is not None and head.weight.data_ptr() != embedding.data_ptr():
         matrices["head"] = head.weight
-    return {name: np.concatenate([rows.detach().float().norm(dim=1).cpu().numpy() for rows in matrix.split(_ROWS_AT_ONCE)])
-            for name, matrix in matrices.items()}  # fmt: skip
+    return {
+        name: np.concatenate([rows.detach().float().norm(dim=1).cpu().numpy() for rows in matrix.split(_ROWS_AT_ONCE)])
+        for name, matrix in matrices.items()
+    }
 
 
 def rows_by_band(
@@ -201,8 +206,10 @@ def _values(metric: str, value: Any, aggregation: str) -> dict[str, float]:
 
 def _told(text: Text) -> dict[str, float]:
     """The log-likelihood of a text and how many tokens it is spread over, special ones left out."""
-    return {"log_likelihood": float(text.scores.log_probs[text.told].sum(dtype=np.float64)),
-            "tokens": float(text.told.sum())}  # fmt: skip
+    return {
+        "log_likelihood": float(text.scores.log_probs[text.told].sum(dtype=np.float64)),
+        "tokens": float(text.told.sum()),
+    }
 
 
 def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
@@ -217,8 +224,12 @@ def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
 def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
     """The log-likelihood, band and Zipf value of the word to be told, its loss by band, and whether the model tells it."""
     text, band = lm.texts[(context, ending)], words.band(ending)
-    found = {"log_likelihood": _told(text)["log_likelihood"], "band": band, "zipf": words.zipf(ending.strip()),
-             "told": float(text.scores.greedy[text.told].all())}  # fmt: skip
+    found = {
+        "log_likelihood": _told(text)["log_likelihood"],
+        "band": band,
+        "zipf": words.zipf(ending.strip()),
+        "told": float(text.scores.greedy[text.told].all()),
+    }
     return found | _by_band(lm, text, np.full(len(text.ids), band), np.zeros(len(text.ids), dtype=np.int64))
 
 

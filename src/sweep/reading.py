@@ -123,6 +123,8 @@ def refuse(missing: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> No
     if len(missing):
         first = int(missing[0])
         token = vocabulary.original(tokenizer).convert_ids_to_tokens(first)
-        raise RequestError(f"the text has the token {token!r} ({first}), for which the model's embedding has no row: it was "
-                           "added to the tokenizer alone. Take it out of the text, or resize the model's embeddings and "
-                           "train it")  # fmt: skip
+        raise RequestError(
+            f"the text has the token {token!r} ({first}), for which the model's embedding has no row: it was "
+            "added to the tokenizer alone. Take it out of the text, or resize the model's embeddings and "
+            "train it"
+        )

@@ -20,8 +20,13 @@ from sweep.config import RequestError, did_you_mean
 from sweep.evidence import Evidence
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "=": operator.eq, "<": operator.lt, ">": operator.gt,
-}  # fmt: skip
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
 _MARKS = "Bold: the best at its sparsity. ~: within noise of it."
 _SAMPLED = 500  # more cells than this, and their tables are not read
@@ -156,12 +161,17 @@ def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]
     column = _column(rows, by, "--facet") if by else "model"
     values = rows[column].dropna().unique()
     keeps_dense = column in ("method", "criterion", "execution", "variant", "sparsity", "seed")
-    parts = [(f"-{column}-{_file_name(value)}",
-              rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)]) for value in values]  # fmt: skip
+    parts = [
+        (f"-{column}-{_file_name(value)}", rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)])
+        for value in values
+    ]
     if by is None and len(values) == 1:
         parts = [("", rows)]
-    return [(words + (f"-{_file_name(machine)}" if machine else ""), mine)
-            for words, part in parts for machine, mine in by_machine(part)]  # fmt: skip
+    return [
+        (words + (f"-{_file_name(machine)}" if machine else ""), mine)
+        for words, part in parts
+        for machine, mine in by_machine(part)
+    ]
 
 
 def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -184,8 +194,16 @@ def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return parts
 
 
-def _figures(save: plot.Saver, rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], out: Path,
-             suffix: str, width: str, evidence: Evidence) -> None:  # fmt: skip
+def _figures(
+    save: plot.Saver,
+    rows: pd.DataFrame,
+    metrics: Sequence[str],
+    costs: Sequence[str],
+    out: Path,
+    suffix: str,
+    width: str,
+    evidence: Evidence,
+) -> None:
     short = {column: name for name, column in plot.AXES.items()}
     for metric in metrics:
         if not rows[metric].notna().any():
@@ -216,8 +234,15 @@ def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFram
     return pd.concat(found, ignore_index=True) if found else None
 
 
-def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, metrics: Sequence[str], out: Path,
-           suffix: str, width: str) -> None:  # fmt: skip
+def _flips(
+    save: plot.Saver,
+    rows: pd.DataFrame,
+    samples: pd.DataFrame | None,
+    metrics: Sequence[str],
+    out: Path,
+    suffix: str,
+    width: str,
+) -> None:
     tasks = Counter(metric.partition("/")[0] for metric in metrics)
     for metric in metrics:
         if samples is not None:
@@ -230,8 +255,14 @@ def _flips(save: plot.Saver, rows: pd.DataFrame, samples: pd.DataFrame | None, m
                 save(plot.flips_figure(turned, shown, width), out / f"{_file_name(shown)}-flips{suffix}")
 
 
-def _advice(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], drop: tuple[float, bool],
-            wanted: Wanted, evidence: Evidence) -> list[str]:  # fmt: skip
+def _advice(
+    rows: pd.DataFrame,
+    metrics: Sequence[str],
+    costs: Sequence[str],
+    drop: tuple[float, bool],
+    wanted: Wanted,
+    evidence: Evidence,
+) -> list[str]:
     latency, memory = "decode_ms_paired", "peak_memory_bytes"
     sentences = []
     for machine, mine in by_machine(rows):
@@ -256,12 +287,23 @@ def _told_by(evidence: Evidence, metrics: Sequence[str]) -> str:
     return f"Told by the documents that both answered for {', '.join(by_documents)}, else by their intervals."
 
 
-def _readme(results: Sequence[str], rows: pd.DataFrame, left_out: Sequence[str], failed: Sequence[str],
-            advised: Sequence[str], files: Sequence[Path], lines: int, table: str) -> str:  # fmt: skip
+def _readme(
+    results: Sequence[str],
+    rows: pd.DataFrame,
+    left_out: Sequence[str],
+    failed: Sequence[str],
+    advised: Sequence[str],
+    files: Sequence[Path],
+    lines: int,
+    table: str,
+) -> str:
     """The report's front page: answers first, then what failed, the table, and the figures."""
     counts = " ".join([f"{len(rows)} cells, {(rows.status == 'ok').sum()} of them ok.", *left_out])
-    parts = [f"# Report on {', '.join(results)}\n\n{counts}\n", "## Which should I use\n",
-             "\n".join(f"- {sentence}" for sentence in advised) + "\n"]  # fmt: skip
+    parts = [
+        f"# Report on {', '.join(results)}\n\n{counts}\n",
+        "## Which should I use\n",
+        "\n".join(f"- {sentence}" for sentence in advised) + "\n",
+    ]
     if failed:
         parts += ["## Cells that are not ok, and in no figure\n", "\n".join(f"- {line}" for line in failed) + "\n"]
     if lines <= 200:
@@ -349,11 +391,17 @@ def main(arguments: list[str] | None = None) -> None:
         if options.against:
             sys.exit(_compare(options))
         wanted = Wanted(
-            x=_given(options.x), y=_given(options.y), filters=tuple(options.filter), facet=options.facet,
-            width=options.width, max_drop=options.max_drop, max_ms=options.max_ms,
-            max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes), html=not options.no_html,
+            x=_given(options.x),
+            y=_given(options.y),
+            filters=tuple(options.filter),
+            facet=options.facet,
+            width=options.width,
+            max_drop=options.max_drop,
+            max_ms=options.max_ms,
+            max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes),
+            html=not options.no_html,
             formats=_formats(options.formats),
-        )  # fmt: skip
+        )
         files = report(options.results, out, wanted)
     except RequestError as error:
         sys.exit(messages.complain(error))
@@ -396,7 +444,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-ms", type=float, help="say the best quality within this decode latency, in ms per token")
     add("--max-bytes", help="say the best quality within this peak memory, such as 800MB")
     add("--no-html", action="store_true", help="leave out report.html")
-    add("--against", type=Path, metavar="CSV", help="print our numbers beside published ones, and write nothing")  # fmt: skip
+    add("--against", type=Path, metavar="CSV", help="print our numbers beside published ones, and write nothing")
     return parser
 
 

@@ -58,8 +58,10 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     if not_ok:
         print(f"{len(not_ok)} of {len(names)} cells are not ok; the same command runs them again")
     if outdone:
-        print(f"{len(outdone)} of {len(names)} cells were run again and are not ok; the rows above are of their earlier runs: "
-              + ", ".join(step.cell.label() for step in outdone))  # fmt: skip
+        print(
+            f"{len(outdone)} of {len(names)} cells were run again and are not ok; the rows above are of their earlier runs: "
+            + ", ".join(step.cell.label() for step in outdone)
+        )
     return 1 if not_ok or outdone or plan.left else 0
 
 
@@ -214,11 +216,20 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as a table of a few columns."""
     lines = []
     for found in rows:
-        line = {"method": found["method"], "criterion": found["criterion"], "sparsity": found["sparsity"],
-                "seed": found["seed"], "status": found["status"]}  # fmt: skip
+        line = {
+            "method": found["method"],
+            "criterion": found["criterion"],
+            "sparsity": found["sparsity"],
+            "seed": found["seed"],
+            "status": found["status"],
+        }
         if found["status"] == "ok":
-            line |= {"MB": found["weights_bytes"] / 1e6, "decode ms": found.get("decode_ms_per_token_p50"),
-                     "speed-up": found.get("decode_speedup"), **_metrics(found)}  # fmt: skip
+            line |= {
+                "MB": found["weights_bytes"] / 1e6,
+                "decode ms": found.get("decode_ms_per_token_p50"),
+                "speed-up": found.get("decode_speedup"),
+                **_metrics(found),
+            }
         lines.append(line)
     lines.sort(key=lambda line: (line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"]))
     return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")

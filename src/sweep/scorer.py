@@ -163,10 +163,14 @@ def score(
     probed: dict[int, Probe] = {}
     planned = list(batches(forest(inputs, widest), budget))
     for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False):
-        wanted = [(row, node, requests[i][0][len(path) - count + 1 + j], i)
-                  for row, tree in enumerate(batch) for tokens, path in tree.paths.items()
-                  for i in ends[tokens] for count in [requests[i][1]]
-                  for j, node in enumerate(path[len(path) - count :])]  # fmt: skip
+        wanted = [
+            (row, node, requests[i][0][len(path) - count + 1 + j], i)
+            for row, tree in enumerate(batch)
+            for tokens, path in tree.paths.items()
+            for i in ends[tokens]
+            for count in [requests[i][1]]
+            for j, node in enumerate(path[len(path) - count :])
+        ]
         positions = sorted({(row, node) for row, node, _, _ in wanted})
         index = {position: k for k, position in enumerate(positions)}
         at = torch.tensor([index[row, node] for row, node, _, _ in wanted])
@@ -246,8 +250,10 @@ def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tenso
     mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(
         torch.from_numpy(~sees), torch.finfo(model.dtype).min
     )
-    return arguments | {"attention_mask": mask.unsqueeze(1).to(model.device),
-                        "position_ids": torch.from_numpy(depths).to(model.device)}  # fmt: skip
+    return arguments | {
+        "attention_mask": mask.unsqueeze(1).to(model.device),
+        "position_ids": torch.from_numpy(depths).to(model.device),
+    }
 
 
 @torch.inference_mode()
@@ -274,11 +280,14 @@ def widest_tree(model: PreTrainedModel) -> int:
         trees[-1].grow(paths[1], trees[-1].paths[paths[0]][:shared])
         chains.append(Tree())
         chains[-1].grow(paths[1], [])  # the first would be read right even without mask and positions
-    ends = [[(row, node) for row, tree in enumerate(batch) for node in range(len(tree.tokens))[-own:]]
-            for batch in (trees, chains)]  # fmt: skip
+    ends = [
+        [(row, node) for row, tree in enumerate(batch) for node in range(len(tree.tokens))[-own:]]
+        for batch in (trees, chains)
+    ]
     tail = Tail(model)
-    together, apart = (tail.logits(_states(tail, batch, end)).float()
-                       for batch, end in zip((trees, chains), ends, strict=True))  # fmt: skip
+    together, apart = (
+        tail.logits(_states(tail, batch, end)).float() for batch, end in zip((trees, chains), ends, strict=True)
+    )
     gaps = (together - apart).norm(dim=-1) / apart.norm(dim=-1)
     alike = gaps.median() < 0.5 * torch.finfo(model.dtype).eps ** 0.5
     if not alike:
@@ -297,8 +306,9 @@ class Scorer(HFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
-                         max_length=max_length)  # fmt: skip
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+        )
         self.budget = batch_size * TOKENS_PER_ROW
         self.whole = vocabulary.original(tokenizer)  # all ids here are its
         self.rows = reading.Rows.of(tokenizer, reading.embedded(model))
@@ -340,16 +350,22 @@ class Scorer(HFLM):
         encoded = self._encode_pairs(arguments, self.encode)
         cut = sum(len(context) + len(ids) > self.max_length + 1 for context, ids in encoded)
         if cut:
-            log.warning("%d of %d requests are longer than max_length=%d tokens and lose their beginning",
-                        cut, len(encoded), self.max_length)  # fmt: skip
+            log.warning(
+                "%d of %d requests are longer than max_length=%d tokens and lose their beginning",
+                cut,
+                len(encoded),
+                self.max_length,
+            )
         if self.after:
             encoded += self._encode_pairs(arguments, self.unended)
         asked: list[Request] = []
         for i, (context, ids) in enumerate(encoded):
             if not 0 < len(ids) <= self.max_length:
                 _, continuation = arguments[i % len(arguments)]
-                raise ValueError(f"a continuation has {len(ids)} tokens; 1 to max_length={self.max_length} can be "
-                                 f"scored: {continuation[:80]!r}")  # fmt: skip
+                raise ValueError(
+                    f"a continuation has {len(ids)} tokens; 1 to max_length={self.max_length} can be "
+                    f"scored: {continuation[:80]!r}"
+                )
             asked.append((self.rows((context + ids)[-(self.max_length + 1) :]).tolist(), len(ids)))
         found = score(self.model, asked, self.budget, rows=self.rows)
         own = slice(len(encoded) - len(arguments), None)
@@ -402,11 +418,14 @@ class Scorer(HFLM):
     def _windows(self, ids: list[int], beginning: list[int]) -> list[Request]:
         """lm-eval's windows of a rolled text: every token is scored once, the first after the beginning."""
         *earlier, last = beginning
-        rolled = utils.get_rolling_token_windows(token_list=ids, prefix_token=last, context_len=1,
-                                                 max_seq_len=self.max_length - len(earlier))  # fmt: skip
+        rolled = utils.get_rolling_token_windows(
+            token_list=ids, prefix_token=last, context_len=1, max_seq_len=self.max_length - len(earlier)
+        )
         windows = [(a + b, len(b)) for a, b in map(utils.make_disjoint_window, rolled)]
-        return [(self.rows(earlier + window if i == 0 else window).tolist(), count)
-                for i, (window, count) in enumerate(windows)]  # fmt: skip
+        return [
+            (self.rows(earlier + window if i == 0 else window).tolist(), count)
+            for i, (window, count) in enumerate(windows)
+        ]
 
     def _rolled(self, texts: Sequence[str], windows: Sequence[Sequence[Request]], probed: set[int]) -> list[Scores]:
         """The scores of each text from those of its windows; of `probed` ones, what is asked goes into `probes`."""
@@ -415,8 +434,15 @@ class Scorer(HFLM):
             mine = [(i, window) for i in range(len(windows)) if (i in probed) == looked_at for window in windows[i]]
             for (i, _), scores in zip(mine, self._scored(texts, mine, looked_at), strict=True):
                 parts[i].append(scores)
-        return [Scores(*(np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
-                         for name in ("log_probs", "greedy"))) for scored in parts]  # fmt: skip
+        return [
+            Scores(
+                *(
+                    np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
+                    for name in ("log_probs", "greedy")
+                )
+            )
+            for scored in parts
+        ]
 
     def _scored(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
         """The scores of windows of texts; where `probed`, what is asked of their positions goes into `probes`."""
@@ -428,8 +454,9 @@ class Scorer(HFLM):
             ids.append(self.rows(self.ids[texts[i]][done[i] : done[i] + count]) if self.ids else np.zeros(0))
             done[i] += count
         found: list[Probe] = []
-        scores = score(self.model, requests, self.budget, rows=self.rows, top=self.top, ids=ids if self.ids else None,
-                       probes=found)  # fmt: skip
+        scores = score(
+            self.model, requests, self.budget, rows=self.rows, top=self.top, ids=ids if self.ids else None, probes=found
+        )
         for i in done:
             mine = [probe for (j, _), probe in zip(windows, found, strict=True) if j == i]
             probe = Probe(*(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs")))

@@ -119,8 +119,10 @@ def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at
     price = torch.cat(list(costs))[order].double()
     spent = torch.cat([torch.zeros(1, dtype=torch.double), price.cumsum(0)])
     if budget > spent[-1] + (price[-1] if len(price) else 0):
-        raise ValueError(f"a budget of {budget:g} is more than can be dropped ({spent[-1]:g}) when each of "
-                         f"{len(scores)} keeps {at_least}")  # fmt: skip
+        raise ValueError(
+            f"a budget of {budget:g} is more than can be dropped ({spent[-1]:g}) when each of "
+            f"{len(scores)} keeps {at_least}"
+        )
     drop = int((spent - budget).abs().argmin())
     keep = torch.ones(joined.numel(), dtype=torch.bool)
     keep[order[:drop]] = False

@@ -67,8 +67,10 @@ def _save_pretrained(model: PreTrainedModel, folder: str | Path, **options: Any)
         type(model).save_pretrained(model, folder, **options)
         (Path(folder) / FILE).unlink(missing_ok=True)
     elif options:
-        raise RequestError(f"save_pretrained: this model's blocks differ in width, which transformers' format cannot say, "
-                           f"and sweep's own knows no {', '.join(options)}: leave it out")  # fmt: skip
+        raise RequestError(
+            f"save_pretrained: this model's blocks differ in width, which transformers' format cannot say, "
+            f"and sweep's own knows no {', '.join(options)}: leave it out"
+        )
     else:
         write(model, None, Path(folder))
 
@@ -111,8 +113,10 @@ def _facts(path: Path) -> dict[str, Any]:
         return {}
     facts = sources.read_json(path / FILE)
     if facts.get("format") not in (FORMAT, COMPRESSED_FORMAT):
-        raise RequestError(f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads {FORMAT} and "
-                           f"{COMPRESSED_FORMAT}: install the version that wrote it")  # fmt: skip
+        raise RequestError(
+            f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads {FORMAT} and "
+            f"{COMPRESSED_FORMAT}: install the version that wrote it"
+        )
     return facts
 
 
@@ -142,9 +146,12 @@ def _load_own(
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
         "unexpected_keys": weights.keys() - own.keys(),
-        "mismatched_keys": [(name, weights[name].shape, shape) for name, shape in own.items()
-                            if name in weights and weights[name].shape != shape],
-    }  # fmt: skip
+        "mismatched_keys": [
+            (name, weights[name].shape, shape)
+            for name, shape in own.items()
+            if name in weights and weights[name].shape != shape
+        ],
+    }
     stored.refuse(told, str(path))
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
@@ -176,8 +183,14 @@ def _take_compressed(model: PreTrainedModel, weights: dict[str, Tensor], columns
         try:
             mask, values, offsets = (weights.pop(f"{name}.{part}") for part in ("mask", "values", "offsets"))
             bias = weights.pop(f"{name}.bias", None)
-            layer = bitmap.BitmapLinear(mask, values.to(model.dtype), offsets, columns=count,
-                                        bias=None if bias is None else bias.to(model.dtype), kernel="torch")  # fmt: skip
+            layer = bitmap.BitmapLinear(
+                mask,
+                values.to(model.dtype),
+                offsets,
+                columns=count,
+                bias=None if bias is None else bias.to(model.dtype),
+                kernel="torch",
+            )
         except (KeyError, ValueError) as error:
             raise RequestError(f"layer {name} of the checkpoint is damaged: {error}") from error
         model.set_submodule(name, layer)

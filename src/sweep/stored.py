@@ -28,25 +28,38 @@ from sweep.config import RequestError
 from sweep.headers import some
 
 # Of DataParallel and DeepSpeed, Lightning, PEFT; of torch.compile, FSDP and activation checkpointing, around any module.
-_AROUND = re.compile(r"^(module|_forward_module|base_model\.model)\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|"
-                     r"_checkpoint_wrapped_module)\.")  # fmt: skip
+_AROUND = re.compile(
+    r"^(module|_forward_module|base_model\.model)\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|"
+    r"_checkpoint_wrapped_module)\."
+)
 # A pruned weight of torch.nn.utils.prune, and of torch.ao.pruning: its name, and that of its mask.
 _PAIRS = (
     (re.compile(r"^(?P<name>.*)_orig$"), "{name}_mask", "{name}"),
-    (re.compile(r"^(?P<module>.*)\.parametrizations\.(?P<name>\w+)\.original$"),
-     "{module}.parametrizations.{name}.0.mask", "{module}.{name}"),
-)  # fmt: skip
+    (
+        re.compile(r"^(?P<module>.*)\.parametrizations\.(?P<name>\w+)\.original$"),
+        "{module}.parametrizations.{name}.0.mask",
+        "{module}.{name}",
+    ),
+)
 # Masks and tables that modules make anew: old files hold them still.
 _REMADE = re.compile(r"(inv_freq|masked_bias|position_ids|causal_mask|decoder\.version|(attn|attention)\.bias)$")
 _ADVICE = (  # by what a name has in it
     (r"lora_|\.base_layer\.", "Merge the adapter first: PeftModel.merge_and_unload()"),
-    (r"qweight|qzeros|scales|_scale|absmax|quant", "The weights are quantised: give the checkpoint that they were made from"),
-    (r"parametrizations|_orig$|_mask$|weight_[guv]$", "Remove the parametrisations, such as prune.remove(module, 'weight'), "
-                                                      "before saving"),
+    (
+        r"qweight|qzeros|scales|_scale|absmax|quant",
+        "The weights are quantised: give the checkpoint that they were made from",
+    ),
+    (
+        r"parametrizations|_orig$|_mask$|weight_[guv]$",
+        "Remove the parametrisations, such as prune.remove(module, 'weight'), before saving",
+    ),
     (r"v_head\.|score\.|classifier|pooler", "It is a model with another head than a language model's"),
-    (r"lm_head|embed_out", "Save the model with its head, of AutoModelForCausalLM; or, where the head is the embedding, set "
-                            "tie_word_embeddings to true in config.json"),
-)  # fmt: skip
+    (
+        r"lm_head|embed_out",
+        "Save the model with its head, of AutoModelForCausalLM; or, where the head is the embedding, set "
+        "tie_word_embeddings to true in config.json",
+    ),
+)
 _UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
@@ -104,14 +117,21 @@ def check(folder: Path, **options: Any) -> None:
 def check_finite(folder: Path) -> None:
     """Refuse a checkpoint folder whose tensors hold NaN or infinite numbers; reads all of it. Raises RequestError."""
     if wrong := not_finite((n, t) for n, t in _each(folder, "cpu") if not _REMADE.search(n)):
-        raise RequestError(f"{folder} has NaN or infinite numbers in {len(wrong)} of its tensors ({some(wrong)}): the "
-                           "checkpoint is damaged")  # fmt: skip
+        raise RequestError(
+            f"{folder} has NaN or infinite numbers in {len(wrong)} of its tensors ({some(wrong)}): the "
+            "checkpoint is damaged"
+        )
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors that hold NaN or infinite numbers. Reads each once, and holds no copy of it."""
-    return [name for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()
-            and not math.isfinite(sum(extreme.item() for extreme in tensor.detach().aminmax()))]  # fmt: skip
+    return [
+        name
+        for name, tensor in tensors
+        if tensor.is_floating_point()
+        and tensor.numel()
+        and not math.isfinite(sum(extreme.item() for extreme in tensor.detach().aminmax()))
+    ]
 
 
 def refuse(told: Told, place: str) -> None:
@@ -119,9 +139,11 @@ def refuse(told: Told, place: str) -> None:
     if problems := _problems(told):
         names = " ".join(name for found in problems.values() for name in found)
         advice = next((f". {advice}" for pattern, advice in _ADVICE if re.search(pattern, names)), "")
-        raise RequestError(f"{place} is not the model that its configuration tells of: "
-                           + "; ".join(f"{what}: {len(found)} ({some(found)})" for what, found in problems.items())
-                           + advice)  # fmt: skip
+        raise RequestError(
+            f"{place} is not the model that its configuration tells of: "
+            + "; ".join(f"{what}: {len(found)} ({some(found)})" for what, found in problems.items())
+            + advice
+        )
 
 
 def _problems(told: Told) -> dict[str, list[str]]:
@@ -187,8 +209,9 @@ def _renamed(stored: dict[str, Tensor], place: Path) -> dict[str, Tensor] | None
 
     def add(name: str, tensor: Tensor) -> None:
         if name in found:
-            raise RequestError(f"{place} holds {name} twice, once in a wrapper or a pruning pair and once without: leave "
-                               "one out")  # fmt: skip
+            raise RequestError(
+                f"{place} holds {name} twice, once in a wrapper or a pruning pair and once without: leave one out"
+            )
         found[name] = tensor
 
     for name, tensor in stored.items():

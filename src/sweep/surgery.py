@@ -62,8 +62,10 @@ def remove_heads(attention: heads.Attention, keep: Tensor) -> None:
     kept = keep.view(attention.groups, -1)
     sizes = set(kept.sum(1).tolist()) - {0}
     if len(sizes) != 1:
-        raise ValueError(f"block {attention.block}: key-value groups would keep {sorted(sizes)} query heads; "
-                         "every group that stays must keep the same number, at least one")  # fmt: skip
+        raise ValueError(
+            f"block {attention.block}: key-value groups would keep {sorted(sizes)} query heads; "
+            "every group that stays must keep the same number, at least one"
+        )
     groups = kept.any(1)
     size = attention.head_dim
     queries, pairs = keep.repeat_interleave(size), groups.repeat_interleave(size)
@@ -82,10 +84,12 @@ def remove_heads(attention: heads.Attention, keep: Tensor) -> None:
 def set_head_counts(attention: heads.Attention) -> None:
     """Make the attributes of an attention module agree with the shapes of its matrices."""
     counts = {
-        "num_heads": attention.heads, "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.groups, "num_key_value_groups": attention.heads // attention.groups,
+        "num_heads": attention.heads,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.groups,
+        "num_key_value_groups": attention.heads // attention.groups,
         "split_size": attention.heads * attention.head_dim,
-    }  # fmt: skip
+    }
     for name in HEAD_ATTRIBUTES:
         if hasattr(attention.module, name):
             setattr(attention.module, name, counts[name])

@@ -26,8 +26,16 @@ def summary(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) ->
         points = frontier.points(rows, "sparsity", column)
         points["name"] = plot.series(points)
         part = points.set_index(frontier.SAME_POINT)[["name", "point", "seeds", "y", "y_low", "y_high", "interval"]]
-        frames.append(part.rename(columns={"y": column, "y_low": f"{column}_low", "y_high": f"{column}_high",
-                                           "interval": f"{column}_over"}))  # fmt: skip
+        frames.append(
+            part.rename(
+                columns={
+                    "y": column,
+                    "y_low": f"{column}_low",
+                    "y_high": f"{column}_high",
+                    "interval": f"{column}_over",
+                }
+            )
+        )
     if not frames:
         return pd.DataFrame()
     joined = frames[0]
@@ -46,8 +54,9 @@ def marks(table: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence = 
     by the documents that both have answered where `evidence` has them, else by their intervals.
     """
     found = pd.Series("", index=table.index)
-    points = table[["point", "seeds"]].assign(y=table[column], y_low=table[f"{column}_low"],
-                                              y_high=table[f"{column}_high"], interval=table[f"{column}_over"])  # fmt: skip
+    points = table[["point", "seeds"]].assign(
+        y=table[column], y_low=table[f"{column}_low"], y_high=table[f"{column}_high"], interval=table[f"{column}_over"]
+    )
     pruned = table[(table.method != "dense") & table[column].notna()]
     for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
         if len(group) < 2:

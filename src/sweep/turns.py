@@ -45,8 +45,10 @@ def check() -> None:
         with _lock("gate", shared=True):
             pass
     except OSError as error:
-        raise RequestError(f"{folder()}, where cells wait for their turn to be timed, cannot be written to: "
-                           f"{error.strerror}. Set SWEEP_TURNS=FOLDER, on a disk of this machine") from error  # fmt: skip
+        raise RequestError(
+            f"{folder()}, where cells wait for their turn to be timed, cannot be written to: "
+            f"{error.strerror}. Set SWEEP_TURNS=FOLDER, on a disk of this machine"
+        ) from error
 
 
 @contextmanager

@@ -46,8 +46,9 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
     if method.blocks is not None:
         wrong = [block for block in method.blocks if not 0 <= block < depth]
         if wrong or not method.blocks:
-            raise RequestError(f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got "
-                               f"{list(method.blocks)}")  # fmt: skip
+            raise RequestError(
+                f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got {list(method.blocks)}"
+            )
     blocks = depth if method.blocks is None else len(set(method.blocks))
     if isinstance(method, Layer):
         _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
@@ -57,8 +58,9 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
         if width:
             bundle = max(method.multiple_of, method.group)
             if bundle > width:
-                raise RequestError(f"method.multiple_of and method.group must be at most {width}, the neurons of a "
-                                   f"block; got {bundle}")  # fmt: skip
+                raise RequestError(
+                    f"method.multiple_of and method.group must be at most {width}, the neurons of a block; got {bundle}"
+                )
             _check_parts(cell, method.scope, "a block without a neuron", blocks, width, bundle, "neurons")
         return
     heads = _first(shape, "num_attention_heads", "n_head")
@@ -76,29 +78,39 @@ def check_drop(method: Drop) -> None:
     """Refuse a metric that a task does not have, and too few documents. Needs no model. Raises RequestError."""
     known = ", ".join(QUESTIONS)
     if isinstance(method, Layer) and method.screen != "none":
-        raise RequestError(f"method.screen={method.screen} is for neurons and heads: layers are few, and each is "
-                           "measured. Leave method.screen out")  # fmt: skip
+        raise RequestError(
+            f"method.screen={method.screen} is for neurons and heads: layers are few, and each is "
+            "measured. Leave method.screen out"
+        )
     if method.task is None:
         if method.metric not in HIGHER_IS_WORSE:
-            raise RequestError(f"method.metric={method.metric} needs classes, and the calibration text has none: set "
-                               f"method.task to one of {known}, or method.metric to loss or perplexity")  # fmt: skip
+            raise RequestError(
+                f"method.metric={method.metric} needs classes, and the calibration text has none: set "
+                f"method.task to one of {known}, or method.metric to loss or perplexity"
+            )
         return
     if method.task not in QUESTIONS:
         reason = "has no classes" if method.task in text.EMBEDDED else "is not embedded"
-        raise RequestError(f"method.task={method.task} {reason}, so that no drop can be measured on it: use one of "
-                           f"{known}, or null for the calibration text")  # fmt: skip
+        raise RequestError(
+            f"method.task={method.task} {reason}, so that no drop can be measured on it: use one of "
+            f"{known}, or null for the calibration text"
+        )
     available = text.EMBEDDED[method.task]()
     if method.documents is not None and method.documents > len(available):
-        raise RequestError(f"method.documents={method.documents} is more than the {len(available)} of {method.task}: "
-                           "use fewer, or null for all")  # fmt: skip
+        raise RequestError(
+            f"method.documents={method.documents} is more than the {len(available)} of {method.task}: "
+            "use fewer, or null for all"
+        )
     check_classes(method.task, [QUESTIONS[method.task](d)[2] for d in available[-(method.documents or 0) :]])
 
 
 def check_classes(task: str, truth: Sequence[int]) -> None:
     """Raises RequestError when the documents are all of one class."""
     if len(set(truth)) < 2:
-        raise RequestError(f"method.documents: the {len(truth)} documents of {task} are all of one class, whose "
-                           "accuracy any constant answer reaches: raise method.documents")  # fmt: skip
+        raise RequestError(
+            f"method.documents: the {len(truth)} documents of {task} are all of one class, whose "
+            "accuracy any constant answer reaches: raise method.documents"
+        )
 
 
 def at_most(sparsity: float) -> str:
@@ -120,8 +132,10 @@ def _check(cell: Cell, left: str, needed: int, units: int, noun: str, instead: s
     kept = units - round(cell.sparsity * units)
     if kept < needed:
         ways = [at_most(1 - needed / units) if needed < units else "choose another method", instead]
-        raise RequestError(f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, {needed} needed): "
-                           + ", or ".join(way for way in ways if way))  # fmt: skip
+        raise RequestError(
+            f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, {needed} needed): "
+            + ", or ".join(way for way in ways if way)
+        )
 
 
 def _first(shape: Mapping[str, Any], *names: str) -> int:

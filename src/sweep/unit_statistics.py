@@ -46,8 +46,10 @@ def gather(
     sequences = 0  # in the batch that is being read
     for output, size in zip(outputs, sizes, strict=True):
         columns = _columns(output)
-        zeros = [torch.zeros(n, dtype=torch.float64, device=exact_device(model.device))
-                 for n in (columns, columns, *[columns // size] * 4)]  # fmt: skip
+        zeros = [
+            torch.zeros(n, dtype=torch.float64, device=exact_device(model.device))
+            for n in (columns, columns, *[columns // size] * 4)
+        ]
         found.append(Statistics(tokens.numel(), *zeros))
 
     def observe(part: int, x: Tensor) -> None:
@@ -106,8 +108,10 @@ def for_criteria(
 ) -> dict[str, list[Statistics]]:
     """What each criterion reads of units of one column, on the same text, which is read once for each kind of labels."""
     labels = {criterion: LABELS.get(criterion, "text") for criterion in criteria}
-    found = {kind: gather(model, outputs, [1] * len(outputs), tokens, labels=kind, seed=seed)
-             for kind in sorted(set(labels.values()))}  # fmt: skip
+    found = {
+        kind: gather(model, outputs, [1] * len(outputs), tokens, labels=kind, seed=seed)
+        for kind in sorted(set(labels.values()))
+    }
     return {criterion: found[kind] for criterion, kind in labels.items()}
 
 
@@ -119,9 +123,13 @@ def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: T
         totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
 
     tail = Tail(model)
-    handles = [block.register_forward_hook(
-        lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
-        with_kwargs=True) for i, block in enumerate(blocks)]  # fmt: skip
+    handles = [
+        block.register_forward_hook(
+            lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
+            with_kwargs=True,
+        )
+        for i, block in enumerate(blocks)
+    ]
     try:
         with torch.no_grad():
             for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -56,18 +57,30 @@ class Part:
 
 def parts(model: PreTrainedModel, method: Neuron | Head) -> list[Part]:
     """The parts that the method may prune, in order of their blocks."""
-    if isinstance(method, Neuron):
-        found = [Part(ffn.block, ffn.inputs, ffn.output, 1, method.multiple_of, 1,
-                      lambda keep, ffn=ffn: surgery.remove_neurons(ffn, keep))  # type: ignore[misc]
-                 for ffn in models.ffns(model)]  # fmt: skip
-    else:
-        found = []
-        for a in heads.attentions(model):
-            together = method.unit == "group" or a.groups == a.heads
-            size = a.head_dim * (a.heads // a.groups if together else 1)
-            found.append(Part(a.block, a.inputs, a.output, size, 1 if together else 0, a.groups,
-                              lambda keep, a=a: surgery.remove_heads(a, keep[:: a.head_dim])))  # type: ignore[misc]  # fmt: skip
+    found = _neurons(model, method) if isinstance(method, Neuron) else _heads(model, method)
     return [part for part in found if method.blocks is None or part.block in method.blocks]
+
+
+def _neurons(model: PreTrainedModel, method: Neuron) -> list[Part]:
+    return [
+        Part(ffn.block, ffn.inputs, ffn.output, 1, method.multiple_of, 1, partial(surgery.remove_neurons, ffn))
+        for ffn in models.ffns(model)
+    ]
+
+
+def _heads(model: PreTrainedModel, method: Head) -> list[Part]:
+    found = []
+    for attention in heads.attentions(model):
+        together = method.unit == "group" or attention.groups == attention.heads
+        size = attention.head_dim * (attention.heads // attention.groups if together else 1)
+        remove = partial(_remove_heads, attention)
+        bundle = 1 if together else 0
+        found.append(Part(attention.block, attention.inputs, attention.output, size, bundle, attention.groups, remove))
+    return found
+
+
+def _remove_heads(attention: heads.Attention, keep: Tensor) -> None:
+    surgery.remove_heads(attention, keep[:: attention.head_dim])
 
 
 def prune(
@@ -196,10 +209,13 @@ def choose(
     """
     by_weight = method.sparsity_of == "parameters"
     bundles = groups or [_bundles(part, s.cpu()) for part, s in zip(parts, scores, strict=True)]
-    values = [torch.stack([s.cpu()[members].mean() for members in inside])
-              for s, inside in zip(scores, bundles, strict=True)]  # fmt: skip
-    costs = [torch.tensor([len(members) * (part.weights_a_unit if by_weight else 1) for members in inside])
-             for part, inside in zip(parts, bundles, strict=True)]  # fmt: skip
+    values = [
+        torch.stack([s.cpu()[members].mean() for members in inside]) for s, inside in zip(scores, bundles, strict=True)
+    ]
+    costs = [
+        torch.tensor([len(members) * (part.weights_a_unit if by_weight else 1) for members in inside])
+        for part, inside in zip(parts, bundles, strict=True)
+    ]
     left = [part.weights if by_weight else part.units for part in parts]
     whole = weights if by_weight else units
     budget = goal * whole - (whole - sum(left))
@@ -244,8 +260,10 @@ def check(parts: list[Part], method: Neuron | Head, sparsity: float) -> None:
 
 def _shares_keys(parts: list[Part]) -> bool:
     """Whether several query heads read the same keys."""
-    return any(len(part.inputs) == 3 and models.weight(part.inputs[0]).shape[0] > models.weight(part.inputs[1]).shape[0]
-               for part in parts)  # fmt: skip
+    return any(
+        len(part.inputs) == 3 and models.weight(part.inputs[0]).shape[0] > models.weight(part.inputs[1]).shape[0]
+        for part in parts
+    )
 
 
 def _bundles(part: Part, scores: Tensor) -> list[Tensor]:
@@ -295,9 +313,12 @@ def measured_drops(
     near = [torch.ones(len(g), dtype=torch.bool) for g in guess]
     if method.screen == "taylor":
         near = screened(guess, fraction, method.screen_margin, together=method.scope == "global")
-    ablations = [drop.Ablation(part.block, part.output, [
-        _columns(inside[i], part.size) for i in keep.nonzero().squeeze(1).tolist()
-    ]) for part, inside, keep in zip(found, groups, near, strict=True)]  # fmt: skip
+    ablations = [
+        drop.Ablation(
+            part.block, part.output, [_columns(inside[i], part.size) for i in keep.nonzero().squeeze(1).tolist()]
+        )
+        for part, inside, keep in zip(found, groups, near, strict=True)
+    ]
     scheme = drop.Scheme(method.metric, probe)
     base, likelihoods = drop.likelihoods(exact, probe, ablations)
     drops = torch.from_numpy(drop.importance(scheme, base, np.concatenate(likelihoods)))

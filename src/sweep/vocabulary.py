@@ -43,8 +43,10 @@ def prune(
     protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
     drop = select.count(size, sparsity)
     if drop > size - len(protected):
-        raise RequestError(f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
-                           f"{unit_requests.at_most(1 - len(protected) / size)}")  # fmt: skip
+        raise RequestError(
+            f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
+            f"{unit_requests.at_most(1 - len(protected) / size)}"
+        )
     if method.criterion == "random":
         scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
     elif method.criterion == "frequency":
@@ -88,8 +90,10 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     for found in (tokenizer.unk_token_id, tokenizer.eos_token_id):
         if found is not None and found < rows:
             return int(found)
-    raise RequestError("method=vocab: the tokenizer has neither an unknown nor an end-of-text token to stand for "
-                       "removed ones; add one to it")  # fmt: skip
+    raise RequestError(
+        "method=vocab: the tokenizer has neither an unknown nor an end-of-text token to stand for "
+        "removed ones; add one to it"
+    )
 
 
 def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
@@ -186,8 +190,10 @@ def _remapped_class(cls: Any) -> Any:
             return {t: self._new_ids[i] for t, i in super().get_vocab().items() if i in self._new_ids}
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            raise RequestError("transformers' format cannot say which tokens a cut vocabulary keeps: write model and "
-                               "tokenizer with sweep.save(model, tokenizer, folder)")  # fmt: skip
+            raise RequestError(
+                "transformers' format cannot say which tokens a cut vocabulary keeps: write model and "
+                "tokenizer with sweep.save(model, tokenizer, folder)"
+            )
 
         @property
         def vocab_size(self) -> int:

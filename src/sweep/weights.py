@@ -55,8 +55,10 @@ class Job:
 
     def text(self) -> Tensor:
         if self.tokens is None:
-            raise ValueError(f"method.criterion={self.method.criterion}, method.allocation={self.method.allocation} "
-                             "read calibration text: pass tokens")  # fmt: skip
+            raise ValueError(
+                f"method.criterion={self.method.criterion}, method.allocation={self.method.allocation} "
+                "read calibration text: pass tokens"
+            )
         return self.tokens
 
     def score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
@@ -127,26 +129,37 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
     if method.targets != "all":
         attention = method.targets == "attention"
         blocks = tuple(f"{name}." for name in models.block_names(model))
-        kept = {name: weight for name, weight in kept.items()
-                if not name.startswith(blocks) or bool(models.ATTENTION & set(name.split("."))) == attention}  # fmt: skip
+        kept = {
+            name: weight
+            for name, weight in kept.items()
+            if not name.startswith(blocks) or bool(models.ATTENTION & set(name.split("."))) == attention
+        }
     for pattern in method.exclude:
         hit = set(fnmatch.filter(kept, pattern))
         if not hit:
-            raise RequestError(f"method.exclude={pattern} matches none of the matrices that would be pruned, such as "
-                               f"{', '.join(list(kept)[:3])}; * stands for any characters")  # fmt: skip
+            raise RequestError(
+                f"method.exclude={pattern} matches none of the matrices that would be pruned, such as "
+                f"{', '.join(list(kept)[:3])}; * stands for any characters"
+            )
         kept = {name: weight for name, weight in kept.items() if name not in hit}
     if not kept:
-        raise RequestError(f"method.targets={method.targets} with method.exclude={list(method.exclude)} leaves nothing "
-                           "to prune: change one of the two")  # fmt: skip
+        raise RequestError(
+            f"method.targets={method.targets} with method.exclude={list(method.exclude)} leaves nothing "
+            "to prune: change one of the two"
+        )
     if method.pattern:
         _, m = groups(method.pattern)
         for name, weight in kept.items():
             if weight.shape[1] % m:
-                raise RequestError(f"method.pattern={method.pattern} needs input dimensions divisible by {m}, but {name} "
-                                   f"has {weight.shape[1]}: add method.exclude=[{name}] or choose another pattern")  # fmt: skip
+                raise RequestError(
+                    f"method.pattern={method.pattern} needs input dimensions divisible by {m}, but {name} "
+                    f"has {weight.shape[1]}: add method.exclude=[{name}] or choose another pattern"
+                )
     if isinstance(method.allocation, tuple) and len(method.allocation) != len(models.blocks(model)):
-        raise RequestError(f"method.allocation lists {len(method.allocation)} sparsities; the model has "
-                           f"{len(models.blocks(model))} blocks: give one for each")  # fmt: skip
+        raise RequestError(
+            f"method.allocation lists {len(method.allocation)} sparsities; the model has "
+            f"{len(models.blocks(model))} blocks: give one for each"
+        )
     return kept
 
 
@@ -228,8 +241,11 @@ def owl(job: Job, sparsity: float) -> dict[str, float]:
     shares: dict[str, float] = {}
     norms, weights = dense_norms(job), job.weights()
     for block in models.block_names(job.model):
-        found = [scores.wanda(weight, norms[name].to(weight.device))
-                 for name, weight in weights.items() if name.startswith(f"{block}.")]  # fmt: skip
+        found = [
+            scores.wanda(weight, norms[name].to(weight.device))
+            for name, weight in weights.items()
+            if name.startswith(f"{block}.")
+        ]
         if found:
             size = sum(s.numel() for s in found)
             bar = job.method.outlier_ratio * sum(float(s.sum()) for s in found) / size
@@ -292,8 +308,13 @@ def _choose(method: Weight, drop: int) -> rebuild.Choose:
         rows = len(importance)
         each, more = divmod(drop, rows)
         parts = [(importance[:more], each + 1), (importance[more:], each)]
-        return torch.cat([select.lowest_by_row(part, len(part) * (round(number * upto) - round(number * before)))
-                          for part, number in parts if len(part)])  # fmt: skip
+        return torch.cat(
+            [
+                select.lowest_by_row(part, len(part) * (round(number * upto) - round(number * before)))
+                for part, number in parts
+                if len(part)
+            ]
+        )
 
     return choose
 
@@ -372,8 +393,10 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
         weights = {n: weight for n, weight in models.matrices(block, name).items() if n in job.shapes}
         missing = [n for n in weights if n not in inputs]
         if missing:
-            raise RequestError(f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
-                               "reads no text, such as magnitude")  # fmt: skip
+            raise RequestError(
+                f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
+                "reads no text, such as magnitude"
+            )
         yield name, weights, inputs
         del inputs
         if job.sequential and read_on:
@@ -410,8 +433,12 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from error
         if damping > job.method.damping:
-            log.warning("%s: the Hessian was damped by %g instead of %g to be positive definite", names[0], damping,
-                        job.method.damping)  # fmt: skip
+            log.warning(
+                "%s: the Hessian was damped by %g instead of %g to be positive definite",
+                names[0],
+                damping,
+                job.method.damping,
+            )
         most = max(most, damping)
         for name, (values, keep) in zip(names, rebuilt, strict=True):
             if not torch.isfinite(values).all():
