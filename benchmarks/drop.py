@@ -27,8 +27,10 @@ from tabulate import tabulate
 from torch import nn
 from transformers import PreTrainedModel
 
-from sweep import drop, models, text, units
 from sweep.config import Calibration, Neuron
+from sweep.models import anatomy, loading
+from sweep.pruning import drop, units
+from sweep.texts import text
 
 BARS = "bars: 1e-3 nats; twice less CPU for all units; with screening ten times less, 99 % of the removed set the same"
 
@@ -67,7 +69,7 @@ def agreement(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> None:
     resumed = np.stack([drop.importance(scheme, base, np.concatenate(found)) for base, found in runs], 1)
     whole, gaps, plain = plain_loss(model, tokens), [], []
     for (block, unit), values in zip(chosen, resumed, strict=True):
-        column = models.weight(parts[block].output).data[:, unit]
+        column = anatomy.weight(parts[block].output).data[:, unit]
         saved = column.clone()
         column.zero_()
         plain.append(plain_loss(model, tokens) - whole)
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.3, help="of screening")
     parser.add_argument("--margin", type=float, default=0.1, help="of screening")
     asked = parser.parse_args()
-    model, tokenizer = models.load(EMBEDDED, "float32", "cpu")
+    model, tokenizer = loading.load(EMBEDDED, "float32", "cpu")
     tokens = text.calibration_tokens(Calibration("pydoc", asked.texts, asked.tokens), tokenizer, 0)
     if asked.part == "agreement":
         agreement(model, tokens, asked.units)

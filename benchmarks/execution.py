@@ -24,7 +24,10 @@ import torch
 from embedded import EMBEDDED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sweep import bitmap, config, efficiency, execution, models
+from sweep import config, execution
+from sweep.formats import bitmap
+from sweep.measuring import efficiency
+from sweep.models import anatomy, loading
 
 CONTEXT, STEPS, PROMPT = 32, 2, 256  # tokens: before the timed ones, timed together, in a prefill
 CLEAR = 3  # a first pair this far apart is not timed again: a prefill in bfloat16 may take minutes
@@ -48,7 +51,7 @@ def large(dtype: torch.dtype) -> PreTrainedModel:
 
 def small(dtype: torch.dtype) -> PreTrainedModel:
     """The embedded model: its own weights."""
-    return models.load(EMBEDDED, str(dtype).removeprefix("torch."), "cpu")[0]
+    return loading.load(EMBEDDED, str(dtype).removeprefix("torch."), "cpu")[0]
 
 
 def _filled(configuration: object, dtype: torch.dtype) -> PreTrainedModel:
@@ -74,7 +77,7 @@ def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> t
     model = make(torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     pool = torch.rand(POOL, generator=torch.Generator().manual_seed(0))
-    for layer in models.linears(model).values():
+    for layer in anatomy.linears(model).values():
         drop = _drawn(pool, layer.weight.shape) < sparsity
         drop[0, 0] = True  # at 0 % too, a layer must hold one zero to be compressed
         layer.weight.data.masked_fill_(drop, 0)
@@ -100,7 +103,7 @@ class Nothing(torch.nn.Module):
 def limit(make: Callable[[torch.dtype], PreTrainedModel]) -> PreTrainedModel:
     """The model with nothing left to compute in the layers that pruning targets."""
     model = make(torch.bfloat16)
-    for name, layer in models.linears(model).items():
+    for name, layer in anatomy.linears(model).items():
         model.set_submodule(name, Nothing(layer))
     return model
 

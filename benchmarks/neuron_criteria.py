@@ -24,9 +24,12 @@ from embedded import EMBEDDED
 from tabulate import tabulate
 from transformers import PreTrainedModel
 
-from sweep import models, repair, scorer, text, unit_scores, unit_statistics, units, words
 from sweep.config import PROXIES, Calibration, Neuron
-from sweep.unit_scores import Statistics
+from sweep.measuring import scorer, words
+from sweep.models import anatomy, loading
+from sweep.pruning import repair, unit_scores, unit_statistics, units
+from sweep.pruning.unit_scores import Statistics
+from sweep.texts import text
 
 CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
 
@@ -70,7 +73,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each page")
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
-    dense, tokenizer = models.load(EMBEDDED, asked.dtype, "cpu")
+    dense, tokenizer = loading.load(EMBEDDED, asked.dtype, "cpu")
     pages = [tokenizer(document["page"]).input_ids[: asked.tokens] for document in text.development_documents()]
     counts = np.array([len(page) - 1 for page in pages])
     print(f"dense: {np.exp(losses(dense, pages).sum() / counts.sum()):.2f} on {counts.sum()} tokens", flush=True)
@@ -78,7 +81,7 @@ def main() -> None:
         text.calibration_tokens(Calibration("pydoc", asked.sequences, asked.length), tokenizer, seed)
         for seed in range(asked.seeds)
     ]
-    outputs = [ffn.output for ffn in models.ffns(dense)]
+    outputs = [ffn.output for ffn in anatomy.ffns(dense)]
     criteria = {name: name.partition("+")[0] for name in asked.criteria}
     read = [
         unit_statistics.for_criteria(set(criteria.values()), dense, outputs, tokens, seed)

@@ -27,8 +27,8 @@ BATCH = 4  # sequences in a forward pass, as in sweep
 
 
 def by_sweep(name: str, sparsity: str, model, tokenizer, tokens: torch.Tensor) -> Callable[[], object]:
-    from sweep import weights
     from sweep.config import Weight
+    from sweep.pruning import weights
 
     criterion, _, once = name.partition("+")
     pattern = sparsity if ":" in sparsity else None
@@ -51,7 +51,7 @@ def by_llm_compressor(criterion: str, sparsity: str, model, tokenizer, tokens: t
 
 
 TOOLS = {"sweep": by_sweep, "llm-compressor": by_llm_compressor}
-CODE = {"sweep": ["sweep.weights"], "llm-compressor": ["llmcompressor", "llmcompressor.modifiers.pruning"]}
+CODE = {"sweep": ["sweep.pruning.weights"], "llm-compressor": ["llmcompressor", "llmcompressor.modifiers.pruning"]}
 
 
 def share(sparsity: str) -> float:

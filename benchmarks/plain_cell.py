@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
-from sweep import text
 from sweep.config import Calibration
+from sweep.texts import text
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ from embedded import EMBEDDED
 from lm_eval.models.huggingface import HFLM
 from tabulate import tabulate
 
-from sweep import catalogue, hub, models, quality, scorer, text
 from sweep.config import Benchmarks
+from sweep.measuring import catalogue, quality, scorer
+from sweep.models import loading
+from sweep.texts import corpora, text
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 
@@ -42,7 +44,7 @@ def embedded(model: Any, tokenizer: Any) -> str:
 
 
 def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: int) -> str:
-    with hub.data_folder(data_root):
+    with corpora.data_folder(data_root):
         task = catalogue.load(Benchmarks(("arc_easy",)), data_root)["tasks"]["arc_easy"]
         task.set_config(key="num_fewshot", value=0)
         task.build_all_requests(limit=questions)
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--skip-embedded", action="store_true")
     options = parser.parse_args()
-    model, tokenizer = models.load(EMBEDDED, options.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = loading.load(EMBEDDED, options.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"{options.dtype}, {model.device}, {torch.get_num_threads()} threads")
     if not options.skip_embedded:
         print(embedded(model, tokenizer))

@@ -12,8 +12,9 @@ import sys
 from embedded import EMBEDDED
 from tabulate import tabulate
 
-from sweep import models, perplexity
 from sweep.config import Model, Perplexity, RequestError
+from sweep.measuring import perplexity
+from sweep.models import loading
 
 OPT = [Model(f"facebook/opt-{size}", "hub") for size in ("125m", "1.3b")]
 REFERENCES = [  # model, dtype, windows, perplexity, tolerance, whose figure
@@ -37,7 +38,7 @@ def main() -> None:
         try:
             perplexity.check(settings, options.data_root, model)
             columns, _ = perplexity.measure(
-                *models.load(model, dtype, "cpu"), settings, options.data_root, batch_size=4
+                *loading.load(model, dtype, "cpu"), settings, options.data_root, batch_size=4
             )
         except RequestError as error:
             lines.append((model.name, windows, None, known, None, source, str(error)[:60]))

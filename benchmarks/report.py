@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import frames
-from sweep import report
+from sweep.report import rendering
 
 
 def made(count: int) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def main() -> None:
         profile = cProfile.Profile()
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), profile if given.profile else contextlib.nullcontext():
-            report.main(words)
+            rendering.main(words)
         seconds = time.perf_counter() - started
         files = [file for file in Path(f"{folder}/report").iterdir() if file.is_file()]
         size = sum(file.stat().st_size for file in files)

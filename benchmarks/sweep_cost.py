@@ -25,7 +25,7 @@ from embedded import EMBEDDED
 from tabulate import tabulate
 
 import sweep
-from sweep import sources
+from sweep.models import origin
 
 _PR_SET_CHILD_SUBREAPER = 36
 SWEEP = [
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    gguf = options.gguf or sources.gguf_file(EMBEDDED)
+    gguf = options.gguf or origin.gguf_file(EMBEDDED)
     plain, outputs = {}, {}
     untimed = ["efficiency=none", *(["calibration.sequential=false"] if options.shared else [])]
     magnitude, wanda, both = (f"method.criterion={names}" for names in ("magnitude", "wanda", "magnitude,wanda"))

@@ -18,8 +18,10 @@ import torch
 from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sweep import efficiency, logits, methods, models, unit_statistics
+from sweep import cost
 from sweep.config import Head, Layer, Method, Neuron, Weight
+from sweep.models import anatomy, logits
+from sweep.pruning import methods, unit_statistics
 
 METHODS: dict[str, Method] = {
     "neuron": Neuron(),
@@ -65,18 +67,18 @@ def activations(model: PreTrainedModel, batch: torch.Tensor) -> int:
 
 def pruned(name: str, asked: argparse.Namespace) -> dict[str, float]:
     """Seconds, and bytes, of one pruning in this process."""
-    with efficiency.PeakMemory("cpu") as libraries:
+    with cost.PeakMemory("cpu") as libraries:
         pass
     torch.manual_seed(0)
     model = make(asked.layers, asked.vocabulary)
     tokens = torch.randint(asked.vocabulary, (asked.sequences, asked.length))
-    blocks = models.blocks(model)
+    blocks = anatomy.blocks(model)
     size = {
         "model": sum(p.numel() * p.element_size() for p in model.parameters()),
         "block": max(4 * sum(p.numel() for p in block.parameters()) for block in blocks),
     }
     start = time.perf_counter()
-    with efficiency.PeakMemory("cpu") as memory:
+    with cost.PeakMemory("cpu") as memory:
         methods.prune(model, METHODS[name], 0.5, tokens)
     seconds = time.perf_counter() - start
     assert memory.peak is not None and libraries.base is not None

@@ -35,8 +35,11 @@ import transformers
 from embedded import EMBEDDED
 from tabulate import tabulate
 
-from sweep import cache, counting, models, quality, text
+from sweep import cache
 from sweep.config import Benchmarks, Calibration, Model
+from sweep.measuring import counting, quality
+from sweep.models import anatomy, loading
+from sweep.texts import text
 
 HERE = Path(__file__).parent
 PEER = "llm-compressor"
@@ -69,23 +72,23 @@ def export(folder: Path, dtype: str, blocks: int | None) -> int:
     Returns its bytes with those of one block's Hessians, one for each input that its matrices read: what pruning must
     hold at least.
     """
-    model, tokenizer = models.load(EMBEDDED, dtype, "cpu")
+    model, tokenizer = loading.load(EMBEDDED, dtype, "cpu")
     if blocks is not None:
         del model.model.layers[blocks:]
         model.config.num_hidden_layers = blocks
         model.config.layer_types = None  # made anew
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    block = models.matrices(models.blocks(model)[0])
+    block = anatomy.matrices(anatomy.blocks(model)[0])
     inputs = [block[name].shape[1] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
     return counting.size(counting.stock(model))["weights_bytes"] + 4 * sum(width**2 for width in inputs)
 
 
 def evaluated(folder: Path, dtype: str, limit: int | None) -> tuple[float, float]:
     """(perplexity a token, share of zeros in the blocks' matrices) of a checkpoint."""
-    model, tokenizer = models.load(Model(folder.name, "local", path=str(folder)), dtype, "cpu")
+    model, tokenizer = loading.load(Model(folder.name, "local", path=str(folder)), dtype, "cpu")
     found, _ = quality.evaluate(model, tokenizer, Benchmarks(("pydoc",), limit=limit), None)
-    matrices = [weight for block in models.blocks(model) for weight in models.matrices(block).values()]
+    matrices = [weight for block in anatomy.blocks(model) for weight in anatomy.matrices(block).values()]
     kept = sum(int(torch.count_nonzero(weight)) for weight in matrices)
     perplexity = found["pydoc/token_perplexity"]
     assert perplexity is not None
@@ -144,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         least = export(place / "model", asked.dtype, asked.blocks)
-        _, tokenizer = models.load(EMBEDDED, asked.dtype, "cpu")
+        _, tokenizer = loading.load(EMBEDDED, asked.dtype, "cpu")
         dense, _ = evaluated(place / "model", asked.dtype, asked.limit)
         print(f"dense: perplexity {dense:.2f}", flush=True)
         for seed in range(asked.seeds):

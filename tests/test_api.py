@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import tiny_model
-from sweep import config, models, plan, run, text, weights
+from sweep import config, plan, run
 from sweep.config import Calibration, RequestError, Weight
+from sweep.models import anatomy
+from sweep.pruning import weights
+from sweep.texts import text
 
 
 def test_three_lines_prune_as_a_cell_does(tiny_checkpoint: Path) -> None:
@@ -30,7 +33,7 @@ def test_families_of_units_are_pruned_too(tiny_checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     sweep.prune(model, tokenizer, method="neuron", sparsity=0.5, scope="layer", sequences=4, length=32)
-    assert [ffn.width for ffn in models.ffns(model)] == [12, 12]
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [12, 12]
 
 
 METHODS: dict[str, dict] = {

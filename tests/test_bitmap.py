@@ -15,8 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import FAMILIES, random_tokens, tiny_model
-from sweep import bitmap, checkpoint, counting, execution, machine, methods, models
+from sweep import execution, machine, saving
 from sweep.config import Execution, RequestError, Weight, build, parse
+from sweep.formats import bitmap, semi_structured
+from sweep.measuring import counting
+from sweep.models import anatomy
+from sweep.pruning import methods
 from test_cli import QUICK, run
 
 SHAPES = [(1, 1), (1, 63), (3, 64), (5, 65), (7, 15), (2, 129), (33, 31), (64, 576), (17, 200), (130, 97)]
@@ -159,7 +163,7 @@ def test_a_bitmap_model_has_the_logits_of_the_masked_dense_model(family: str, ke
         before = counting.size(counting.stock(model))
         compressed, ran = execution.prepare(model, Execution("bitmap", kernel))  # type: ignore[arg-type]
         assert ran.startswith("bitmap ")
-        assert not [m for m in models.linears(compressed).values() if (models.weight(m) == 0).any()]
+        assert not [m for m in anatomy.linears(compressed).values() if (anatomy.weight(m) == 0).any()]
         torch.testing.assert_close(compressed(input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)
         last = compressed(input_ids=tokens, logits_to_keep=1).logits
         torch.testing.assert_close(last, expected[:, -1:], atol=1e-4, rtol=1e-4)
@@ -315,9 +319,9 @@ def test_semi_structured_needs_its_device() -> None:
 
 
 def test_semi_structured_takes_matrices_of_the_pattern_alone() -> None:
-    assert execution.is_two_of_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
-    assert not execution.is_two_of_four(torch.tensor([[0.0, 0, 0, 0, 1, 2, 0, 3]]))
-    assert not execution.is_two_of_four(torch.zeros(1, 6))
+    assert semi_structured.is_two_of_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
+    assert not semi_structured.is_two_of_four(torch.tensor([[0.0, 0, 0, 0, 1, 2, 0, 3]]))
+    assert not semi_structured.is_two_of_four(torch.zeros(1, 6))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="semi_structured runs on CUDA alone, and there is none here")
@@ -355,7 +359,7 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
     methods.prune(model, Weight("weight"), 0.9, None)
     model, kernel = execution.prepare(model, Execution("bitmap"))
     facts = {"method": {"family": "weight"}, "execution": "bitmap"}
-    checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
+    saving.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     assert sum(t.nbytes for t in weights.values()) == counting.size(counting.stock(model))["stored_bytes"]
     again, _ = sweep.load_model(tmp_path / "saved")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sweep import catalogue, task_identity
 from sweep.config import Benchmarks, RequestError
+from sweep.measuring import catalogue, task_identity
 from test_identity import write_task
 
 HUB = ("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq")

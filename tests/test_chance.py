@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import permutation_test
 
-from sweep import chance, paired
+from sweep.report import chance, paired
 
 NOISES = {
     "normal": lambda draw, shape: draw.normal(0, 1, shape),

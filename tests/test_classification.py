@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from sweep import classification
+from sweep.measuring import classification
 
 
 def test_two_classes_by_hand() -> None:

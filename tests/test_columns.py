@@ -9,8 +9,11 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import advice, catalogue, columns, paired, plot, report, runner, store
+from sweep import runner, store
 from sweep.config import RequestError
+from sweep.measuring import catalogue
+from sweep.report import advice, paired, plot, rendering
+from sweep.store import columns
 
 
 def test_no_task_name_turns_a_metric_around() -> None:
@@ -175,7 +178,7 @@ def written(path: Path, rows: pd.DataFrame, names: tuple[str, str]) -> str:
 def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert columns.stderr(STRICT) == "gsm8k/exact_match_stderr,strict-match"
     place = written(tmp_path / "rows", filtered(), ("exact_match,strict-match", "exact_match,flexible-extract"))
-    report.main([place, "--formats", "png"])
+    rendering.main([place, "--formats", "png"])
     files = {path.stem for path in (tmp_path / "rows" / "report").iterdir()}
     assert {
         "gsm8k-exact_match-strict-match-against-sparsity",
@@ -187,7 +190,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     assert table[f"{STRICT}_high"].tolist() == pytest.approx([0.4392, 0.1392])  # its own standard error
     page = (tmp_path / "rows" / "report" / "report.html").read_text()
     assert f'"errors":{{"{STRICT}":"{columns.stderr(STRICT)}"' in page
-    report.main(
+    rendering.main(
         [
             place,
             "--out",
@@ -211,7 +214,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     assert STRICT in runner.table([row]) and FLEXIBLE in runner.table([row])
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        report.main([place, "--y", "gsm8k/exact_match"])
+        rendering.main([place, "--y", "gsm8k/exact_match"])
     assert f"It is there under each of its answer filters. Among them: {STRICT}, {FLEXIBLE}" in capsys.readouterr().err
 
 

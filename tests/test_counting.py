@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import GATED, random_tokens, tiny_model
-from sweep import checkpoint, counting, methods, models, run
+from sweep import run, saving
 from sweep.config import (
     Benchmarks,
     Calibration,
@@ -35,6 +35,9 @@ from sweep.config import (
     Weight,
     checked_weight,
 )
+from sweep.measuring import counting
+from sweep.models import anatomy, loading
+from sweep.pruning import methods
 
 BLOCKS, VOCABULARY, HIDDEN, INNER, EXPERTS, TAKEN = 3, 259, 16, 24, 3, 2
 SHAPE = GATED | {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, "max_position_embeddings": 128}
@@ -132,7 +135,7 @@ def ran(
 ) -> tuple[dict, dict, dict[str, Tensor]]:
     """(row, tables, parameters after pruning) of the case, run as a cell is."""
     tokenizer, after = AutoTokenizer.from_pretrained(checkpoint_folder), dict[str, Tensor]()
-    monkeypatch.setattr(models, "load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(loading, "load", lambda *_: (model, tokenizer))
     prepare = run.execution.prepare
 
     def noting(pruned: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
@@ -163,9 +166,9 @@ def test_every_counted_column_is_what_a_hand_count_says(
     case: Case, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
 ) -> None:
     model = make(case.model)
-    before, all_blocks = parameters(model), list(models.blocks(model))
+    before, all_blocks = parameters(model), list(anatomy.blocks(model))
     row, tables, after = ran(case, tiny_checkpoint, tmp_path, monkeypatch, model)
-    left = [number for number, block in enumerate(all_blocks) if any(block is b for b in models.blocks(model))]
+    left = [number for number, block in enumerate(all_blocks) if any(block is b for b in anatomy.blocks(model))]
     assert case.left is None or case.left == tuple(left)
     after = {re.sub(r"layers\.(\d+)\.", lambda m: f"layers.{left[int(m[1])]}.", name): p for name, p in after.items()}
 
@@ -249,7 +252,7 @@ def test_zeros_of_the_dense_model_are_not_removed(
     criterion: Any, execution: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("biased")
-    for block in models.blocks(model):
+    for block in anatomy.blocks(model):
         block.self_attn.q_proj.bias.data.zero_()
         block.mlp.up_proj.weight.data[:, ::2] = 0
     before = parameters(model)
@@ -293,7 +296,7 @@ def test_a_checkpoint_of_every_family_has_the_bytes_that_are_counted(
     family: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = tiny_model(family)
-    checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", {"method": {}})
+    saving.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", {"method": {}})
     files = [load_file(file) for file in (tmp_path / "saved").glob("*.safetensors")]
     assert counting.stock(model).stored_bytes == sum(t.nbytes for weights in files for t in weights.values())
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sweep import divergence, quality, scorer, surgery, text, vocabulary
 from sweep.config import Benchmarks, Cell, Dense, Efficiency, Execution, Model
+from sweep.measuring import divergence, quality, scorer
+from sweep.models import remapping, surgery
+from sweep.texts import text
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:
@@ -89,7 +91,7 @@ def test_a_smaller_vocabulary_keeps_its_probabilities(tiny_checkpoint: Path, cac
     kept = [i for i in range(len(tokenizer)) if i not in unused]
     surgery.remove_tokens(model, torch.tensor(kept))
     found, _ = quality.evaluate(
-        model, vocabulary.remapped(tokenizer, kept), cell.benchmarks, None, divergence.of_dense(cell)
+        model, remapping.remapped(tokenizer, kept), cell.benchmarks, None, divergence.of_dense(cell)
     )
     assert np.isfinite(found["pydoc/kl_from_dense"]) and 0 <= found["pydoc/kl_from_dense"] < 0.5
 

@@ -17,7 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import frames
-from sweep import catalogue, columns, config, published, report, store
+from sweep import config, store
+from sweep.measuring import catalogue
+from sweep.report import published, rendering
+from sweep.store import columns
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -36,7 +39,7 @@ def commands() -> list[str]:
 def test_the_column_reference_is_made_from_the_schema() -> None:
     assert set(columns.MEANINGS) == set(store.COLUMNS)
     page = (ROOT / "docs/metrics.md").read_text()
-    assert page == columns.markdown(), "stale: python -m sweep.columns > docs/metrics.md"
+    assert page == columns.markdown(), "stale: python -m sweep.store.columns > docs/metrics.md"
 
 
 @pytest.mark.parametrize(
@@ -201,8 +204,8 @@ def test_every_report_in_the_documentation_runs(
     monkeypatch.chdir(place)
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
-            report.main(words)
+            rendering.main(words)
         assert stop.value.code == 0
     else:
-        report.main([*words, "--out", str(tmp_path)])  # the last --out counts
+        rendering.main([*words, "--out", str(tmp_path)])  # the last --out counts
         assert list(tmp_path.glob("*.png"))

@@ -16,8 +16,10 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import cache, drop, methods, models, unit_requests, units
+from sweep import cache
 from sweep.config import Drop, Head, Layer, Neuron, RequestError
+from sweep.models import anatomy
+from sweep.pruning import drop, methods, unit_requests, units
 
 
 def plain(model: PreTrainedModel, prompts: Sequence, answers: Sequence) -> np.ndarray:
@@ -35,7 +37,7 @@ def zeroed(model: PreTrainedModel, block: int, columns: torch.Tensor, part: str)
     method = Neuron() if part == "neuron" else Head()
     copied = copy.deepcopy(model)
     with torch.no_grad():
-        models.weight(units.parts(copied, method)[block].output)[:, columns] = 0
+        anatomy.weight(units.parts(copied, method)[block].output)[:, columns] = 0
     return copied
 
 
@@ -90,7 +92,7 @@ def test_the_head_is_spared_where_the_bound_allows_it(monkeypatch: pytest.Monkey
 
 
 def test_a_removed_block_gives_what_the_model_without_it_gives(family: str) -> None:
-    from sweep import surgery
+    from sweep.models import surgery
 
     model, tokens = tiny_model(family), random_tokens(3, 9)
     with torch.inference_mode():
@@ -112,7 +114,7 @@ def test_the_first_order_estimate_is_the_derivative(family: str) -> None:
     for sign in (1, -1):
         moved = copy.deepcopy(model).double()
         with torch.no_grad():
-            models.weight(units.parts(moved, Neuron())[0].output)[:, 3] *= 1 + sign * step
+            anatomy.weight(units.parts(moved, Neuron())[0].output)[:, 3] *= 1 + sign * step
         changes.append(float(scheme(plain(moved, *QUESTIONS))))
     assert float(estimate[3]) == pytest.approx(-(changes[0] - changes[1]) / (2 * step), rel=1e-2, abs=1e-6)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -16,8 +16,10 @@ from scipy.signal import lfilter
 from scipy.stats import binom
 
 from conftest import random_tokens, tiny_model
-from sweep import efficiency, methods
+from sweep import cost
 from sweep.config import Efficiency, RequestError, Weight
+from sweep.measuring import efficiency
+from sweep.pruning import methods
 
 SETTINGS = Efficiency(prompt_tokens=8, output_tokens=3, warmup=1, repeats=6)
 
@@ -27,7 +29,7 @@ def test_forward_passes_are_those_of_the_calibration_text(family: str) -> None:
     passes = {}
     for criterion, sequential in (("magnitude", True), ("wanda", False), ("wanda", True)):
         model = tiny_model(family)
-        with efficiency.ForwardPasses(model) as counted:
+        with cost.ForwardPasses(model) as counted:
             methods.prune(model, Weight("weight", criterion=criterion), 0.5, tokens, sequential=sequential)
         passes[criterion, sequential] = counted.of(tokens.numel())
         model(tokens)  # counted no more
@@ -35,7 +37,7 @@ def test_forward_passes_are_those_of_the_calibration_text(family: str) -> None:
     # twice through the first block; through the second, the last, once: nobody reads what its pruned form puts out
     assert passes == {("magnitude", True): 0, ("wanda", False): 1, ("wanda", True): 1.5}
     model = tiny_model(family)
-    with efficiency.ForwardPasses(model) as counted:
+    with cost.ForwardPasses(model) as counted:
         copy.deepcopy(model)(tokens)
     assert counted.of(tokens.numel()) == 1
 
@@ -172,7 +174,7 @@ def test_all_looks_together_miss_the_median_of_any_distribution_in_one_of_twenty
 def test_peak_memory_sees_what_was_held_during_the_work_and_forgets_what_came_before() -> None:
     size = 200 << 20
     torch.ones(size * 2, dtype=torch.uint8)  # freed before: not to be counted
-    with efficiency.PeakMemory("cpu") as memory:
+    with cost.PeakMemory("cpu") as memory:
         torch.ones(size, dtype=torch.uint8)
     assert memory.base is not None and memory.peak is not None
     assert 0.95 * size < memory.peak - memory.base < 1.3 * size

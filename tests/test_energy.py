@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conftest import tiny_model
-from sweep import efficiency, energy
 from sweep.config import Efficiency
+from sweep.measuring import efficiency, energy
 
 SETTINGS = Efficiency(prompt_tokens=4, output_tokens=3, batch_size=2)
 

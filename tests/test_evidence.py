@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import advice, frontier, knobs, plot, report, tables
-from sweep.evidence import NOTHING, Evidence
+from sweep.report import advice, frontier, plot, rendering, tables, variants
+from sweep.report.evidence import NOTHING, Evidence
 
 PAGES, METRIC, COST = 17, "pydoc/token_perplexity", "decode_ms_paired"
 
@@ -35,7 +35,7 @@ def cells(added: dict[str, float], noise: float = 0.01, seeds: int = 1) -> tuple
         mean = (losses * tokens).sum() / tokens.sum()
         rows.loc[i, [METRIC, f"{METRIC}_stderr"]] = np.exp(mean), np.exp(mean) * 0.2
         rows.loc[i, ["pydoc/acc", "pydoc/acc_stderr"]] = outcomes.acc.mean(), 0.1
-    ready = frontier.numbered(frontier.with_paired_latency(knobs.with_variant(rows)))
+    ready = frontier.numbered(frontier.with_paired_latency(variants.with_variant(rows)))
     return ready, pd.concat(samples, ignore_index=True)
 
 
@@ -105,7 +105,7 @@ def test_the_unpaired_comparison_is_welchs(scale: float) -> None:
     draw = np.random.default_rng(0)
     rows = frames.rows(seeds=4, sparsities=(0.5,), methods=frames.METHODS[:2])
     rows["capitals/acc"] = scale * draw.normal(0.5, 0.1, len(rows))
-    points = frontier.points(knobs.with_variant(rows), "sparsity", "capitals/acc")
+    points = frontier.points(variants.with_variant(rows), "sparsity", "capitals/acc")
     places = np.flatnonzero(points.method != "dense")
     found = NOTHING.p_values(points, places[:1], places[1:], "capitals/acc")
     values = [rows.loc[rows.criterion == criterion, "capitals/acc"] for criterion in ("magnitude", "wanda")]
@@ -185,7 +185,7 @@ def test_a_report_says_by_what_it_marks_and_what_its_intervals_are_over(tmp_path
     for cell, outcomes in samples.groupby("cell"):
         outcomes.drop(columns="cell").to_parquet(tmp_path / "samples" / f"{cell}.parquet")
     out = tmp_path / "report"
-    report.report([str(tmp_path)], out, report.Wanted(y=(METRIC,), x=("latency",), formats=("svg",), html=False))
+    rendering.report([str(tmp_path)], out, rendering.Wanted(y=(METRIC,), x=("latency",), formats=("svg",), html=False))
     lines = [line.split("|") for line in (out / "table.md").read_text().splitlines() if "| 0.5 |" in line]
     table = {line[1].strip(): line[4] for line in lines}
     assert "**" in table["weight a"] and "~" not in table["weight b"] and "~" in table["weight c"]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sweep import frontier
+from sweep.report import frontier
 
 
 def test_pareto_is_what_nothing_dominates() -> None:

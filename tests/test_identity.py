@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pytest
 
-from sweep import config, hub, identity, plan, row, sources, text
+from sweep import config, identity, plan, provenance, versions
 from sweep.config import (
     FAMILIES,
     GROUPS,
@@ -30,6 +30,8 @@ from sweep.config import (
     Perplexity,
     Weight,
 )
+from sweep.models import origin
+from sweep.texts import corpora, text
 from test_config import asked
 
 YAML = """
@@ -170,7 +172,7 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     for name in ("calibration.txt", "evaluation.txt"):
         shutil.copy(tmp_path / name, tmp_path / "elsewhere")
     shutil.copytree(cell.model.path, tmp_path / "elsewhere" / "moved")
-    monkeypatch.setattr(hub, "joined", lambda corpus, *_: "the text of a data set " * 100)
+    monkeypatch.setattr(corpora, "joined", lambda corpus, *_: "the text of a data set " * 100)
     of_hub = replace(cell, calibration=Calibration("org/name", split="train"))
     others: dict[str, tuple[Cell, Any]] = {
         "model.name": (cell, "another"),
@@ -249,41 +251,41 @@ DEFAULTS = {  # of the present measuring version, which rises when one of these 
 
 def test_recorded_names_leave_out_the_defaults_of_today() -> None:
     """A default that is added is none of the matter."""
-    assert identity.MEASURING_VERSION == 6  # else write down the defaults of the new version
+    assert versions.MEASURING_VERSION == 6  # else write down the defaults of the new version
     for group, recorded in DEFAULTS.items():
         today = {f.name: str(f.default) for f in dataclasses.fields(getattr(config, group))}
         for setting in recorded.split():
             name, _, default = setting.partition("=")
-            assert today[name] == default, f"{group}.{name}: raise identity.MEASURING_VERSION"
+            assert today[name] == default, f"{group}.{name}: raise versions.MEASURING_VERSION"
 
 
 def test_what_a_checkpoint_weighs_counts_and_what_lies_beside_it_does_not(cell: Cell) -> None:
-    folder, before = Path(cell.model.path), sources.fingerprint(cell.model)
+    folder, before = Path(cell.model.path), origin.fingerprint(cell.model)
     (folder / "README.md").write_text("what it is")
     (folder / "optimizer.pt").write_bytes(b"state")
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"older")
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))
-    assert sources.fingerprint(cell.model) == before
+    assert origin.fingerprint(cell.model) == before
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + b"\0")  # the same size
-        assert sources.fingerprint(cell.model) != before, name
+        assert origin.fingerprint(cell.model) != before, name
         (folder / name).write_bytes(whole)
-    assert sources.fingerprint(cell.model) == before
+    assert origin.fingerprint(cell.model) == before
 
 
 def test_the_hash_of_a_large_file_is_kept_for_other_processes(
     cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = sources.fingerprint(cell.model)
-    monkeypatch.setattr(sources, "_REMEMBERED", 1)
-    sources._file_hash.cache_clear()
-    assert sources.fingerprint(cell.model) == before
-    sources._file_hash.cache_clear()
-    monkeypatch.setattr(sources.hashlib, "file_digest", lambda *_: pytest.fail("it is known"))
-    assert sources.fingerprint(cell.model) == before
+    before = origin.fingerprint(cell.model)
+    monkeypatch.setattr(origin, "_REMEMBERED", 1)
+    origin._file_hash.cache_clear()
+    assert origin.fingerprint(cell.model) == before
+    origin._file_hash.cache_clear()
+    monkeypatch.setattr(origin.hashlib, "file_digest", lambda *_: pytest.fail("it is known"))
+    assert origin.fingerprint(cell.model) == before
 
 
 def test_texts_are_hashed_by_what_they_hold(cell: Cell, tmp_path: Path) -> None:
@@ -309,7 +311,7 @@ def test_a_text_is_read_once_for_all_cells(cell: Cell, monkeypatch: pytest.Monke
     plan.make([(c, ()) for c in cells], Options(results=str(tmp_path / "results")))
     for c in cells:
         plan._check_calibration(c.calibration, None)
-        row.describe(c, "command")
+        provenance.describe(c, "command")
     assert sorted(read) == [str(tmp_path / "calibration.txt"), str(tmp_path / "evaluation.txt")]
 
 
@@ -366,7 +368,7 @@ def test_names_are_the_same_in_every_process(cell: Cell, tmp_path: Path) -> None
 def test_an_embedded_task_is_hashed_with_its_prompt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cell: Cell
 ) -> None:
-    from sweep import task_identity
+    from sweep.measuring import task_identity
 
     before = identity.cell_name(cell)
     shutil.copytree(task_identity.TASK_FOLDER, tmp_path / "tasks")

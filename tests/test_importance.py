@@ -11,8 +11,10 @@ import torch
 from scipy.stats import spearmanr
 
 from conftest import random_tokens, tiny_model
-from sweep import config, importance, models, units
+from sweep import config, importance
 from sweep.config import Neuron, RequestError
+from sweep.models import anatomy
+from sweep.pruning import units
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:
@@ -37,7 +39,7 @@ def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) ->
             return float(torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()))
 
         before = loss()
-        models.weight(units.parts(model, Neuron())[int(row.block)].output)[:, int(row.unit)] = 0
+        anatomy.weight(units.parts(model, Neuron())[int(row.block)].output)[:, int(row.unit)] = 0
         assert row["drop"] == pytest.approx(loss() - before, abs=1e-5)
     assert frame["drop"].to_numpy() == pytest.approx((frame.drop_half_0 + frame.drop_half_1).to_numpy() / 2)
     for name in config.PROXIES:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, TINY, random_tokens, tiny_model
-from sweep import calibrate, drop, efficiency, logits, models, perplexity, scorer, unit_statistics
+from sweep import cost
 from sweep.config import Perplexity
-from sweep.logits import Tail, descend
+from sweep.measuring import perplexity, scorer
+from sweep.models import anatomy, logits
+from sweep.models.logits import Tail, descend
+from sweep.pruning import calibrate, drop, unit_statistics
 
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -33,7 +36,7 @@ def other(name: str) -> PreTrainedModel:
 
 
 def outputs(model: PreTrainedModel) -> list[nn.Module]:
-    return [ffn.output for ffn in models.ffns(model)]
+    return [ffn.output for ffn in anatomy.ffns(model)]
 
 
 @pytest.fixture(params=[*FAMILIES, *(f"other {name}" for name in OTHERS)])
@@ -101,7 +104,7 @@ def test_a_model_that_does_more_to_its_states_is_read_whole(monkeypatch: pytest.
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Tensor]:
-    return models.matrices(models.blocks(model)[0], models.block_names(model)[0])
+    return anatomy.matrices(anatomy.blocks(model)[0], anatomy.block_names(model)[0])
 
 
 def requests(tokens: Tensor) -> list[scorer.Request]:
@@ -113,7 +116,7 @@ WORK: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
     "units, drawn labels": lambda m, t: unit_statistics.gather(m, outputs(m), [1, 1], t, labels="model"),
     "units, no labels": lambda m, t: unit_statistics.gather(m, outputs(m), [1, 1], t, labels=None),
     "weights": lambda m, t: calibrate.gradient_norms(m, t, matrices(m)),
-    "blocks": lambda m, t: unit_statistics.block_cosines(list(models.blocks(m)), m, t),
+    "blocks": lambda m, t: unit_statistics.block_cosines(list(anatomy.blocks(m)), m, t),
     "first order": lambda m, t: drop.first_order(m, drop.probe_of_text(t), outputs(m)),
     "scores": lambda m, t: scorer.score(m, requests(t), budget=4096, widest=0),
     "likeliest": lambda m, t: scorer.score(m, requests(t), budget=4096, widest=0, top=3, probes=[]),
@@ -154,7 +157,7 @@ def test_a_large_vocabulary_takes_no_more_memory_than_its_pieces(labels: Any, mo
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **shape), dtype=torch.bfloat16).eval()
     tokens = torch.randint(3, 65_536, (8, 64), generator=torch.Generator().manual_seed(0))
     unit_statistics.gather(model, outputs(model), [1, 1], tokens[:1, :4], labels=labels)  # the allocator's own
-    with efficiency.PeakMemory("cpu") as memory:
+    with cost.PeakMemory("cpu") as memory:
         unit_statistics.gather(model, outputs(model), [1, 1], tokens, labels=labels)
     assert memory.peak is not None and memory.base is not None
     assert memory.peak - memory.base < 48 * 2**20  # a batch's logits are 64 MiB in float32, and there were five of them

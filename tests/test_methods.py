@@ -12,8 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import config, methods, models, select, unit_statistics, weights
+from sweep import config
 from sweep.config import FAMILIES, GROUPS, Dense, Head, Layer, Method, Neuron, RequestError, Vocab, Weight
+from sweep.models import anatomy
+from sweep.pruning import methods, select, unit_statistics, weights
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -24,7 +26,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def taylor_abs(
     model: PreTrainedModel, tokens: torch.Tensor, labels: Literal["text", "model"] = "text"
 ) -> list[torch.Tensor]:
-    outputs = [ffn.output for ffn in models.ffns(model)]
+    outputs = [ffn.output for ffn in anatomy.ffns(model)]
     found = unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels)
     return [seen.product_abs.float() for seen in found]
 
@@ -35,7 +37,7 @@ def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str,
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     outcome = methods.prune(model, Weight("weight", targets=targets), sparsity, None)
-    linears = models.linears(model)
+    linears = anatomy.linears(model)
     touched = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert touched <= {f"{name}.weight" for name in linears}
     pruned = 0
@@ -72,11 +74,11 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
     shrunk = copy.deepcopy(model)
     outcome = methods.prune(shrunk, Neuron(criterion="taylor_abs", scope=scope), sparsity, tokens)
     removed = 0
-    for ffn, small, scores in zip(models.ffns(model), models.ffns(shrunk), importance, strict=True):
+    for ffn, small, scores in zip(anatomy.ffns(model), anatomy.ffns(shrunk), importance, strict=True):
         gone = scores.argsort(stable=True)[: ffn.width - small.width]
         removed += len(gone)
         with torch.no_grad():
-            models.weight(ffn.output)[:, gone] = 0
+            anatomy.weight(ffn.output)[:, gone] = 0
     assert removed == select.count(48, sparsity) if scope == "global" else removed == 2 * select.count(24, sparsity)
     assert outcome.removed / outcome.targets == pytest.approx(removed / 48)
     torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
@@ -85,7 +87,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
 def test_every_block_keeps_a_neuron(family: str) -> None:
     model = tiny_model(family)
     methods.prune(model, Neuron(scope="global"), 46 / 48, random_tokens())
-    assert [ffn.width for ffn in models.ffns(model)] == [1, 1]
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [1, 1]
 
 
 def test_calibration_changes_nothing_and_holds_nothing(family: str) -> None:
@@ -106,7 +108,7 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(
     model, tokens = tiny_model(family), random_tokens()
     # as if the likeliest token were drawn at every position
     monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(1, keepdim=True))
-    ffn = models.ffns(model)[1]
+    ffn = anatomy.ffns(model)[1]
     seen = []
 
     def keep(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -126,7 +128,7 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(
 
 def test_drawn_next_tokens_follow_the_model_and_the_seed() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
-    outputs = [ffn.output for ffn in models.ffns(model)]
+    outputs = [ffn.output for ffn in anatomy.ffns(model)]
 
     def signed(seed: int, labels: Literal["text", "model"] = "model") -> torch.Tensor:
         return unit_statistics.gather(model, outputs, [1, 1], tokens, labels=labels, seed=seed)[1].product
@@ -147,7 +149,7 @@ def test_dense_removes_nothing(family: str) -> None:
 
 def test_nan_weights_are_named_with_their_layer() -> None:
     model = tiny_model("llama")
-    name, linear = next(iter(models.linears(model).items()))
+    name, linear = next(iter(anatomy.linears(model).items()))
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"{name}: 1 of .* weights are NaN or infinite"):

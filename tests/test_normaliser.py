@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sweep import normaliser
+from sweep.pruning import normaliser
 
 
 @pytest.mark.parametrize("bias", [True, False])

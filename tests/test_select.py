@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sweep import select
+from sweep.pruning import select
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ import pytest
 import sweep
 from sweep import store
 from sweep.config import RequestError
-from sweep.folder import Folder
+from sweep.store.storage import Folder
 
 
 def row(cell: str, **more: object) -> dict:

@@ -28,8 +28,10 @@ from transformers import (
 )
 
 from conftest import random_tokens, tiny_model
-from sweep import checkpoint, headers, methods, models, plan, stored
+from sweep import plan, saving
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Neuron, RequestError, Vocab, Weight
+from sweep.models import anatomy, headers, loading, stored
+from sweep.pruning import methods
 from test_cli import QUICK, run
 
 State = dict[str, Tensor]
@@ -72,7 +74,7 @@ def refused(folder: Path, message: str) -> None:
         headers.check(local(folder))
         asked(local(folder))
     with pytest.raises(RequestError, match=message):
-        models.load(local(folder), "float32", "cpu")
+        loading.load(local(folder), "float32", "cpu")
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -117,7 +119,7 @@ def renamed(old: str, new: str) -> Edit:
 def test_tensors_that_do_not_fit_are_named(folder: Path, edit: Edit, message: str) -> None:
     refused(edited(folder, edit), message)
     with pytest.raises(RequestError, match=message) if "NaN" not in message else pytest.raises(RequestError):
-        models.check(local(folder))
+        loading.check(local(folder))
 
 
 def test_more_layers_than_the_configuration_tells_of_are_refused(folder: Path) -> None:
@@ -136,7 +138,7 @@ WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "
 def test_wrappers_around_names_are_read(family: str, tmp_path: Path) -> None:
     """DataParallel, torch.compile, PEFT and DeepSpeed around the model; FSDP and compilation around its blocks."""
     model = tiny_model(family)
-    block = f"{models.block_names(model)[0]}."
+    block = f"{anatomy.block_names(model)[0]}."
     for i, edit in enumerate(
         (
             *(lambda s, w=w: {w + n: t for n, t in s.items()} for w in WRAPPERS),
@@ -166,21 +168,21 @@ class Mask(nn.Module):
 @pytest.mark.parametrize("how", ["prune", "parametrize"])
 def test_pairs_of_torch_pruning_are_their_product(family: str, how: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    for module in models.linears(model).values():
+    for module in anatomy.linears(model).values():
         if how == "prune":
             prune.l1_unstructured(module, "weight", amount=0.5)
         else:
             parametrize.register_parametrization(module, "weight", Mask(torch.rand_like(module.weight) > 0.5))
     model.config.save_pretrained(tmp_path)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    assert sum("mask" in name for name in state) == len(models.linears(model))
+    assert sum("mask" in name for name in state) == len(anatomy.linears(model))
     save_file(
         {name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     stored.check(tmp_path)
     loaded = stored.load(tmp_path, torch.float32)
     assert torch.equal(logits(loaded), logits(model))
-    assert any((module.weight == 0).float().mean() > 0.4 for module in models.linears(loaded).values())
+    assert any((module.weight == 0).float().mean() > 0.4 for module in anatomy.linears(loaded).values())
 
 
 @pytest.mark.parametrize(
@@ -220,11 +222,11 @@ def test_one_tensor_under_two_names_is_refused(folder: Path, pair: bool) -> None
 @pytest.mark.parametrize("method", [Weight("weight"), Neuron(criterion="l2")])
 def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(folder: Path, tmp_path: Path, method: Any) -> None:
     assert "lm_head.weight" in load_file(configured(folder, tie_word_embeddings=True) / "model.safetensors")
-    model, tokenizer = models.load(local(folder), "float32", "cpu")
+    model, tokenizer = loading.load(local(folder), "float32", "cpu")
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     methods.prune(model, method, 0.5, None)
-    checkpoint.save(model, tokenizer, tmp_path / "saved")
-    again, _ = models.load(local(tmp_path / "saved"), "float32", "cpu")
+    saving.save(model, tokenizer, tmp_path / "saved")
+    again, _ = loading.load(local(tmp_path / "saved"), "float32", "cpu")
     assert torch.equal(logits(model), logits(again))
 
 
@@ -300,7 +302,7 @@ def test_damaged_and_missing_files_are_named(folder: Path, spoil: Callable[[Path
         headers.check(local(folder))
         asked(local(folder))
     with pytest.raises(RequestError):
-        models.load(local(folder), "float32", "cpu")
+        loading.load(local(folder), "float32", "cpu")
 
 
 def as_pickles(folder: Path) -> None:
@@ -314,12 +316,12 @@ def as_pickles(folder: Path) -> None:
 
 
 def test_shards_and_pickles_of_both_formats_load(folder: Path) -> None:
-    expected = logits(models.load(local(folder), "float32", "cpu")[0])
+    expected = logits(loading.load(local(folder), "float32", "cpu")[0])
     for write in (in_shards, lambda f: as_pickle(f, _use_new_zipfile_serialization=False), as_pickles):
         write(folder)
         headers.check(local(folder))
         asked(local(folder))
-        assert torch.equal(logits(models.load(local(folder), "float32", "cpu")[0]), expected)
+        assert torch.equal(logits(loading.load(local(folder), "float32", "cpu")[0]), expected)
         model = AutoModelForCausalLM.from_pretrained(folder)
         for file in (*folder.glob("model*"), *folder.glob("pytorch_model*")):
             file.unlink()
@@ -407,20 +409,20 @@ def test_a_model_that_sees_later_tokens_is_found_out_by_trying(folder: Path) -> 
     config = AutoConfig.for_model("xlnet", vocab_size=64, d_model=16, n_layer=2, n_head=4, d_inner=24)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     with pytest.raises(RequestError, match="is no decoder: what it says of a token changes with the tokens after it"):
-        models.load(local(folder), "float32", "cpu")
+        loading.load(local(folder), "float32", "cpu")
 
 
 def test_decoders_are_found_to_be_decoders(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        models._check_causal(tiny_model(family).to(dtype), "here")
+        loading._check_causal(tiny_model(family).to(dtype), "here")
 
 
 def test_numbers_too_large_for_the_dtype_are_refused_with_another(folder: Path) -> None:
     edited(folder, lambda state: state | {"model.norm.weight": torch.full((16,), 1e6)})
     asked(local(folder))
-    models.load(local(folder), "bfloat16", "cpu")
+    loading.load(local(folder), "bfloat16", "cpu")
     with pytest.raises(RequestError, match="model.norm.weight. as float16: try dtype=bfloat16 or float32"):
-        models.load(local(folder), "float16", "cpu")
+        loading.load(local(folder), "float16", "cpu")
 
 
 def test_a_tokenizer_that_cannot_begin_a_text_is_refused_where_text_is_scored(folder: Path) -> None:
@@ -451,11 +453,11 @@ def test_a_tokenizer_that_cannot_begin_a_text_is_refused_where_text_is_scored(fo
     ],
 )
 def test_a_folder_of_sweep_is_held_to_the_same(folder: Path, tmp_path: Path, edit: Edit, message: str) -> None:
-    model, tokenizer = models.load(local(folder), "float32", "cpu")
+    model, tokenizer = loading.load(local(folder), "float32", "cpu")
     methods.prune(model, Neuron(criterion="l2", blocks=(0,)), 0.5, None)
-    checkpoint.save(model, tokenizer, tmp_path / "own")
+    saving.save(model, tokenizer, tmp_path / "own")
     asked(local(tmp_path / "own"))
-    assert torch.equal(logits(models.load(local(tmp_path / "own"), "float32", "cpu")[0]), logits(model))
+    assert torch.equal(logits(loading.load(local(tmp_path / "own"), "float32", "cpu")[0]), logits(model))
     refused(edited(tmp_path / "own", edit), message)
 
 
@@ -497,11 +499,11 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, cache_folder
         writer.close()
         return Model(file.stem, "gguf", path=str(file))
 
-    models.load(write(tmp_path / "whole.gguf", None), "float32", "cpu")
+    loading.load(write(tmp_path / "whole.gguf", None), "float32", "cpu")
     with pytest.raises(
         RequestError, match=r"lacks.gguf is not the model .* missing: 1 \(model.layers.0.mlp.up_proj.weight\)"
     ):
-        models.load(write(tmp_path / "lacks.gguf", "blk.0.ffn_up"), "float32", "cpu")
+        loading.load(write(tmp_path / "lacks.gguf", "blk.0.ffn_up"), "float32", "cpu")
     lacks = Cell(
         Model("lacks", "gguf", path=str(tmp_path / "lacks.gguf")),
         Weight("weight"),
@@ -536,7 +538,7 @@ def test_models_of_the_hub_are_held_to_the_same(folder: Path, tmp_path: Path, mo
     def loaded() -> Tensor:
         headers.check(model)
         asked(model)
-        return logits(models.load(model, "float32", "cpu")[0])
+        return logits(loading.load(model, "float32", "cpu")[0])
 
     expected = loaded()
     edited(snapshot, lambda state: {f"module.{name}": tensor for name, tensor in state.items()})
@@ -545,15 +547,15 @@ def test_models_of_the_hub_are_held_to_the_same(folder: Path, tmp_path: Path, mo
     kept = (whole / "model.safetensors").read_bytes()
     edited(snapshot, lambda state: {name: t.to(torch.int8) if "gate" in name else t for name, t in state.items()})
     with pytest.raises(RequestError, match="holds quantised weights"):
-        models.load(model, "float32", "cpu")
+        loading.load(model, "float32", "cpu")
     (whole / "model.safetensors").write_bytes(kept)
     edited(snapshot, without("layers.1."))
     with pytest.raises(RequestError, match="tensors missing: 9"):
         loaded()
     with pytest.raises(RequestError, match="tensors missing: 9"):
-        models.load(model, "float32", "cpu")
+        loading.load(model, "float32", "cpu")
     configured(snapshot, quantization_config={"quant_method": "gptq"})
     with pytest.raises(RequestError, match=r"is quantised \(gptq\)"):
         headers.check(model)
     with pytest.raises(RequestError, match=r"is quantised \(gptq\)"):
-        models.load(model, "float32", "cpu")
+        loading.load(model, "float32", "cpu")

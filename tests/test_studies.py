@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import FAMILIES
-from sweep import identity, store, text
+from sweep import store, versions
 from sweep.config import Calibration
+from sweep.texts import text
 from test_cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,7 @@ RECORDED = {path.parent.name: path for path in sorted(ROOT.glob("experiments/*/r
 def test_a_study_is_recorded_by_this_version_from_committed_code(study: str) -> None:
     rows = store.load(RECORDED[study])
     dirty = rows.git_commit.fillna("-dirty").str.endswith("-dirty")  # an installed wheel has no commit to come back to
-    current = not dirty.any() and set(rows.measuring_version) == {identity.MEASURING_VERSION}
+    current = not dirty.any() and set(rows.measuring_version) == {versions.MEASURING_VERSION}
     if study not in RECORDED_BEFORE:
         assert current, (
             f"{dirty.sum()} of {len(rows)} rows are of uncommitted code, versions {set(rows.measuring_version)}"

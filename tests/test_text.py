@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sweep import catalogue, text
 from sweep.config import Benchmarks, Calibration, RequestError
+from sweep.measuring import catalogue
+from sweep.texts import text
 
 
 def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:

@@ -13,26 +13,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import (
+from sweep import config, identity
+from sweep.config import PROXIES, Cell, Head, Layer, Neuron, RequestError, Vocab
+from sweep.models import anatomy, origin, surgery
+from sweep.pruning import (
     calibrate,
-    config,
-    heads,
-    identity,
-    layers,
+    depth,
     methods,
-    models,
     repair,
     select,
-    sources,
-    surgery,
     unit_requests,
     unit_scores,
     unit_statistics,
     units,
     vocabulary,
 )
-from sweep.config import PROXIES, Cell, Head, Layer, Neuron, RequestError, Vocab
-from sweep.unit_scores import Statistics
+from sweep.pruning.unit_scores import Statistics
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
@@ -72,15 +68,15 @@ def test_heads_shrunk_equal_heads_masked(family: str, unit: str, scope: str) -> 
     total = sum(part.units for part in parts)
     for part, keep in zip(parts, units.choose(parts, scores, method, 0.5, 0, total), strict=True):
         with torch.no_grad():
-            models.weight(part.output)[:, ~keep.repeat_interleave(part.size)] = 0
-    assert sum(a.heads for a in heads.attentions(shrunk)) == sum(a.heads for a in heads.attentions(model)) // 2
-    assert all(a.heads % a.groups == 0 for a in heads.attentions(shrunk))
+            anatomy.weight(part.output)[:, ~keep.repeat_interleave(part.size)] = 0
+    assert sum(a.heads for a in anatomy.attentions(shrunk)) == sum(a.heads for a in anatomy.attentions(model)) // 2
+    assert all(a.heads % a.groups == 0 for a in anatomy.attentions(shrunk))
     torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
 
 
 def test_key_value_groups_of_unequal_size_are_refused() -> None:
-    attention = heads.attentions(tiny_model("llama"))[0]
+    attention = anatomy.attentions(tiny_model("llama"))[0]
     with pytest.raises(ValueError, match=r"block 0: key-value groups would keep \[1, 2\] query heads"):
         surgery.remove_heads(attention, torch.tensor([True, True, True, False]))
 
@@ -90,7 +86,7 @@ def test_a_removed_layer_is_one_that_passes_its_input_on(family: str, gone: int)
     model = tiny_model(family)
     shrunk = copy.deepcopy(model)
     surgery.remove_layers(shrunk, [index != gone for index in range(2)])
-    models.blocks(model)[gone].forward = lambda hidden, *_, **__: hidden
+    anatomy.blocks(model)[gone].forward = lambda hidden, *_, **__: hidden
     torch.testing.assert_close(logits(shrunk), logits(model, use_cache=False), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
     assert shrunk.config.num_hidden_layers == 1
@@ -100,16 +96,16 @@ def test_a_removed_layer_is_one_that_passes_its_input_on(family: str, gone: int)
 def test_layers_go_by_influence_and_by_the_blocks_named() -> None:
     model = tiny_model("llama")
     with torch.no_grad():  # block 1 now adds nothing
-        models.blocks(model)[1].self_attn.o_proj.weight.zero_()
-        models.blocks(model)[1].mlp.down_proj.weight.zero_()
+        anatomy.blocks(model)[1].self_attn.o_proj.weight.zero_()
+        anatomy.blocks(model)[1].mlp.down_proj.weight.zero_()
     first, second = (copy.deepcopy(model) for _ in range(2))
     outcome = methods.prune(first, Layer(), 0.5, random_tokens())
     assert (outcome.sparsity_units, outcome.units_removed, outcome.sparsity) == (0.5, 1, 0.5)
     torch.testing.assert_close(logits(first), logits(model))
     outcome = methods.prune(second, Layer(criterion="random", blocks=(0,)), 0.9, None)
     assert outcome.units == 1 and outcome.sparsity == 1.0
-    assert torch.equal(models.blocks(second)[0].mlp.up_proj.weight, models.blocks(model)[1].mlp.up_proj.weight)
-    assert layers.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
+    assert torch.equal(anatomy.blocks(second)[0].mlp.up_proj.weight, anatomy.blocks(model)[1].mlp.up_proj.weight)
+    assert depth.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
 
 
 def test_vocabulary_rows_go_and_the_rest_answers_as_before(family: str) -> None:
@@ -185,14 +181,14 @@ def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) 
 def test_steps_measure_again_and_reach_the_same_count() -> None:
     model = tiny_model("llama")
     outcome = methods.prune(model, Neuron(steps=3), 0.5, random_tokens())
-    assert outcome.units_removed == 24 and sum(ffn.width for ffn in models.ffns(model)) == 24
+    assert outcome.units_removed == 24 and sum(ffn.width for ffn in anatomy.ffns(model)) == 24
 
 
 @pytest.mark.parametrize("multiple", [4, 5, 8])
 def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: int) -> None:
     model = tiny_model("llama")
     methods.prune(model, Neuron(multiple_of=multiple), 0.4, random_tokens())
-    widths = [ffn.width for ffn in models.ffns(model)]
+    widths = [ffn.width for ffn in anatomy.ffns(model)]
     assert all(width % multiple == 0 for width in widths)
     assert abs(sum(widths) - 0.6 * 48) <= multiple
 
@@ -200,7 +196,7 @@ def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: i
 def test_only_the_named_blocks_are_pruned() -> None:
     model = tiny_model("llama")
     outcome = methods.prune(model, Neuron(blocks=(1,)), 0.5, random_tokens())
-    assert [ffn.width for ffn in models.ffns(model)] == [24, 12] and outcome.sparsity == 0.5
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 12] and outcome.sparsity == 0.5
 
 
 def test_the_configuration_states_equal_widths() -> None:
@@ -213,13 +209,15 @@ def test_the_configuration_states_equal_widths() -> None:
 
 def test_flap_puts_the_mean_of_what_goes_into_a_bias() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
-    ffn = models.ffns(model)[0]
+    ffn = anatomy.ffns(model)[0]
     seen = units._statistics(model, Neuron(criterion="flap"), units.parts(model, Neuron()), tokens)[0]
     before = ffn.output.weight.detach().clone()
     methods.prune(model, Neuron(criterion="flap", blocks=(0,)), 0.5, tokens)
     scores = unit_scores.flap(before, seen, 1)
     gone = ~select.lowest(scores, 12)
-    torch.testing.assert_close(models.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone].float())
+    torch.testing.assert_close(
+        anatomy.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone].float()
+    )
 
 
 def test_scores_are_their_formulas() -> None:
@@ -258,7 +256,7 @@ def test_the_variance_of_what_hardly_fluctuates_is_exact(ratio: float) -> None:
     """mean / standard deviation = ratio, over many batches, against numpy in float64 of the same float32 values."""
     table = ratio + torch.randn(5000, 24, generator=torch.Generator().manual_seed(0))
     model, batches = tiny_model("llama"), iter(table.view(-1, 4, 50, 24))
-    output = models.ffns(model)[0].output
+    output = anatomy.ffns(model)[0].output
     output.register_forward_pre_hook(lambda *_: (next(batches),))  # the matrix reads the table, batch by batch
     (seen,) = unit_statistics.gather(model, [output], [1], random_tokens(100, 50), labels=None)
     exact = table.double().numpy()
@@ -340,7 +338,7 @@ def test_a_request_that_no_such_model_can_meet_is_refused(
         }
     )
     with pytest.raises(RequestError, match=message):
-        unit_requests.check(cell, sources.shape(cell.model))
+        unit_requests.check(cell, origin.shape(cell.model))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +411,7 @@ def test_the_most_that_is_possible_is_named_exactly(multiple_of: int) -> None:
     assert most == math.floor((24 - multiple_of) / 24 * 10_000) / 10_000
     model = tiny_model("llama")
     units.prune(model, method, most, None)
-    assert [ffn.width for ffn in models.ffns(model)] == [multiple_of, multiple_of]
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [multiple_of, multiple_of]
 
 
 def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

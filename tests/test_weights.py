@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
-from sweep import calibrate, checkpoint, counting, models, rebuild, scores, select, weights
+from sweep import saving
 from sweep.config import RequestError, Weight
+from sweep.measuring import counting
+from sweep.models import anatomy
+from sweep.pruning import calibrate, rebuild, scores, select, weights
 
 MOE = {
     "mixtral": {**GATED, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -39,8 +42,8 @@ def make(family: str) -> PreTrainedModel:
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Tensor]:
-    pairs = zip(models.block_names(model), models.blocks(model), strict=True)
-    return {name: weight for prefix, block in pairs for name, weight in models.matrices(block, prefix).items()}
+    pairs = zip(anatomy.block_names(model), anatomy.blocks(model), strict=True)
+    return {name: weight for prefix, block in pairs for name, weight in anatomy.matrices(block, prefix).items()}
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -64,7 +67,7 @@ def test_counts_are_exact_and_nothing_else_is_touched(family: str, criterion: st
     assert outcome.targets == sum(w.numel() for w in found.values())
     assert outcome.removed == select.count(outcome.targets, sparsity)
     assert sum(int((w == 0).sum()) for w in found.values()) == outcome.removed
-    inside = {parameter.data_ptr() for block in models.blocks(model) for parameter in block.parameters()}
+    inside = {parameter.data_ptr() for block in anatomy.blocks(model) for parameter in block.parameters()}
     for name, tensor in model.state_dict().items():
         if tensor.ndim < 2 or tensor.data_ptr() not in inside or "router" in name or name.endswith("gate.weight"):
             assert torch.equal(tensor, before[name]), name
@@ -89,7 +92,7 @@ def test_pruned_experts_are_saved_and_give_equal_logits(
     model = make(family)
     weights.prune(model, Weight("weight", criterion=criterion), 0.5, random_tokens())
     facts = {"method": {"family": "weight", "criterion": criterion}, "sparsity": 0.5, "calibration": None}
-    checkpoint.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
+    saving.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(logits(again), logits(model))
     for name, weight in matrices(again).items():
@@ -136,7 +139,7 @@ def test_wandas_masks_are_those_of_a_literal_implementation(family: str, sequent
     weights.prune(pruned, Weight("weight", criterion="wanda"), 0.5, tokens, sequential=sequential)
     masks = {}
     if sequential:  # block after block, each on the text as the pruned blocks before it leave it
-        for block in models.block_names(literal):
+        for block in anatomy.block_names(literal):
             norms = literal_norms(literal, tokens)
             for name, weight in matrices(literal).items():
                 if name.startswith(f"{block}."):
@@ -352,7 +355,7 @@ def test_allocations_meet_one_total_and_their_blocks(criterion: str) -> None:
         outcome = weights.prune(model, method, 0.4, random_tokens())
         totals.add(outcome.removed)
         if isinstance(allocation, tuple):
-            for share, prefix in zip(allocation, models.block_names(model), strict=True):
+            for share, prefix in zip(allocation, anatomy.block_names(model), strict=True):
                 block = [w for name, w in matrices(model).items() if name.startswith(prefix)]
                 removed = sum(int((w == 0).sum()) for w in block)
                 assert removed == pytest.approx(share * sum(w.numel() for w in block), abs=len(block))
@@ -366,7 +369,7 @@ def test_owl_spares_the_block_with_more_outliers() -> None:
     weights.prune(model, Weight("weight", criterion="wanda", allocation="owl"), 0.5, random_tokens())
     removed = [
         sum(int((w == 0).sum()) for n, w in matrices(model).items() if n.startswith(b))
-        for b in models.block_names(model)
+        for b in anatomy.block_names(model)
     ]
     total = sum(w.numel() for w in matrices(model).values()) / 2
     assert removed[0] - removed[1] == pytest.approx(2 * 0.08 * total, rel=0.02)  # the two ends of the range
@@ -413,7 +416,7 @@ def test_sequential_or_not_is_what_the_blocks_read(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
 def test_a_block_that_is_left_after_its_last_layer_has_told_the_same(family: str) -> None:
     model = make(family)
-    block, name = models.blocks(model)[0], models.block_names(model)[0]
+    block, name = anatomy.blocks(model)[0], anatomy.block_names(model)[0]
     found, ended = [], []
     for advance in (True, False):
         text = calibrate.enter(model, random_tokens())
@@ -422,7 +425,7 @@ def test_a_block_that_is_left_after_its_last_layer_has_told_the_same(family: str
         counting.remove()
     assert ended == [True, True, False]  # the first of two batches runs to its end
     whole, left = found
-    assert whole.keys() == left.keys() == models.matrices(block, name).keys()
+    assert whole.keys() == left.keys() == anatomy.matrices(block, name).keys()
     for matrix, inputs in whole.items():
         assert left[matrix].tokens == inputs.tokens
         assert torch.equal(left[matrix].norm, inputs.norm)
@@ -442,7 +445,7 @@ def test_a_hessian_summed_in_strips_is_the_product_of_the_inputs(width: int) -> 
 
 def test_blocks_visit_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, there, most = make("llama"), set(), 0
-    blocks = list(models.blocks(model))
+    blocks = list(anatomy.blocks(model))
     move = torch.nn.Module.to
 
     def to(module: torch.nn.Module, place: object) -> torch.nn.Module:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from sweep import words
+from sweep.measuring import words
 
 COMMON, RARE = words.BANDS.index("zipf5up"), words.BANDS.index("zipf0to3")
 

@@ -13,7 +13,9 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from tabulate import tabulate
 
-from sweep import paired, plot, store, words
+from sweep import store
+from sweep.measuring import words
+from sweep.report import paired, plot
 
 HERE = Path(__file__).parent
 NAMES = {

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from sweep import paired, plot, store
+from sweep import store
+from sweep.report import paired, plot
 
 HERE = Path(__file__).parent
 TENTH = 0.05  # of a matrix: a tenth of its smaller half

@@ -15,11 +15,11 @@ def __getattr__(name: str) -> Any:  # the names above resolve on first use, so t
 
         return load
     if name == "load_model":
-        from sweep.shrunk import load_model
+        from sweep.models.checkpoint import load_model
 
         return load_model
     if name == "compare":
-        from sweep.paired import table
+        from sweep.report.paired import table
 
         return table
     if name == "prune":

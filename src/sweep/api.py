@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import checkpoint, config, methods, plan, shrunk, text, vocabulary
+from sweep import config, plan, saving
 from sweep.config import RequestError, Weight
-from sweep.outcome import Outcome
+from sweep.models import checkpoint, remapping
+from sweep.pruning import methods
+from sweep.pruning.outcome import Outcome
+from sweep.texts import text
 
 
 def prune(
@@ -75,7 +78,7 @@ def prune(
     plan.check_method(cell, model.config.to_dict())
     outcome = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
     if cell.method.family in config.SHRINKING:
-        shrunk.save_pretrained_as_sweep(model)
+        checkpoint.save_pretrained_as_sweep(model)
     return outcome
 
 
@@ -86,10 +89,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     tokenizer  of a cut vocabulary, the one that the outcome carries
     Raises RequestError for a folder that holds anything else.
     """
-    rows, kept = model.get_input_embeddings().weight.shape[0], vocabulary.kept_ids(tokenizer)
+    rows, kept = model.get_input_embeddings().weight.shape[0], remapping.kept_ids(tokenizer)
     if tokenizer.vocab_size > rows or (kept is not None and len(kept) != rows):
         raise RequestError(
             f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "
             "give the tokenizer that the outcome carries, sweep.save(model, outcome.tokenizer, folder)"
         )
-    checkpoint.save(model, tokenizer, folder)
+    saving.save(model, tokenizer, folder)

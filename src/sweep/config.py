@@ -211,7 +211,7 @@ class Benchmarks:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity of papers: see sweep/perplexity.py."""
+    """The perplexity of papers: see sweep/measuring/perplexity.py."""
 
     source: str | None = None  # "wikitext2", "c4" or a text file; None measures none
     seqlen: int = _at_least(2, default=2048)  # tokens a window

@@ -5,13 +5,95 @@ So a row says what its cell costs alone, whatever lay in the cache.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from sweep.efficiency import ForwardPasses, PeakMemory
 from sweep.locks import working_seconds
+from sweep.models import anatomy
+
+
+class PeakMemory:
+    """Peak memory of a stretch of work in bytes: of this process, and of the CUDA device when there is one.
+
+    The process's own high-water mark is reset first. `ru_maxrss` will not do: a child starts at its parent's value.
+    Where the system offers no such mark (macOS), the resident columns are null, never guessed.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        _return_freed_memory()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.base = self.resident(reset=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = self.resident()
+        self.device_peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else None
+
+    @staticmethod
+    def resident(*, reset: bool = False) -> int | None:
+        """The high-water mark of this process, or where it stands once it is reset; None where the system has none."""
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return None
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+
+
+class ForwardPasses:
+    """Tokens that go through the blocks of a model while something is done with it, in whichever order and form.
+
+    Copies of the model that are made meanwhile count too, and a pass that starts in the middle counts as its share.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._blocks = list(anatomy.blocks(model))
+        self.block_tokens = 0  # summed over the blocks
+
+    def __enter__(self) -> ForwardPasses:
+        own = {type(block): block.__dict__.get("forward") for block in self._blocks}
+
+        def count(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if block.__dict__.get("forward") is own[type(block)]:  # else it only notes how it is called
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self.block_tokens += hidden.numel() // hidden.shape[-1]
+
+        self._handles = [block.register_forward_pre_hook(count, with_kwargs=True) for block in self._blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, tokens: int, block_tokens: int | None = None) -> float | None:
+        """How often `tokens` tokens went through all blocks; None where there are none.
+
+        block_tokens  instead of those that were counted
+        """
+        through = self.block_tokens if block_tokens is None else block_tokens
+        return through / (tokens * len(self._blocks)) if tokens else None
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give freed memory back, so that it is not counted as in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)

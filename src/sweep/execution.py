@@ -8,74 +8,17 @@ tensors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensor
 from transformers import PreTrainedModel
 
-from sweep import bitmap, models
 from sweep.config import Execution, RequestError
-
-
-class CsrLinear(nn.Module):
-    """A linear layer whose matrix is torch's compressed sparse rows: int32 columns, which MKL multiplies."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            rows = weight.detach().to_sparse_csr()
-        index = (rows.crow_indices().int(), rows.col_indices().int())
-        matrix = torch.sparse_csr_tensor(*index, rows.values(), rows.shape, check_invariants=True)
-        self.register_buffer("weight", matrix)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.out_features, self.in_features = weight.shape
-
-    @property
-    def nonzeros(self) -> int:
-        return int(torch.count_nonzero(self.weight.values()))
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the matrix as it is held; the bias is apart."""
-        parts = (self.weight.values(), self.weight.crow_indices(), self.weight.col_indices())
-        return sum(t.numel() * t.element_size() for t in parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = (self.weight @ x.reshape(-1, self.in_features).t()).t()
-        product = product if self.bias is None else product + self.bias
-        return product.reshape(*x.shape[:-1], self.out_features)
-
-
-class SemiStructuredLinear(nn.Module):
-    """A linear layer whose matrix is torch's 2:4 form: of each four neighbours two, and their places. On CUDA alone."""
-
-    weight: SparseSemiStructuredTensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        matrix = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
-        self.register_buffer("weight", matrix, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.out_features, self.in_features = weight.shape
-
-    @property
-    def nonzeros(self) -> int:
-        return int(torch.count_nonzero(self.weight.to_dense()))
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the matrix as it is held; the bias is apart."""
-        names, _ = self.weight.__tensor_flatten__()
-        return sum(t.numel() * t.element_size() for t in (getattr(self.weight, name) for name in names))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+from sweep.formats import bitmap
+from sweep.formats.csr import CsrLinear
+from sweep.formats.semi_structured import SemiStructuredLinear, is_two_of_four
+from sweep.models import anatomy
 
 
 def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
@@ -133,12 +76,6 @@ def has_zeros(weight: Tensor) -> bool:
     return bool(torch.count_nonzero(weight) < weight.numel())
 
 
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether each four neighbours along the input, (out, in), hold two non-zeros at most."""
-    rows, columns = weight.shape
-    return columns % 4 == 0 and int((weight.reshape(rows, -1, 4) != 0).sum(2).max()) <= 2
-
-
 @torch.no_grad()
 def _replace(
     model: PreTrainedModel,
@@ -149,9 +86,9 @@ def _replace(
 
     Raises RequestError, which names the layer, for one that cannot be made.
     """
-    for name in models.linears(model):
+    for name in anatomy.linears(model):
         layer = model.get_submodule(name)
-        weight = models.weight(layer)
+        weight = anatomy.weight(layer)
         if suits(weight):
             try:
                 model.set_submodule(name, make(weight, layer.bias))

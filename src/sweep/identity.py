@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
 from typing import Any
 
-from sweep import catalogue, perplexity, sources, text, unit_requests
+from sweep import versions
 from sweep.config import Cell, stated
+from sweep.measuring import catalogue, perplexity
+from sweep.models import origin
+from sweep.pruning import unit_requests
+from sweep.texts import text
 
-# Raise when the code measures something else under the same configuration, or when a declared default of config changes.
-MEASURING_VERSION = 6
 # Settings that are not hashed themselves. Paths and names say where something lies: what lies there is fingerprinted.
 FINGERPRINTED = {
     "model.name": "what it is called in rows",
@@ -51,19 +52,6 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     return found
 
 
-def arithmetic(cell: Cell) -> list[Any]:
-    """What decides, beside model and text, what a computation gives to the last digit: for the keys of caches."""
-    return [cell.dtype, cell.device, cell.threads, *code()]
-
-
-def code() -> list[Any]:
-    """The part of it that is code."""
-    return [
-        MEASURING_VERSION,
-        *(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy")),
-    ]
-
-
 def _content(cell: Cell) -> dict[str, Any]:
     content = stated(cell)
     for setting in FINGERPRINTED:
@@ -72,7 +60,7 @@ def _content(cell: Cell) -> dict[str, Any]:
         if holder is not None:
             holder.pop(name, None)
     return content | {
-        "fingerprint": sources.fingerprint(cell.model),
+        "fingerprint": origin.fingerprint(cell.model),
         "data": data_fingerprints(cell),
-        "measuring_version": MEASURING_VERSION,
+        "measuring_version": versions.MEASURING_VERSION,
     }

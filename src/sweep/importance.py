@@ -23,8 +23,11 @@ from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sweep import config, drop, messages, models, text, unit_statistics, units
+from sweep import config, messages
 from sweep.config import Calibration, Model, Neuron, RequestError
+from sweep.models import loading
+from sweep.pruning import drop, unit_statistics, units
+from sweep.texts import text
 
 _DRAWS = 2000
 
@@ -159,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    model, tokenizer = models.load(find_model(asked.model, asked.path), "float32", "cpu")
+    model, tokenizer = loading.load(find_model(asked.model, asked.path), "float32", "cpu")
     tokens = text.calibration_tokens(Calibration(asked.source, asked.texts, asked.tokens), tokenizer, asked.seed)
     frame = measure(model, tokens, asked.units, asked.seed)
     summary = summarise(frame)

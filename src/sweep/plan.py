@@ -10,20 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sweep import (
-    catalogue,
-    checkpoint,
-    config,
-    headers,
-    identity,
-    machine,
-    perplexity,
-    sources,
-    store,
-    text,
-    unit_requests,
-)
+from sweep import config, identity, machine, saving, store
 from sweep.config import Calibration, Cell, Model, Options, RequestError, Vocab, Weight
+from sweep.measuring import catalogue, perplexity
+from sweep.models import headers, origin
+from sweep.pruning import unit_requests
+from sweep.texts import text
 
 _ENOUGH = 2000  # rows that expectations are drawn from
 
@@ -108,11 +100,11 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     cell, options = config.parse(composed)
     cell = machine.resolve(cell, part)
     machine.check_execution(cell)
-    sources.fingerprint(cell.model)  # raises when the model is not there
+    origin.fingerprint(cell.model)  # raises when the model is not there
     headers.check(cell.model)
     catalogue.check(cell.benchmarks, cell.data_root)
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
-    shape = sources.shape(cell.model)
+    shape = origin.shape(cell.model)
     check_method(cell, shape)
     config.fits(cell.efficiency, shape.get("max_position_embeddings") or shape.get("n_positions"))
     if isinstance(cell.method, Weight) and (cell.method.exclude or cell.method.pattern is not None):
@@ -138,16 +130,16 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
     convert  GGUF files that were never converted are converted, where cells run that would do it
     Raises RequestError.
     """
-    from sweep import models, vocabulary
+    from sweep.models import loading, remapping
 
-    models.quiet()
-    tokenizers = {model: models.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
+    loading.quiet()
+    tokenizers = {model: loading.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
     for cell in cells:
         if (tokenizer := tokenizers[cell.model]) is not None:
             if cell.benchmarks.tasks:
-                models.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
+                loading.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
             if isinstance(cell.method, Vocab):
-                vocabulary.unknown_id(tokenizer, sources.shape(cell.model).get("vocab_size") or len(tokenizer))
+                remapping.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
 
 
 def _check_calibration(asked: Calibration, data_root: str | None) -> None:
@@ -181,9 +173,10 @@ def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
 
 def _check_targets(method: Weight, model: Model) -> None:
     """Refuse names and patterns that none of the model's matrices meet, as far as it can be told without its weights."""
-    from sweep import models, weights  # bring torch, which other requests do not need here
+    from sweep.models import loading
+    from sweep.pruning import weights  # bring torch, which other requests do not need here
 
-    skeleton = models.skeleton(model)
+    skeleton = loading.skeleton(model)
     if skeleton is not None:
         weights.targets(skeleton, method)
 
@@ -221,11 +214,11 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
     for step in ordered:
         found = status.get(step.name) if options.resume else None
         folder = options.checkpoint(step.cell.method, step.name)
-        if found == "ok" and folder is not None and not checkpoint.holds(folder, step.name):
+        if found == "ok" and folder is not None and not saving.holds(folder, step.name):
             found = None  # it has its row and lacks its saved model
         to_run = found in (None, store.UNREADABLE) or (found != "ok" and options.retry in ("all", found))
         if to_run and folder is not None:
-            checkpoint.check_place(folder, step.name, checkpoint.guarded(step.cell.model, options.results))
+            saving.check_place(folder, step.name, saving.guarded(step.cell.model, options.results))
         (todo if to_run else done if found == "ok" else left).append(step)
     unreadable = [name for name, found in status.items() if found == store.UNREADABLE]
     return Plan(todo, done, left, repeated, unreadable, expectation(todo, options.results))
@@ -246,7 +239,7 @@ def expectation(steps: list[Step], results: str) -> Expectation | None:
     for row in rows.itertuples():
         for kind in _kinds(json.loads(row.config), row.model_fingerprint):
             by_kind.setdefault(kind, []).append((row.cell_seconds, row.peak_memory_bytes))
-    kinds = [_kinds(asdict(step.cell), sources.fingerprint(step.cell.model)) for step in steps]
+    kinds = [_kinds(asdict(step.cell), origin.fingerprint(step.cell.model)) for step in steps]
     like = [next((by_kind[kind] for kind in of_step if kind in by_kind), None) for of_step in kinds]
     seconds = [statistics.median(second for second, _ in found) for found in like if found]
     if not seconds:

@@ -8,26 +8,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sweep import (
-    checkpoint,
-    cost,
-    counting,
-    divergence,
-    efficiency,
-    energy,
-    execution,
-    identity,
-    machine,
-    methods,
-    models,
-    perplexity,
-    quality,
-    shared,
-    text,
-    turns,
-)
+from sweep import cost, execution, identity, machine, saving, turns
 from sweep.config import Cell, Dense, as_dict
 from sweep.locks import working_seconds
+from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
+from sweep.models import loading
+from sweep.pruning import methods, sharing
+from sweep.shared_statistics import SharedStatistics
+from sweep.texts import text
 
 
 def run_cell(
@@ -47,17 +35,17 @@ def run_cell(
     row: dict[str, Any] = {"status": "ok", "gpu": machine.gpu_name(cell.device)}
     started = working_seconds()
 
-    model, tokenizer = models.load(cell.model, cell.dtype, cell.device)
+    model, tokenizer = loading.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = working_seconds() - started
     if cell.benchmarks.tasks:
-        models.check_tokenizer(tokenizer, cell.model.name)
+        loading.check_tokenizer(tokenizer, cell.model.name)
     can_generate = efficiency.fits(model, cell.efficiency)
     tokens = text.for_cell(cell, tokenizer)
     dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
     targets = methods.targets(model, cell.method)
     with cost.Bill(model, cell.device) as bill:
-        share = shared.alone if tokens is None else shared.Shared(cell, tokens, bill)
+        share = sharing.alone if tokens is None else SharedStatistics(cell, tokens, bill)
         outcome = methods.prune_as(cell, model, tokenizer, tokens, share=share)
         tokenizer = outcome.tokenizer or tokenizer
     row |= bill.columns(outcome.calibration_tokens)
@@ -77,10 +65,10 @@ def run_cell(
         facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
         facts["cell"] = identity.cell_name(cell)
         facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
-        checkpoint.save(model, tokenizer, save_model, facts)
+        saving.save(model, tokenizer, save_model, facts)
 
     if can_generate:
-        with efficiency.PeakMemory(cell.device) as memory:
+        with cost.PeakMemory(cell.device) as memory:
             row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
         row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
         row["peak_device_memory_bytes"] = memory.device_peak
@@ -97,7 +85,7 @@ def run_cell(
     if outcome.measured is not None:
         tables["units"] = outcome.measured
     if cell.efficiency.repeats:
-        dense = model if isinstance(cell.method, Dense) else models.load(cell.model, cell.dtype, cell.device)[0]
+        dense = model if isinstance(cell.method, Dense) else loading.load(cell.model, cell.dtype, cell.device)[0]
         with turns.alone() as others:
             columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency)
             columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
@@ -110,5 +98,5 @@ def run_cell(
 
 def _quiet() -> None:
     """Libraries speak up only when something is wrong."""
-    models.quiet()
+    loading.quiet()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

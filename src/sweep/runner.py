@@ -14,10 +14,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sweep import cache, columns, isolate, machine, row, store, turns
+from sweep import cache, isolate, machine, provenance, store, turns
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Outcome
 from sweep.plan import Plan, Step, check_models
+from sweep.store import columns
 
 _STOPPED = "a cell failed (on_failure=stop)"
 Launch = Callable[[list[Step]], list[Outcome | Exception]]  # hands cells to an engine; returns what became of each
@@ -189,7 +190,7 @@ def run_one(
 
 
 def _described(cell: Cell, overrides: Iterable[str]) -> dict[str, Any]:
-    return row.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
+    return provenance.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
 
 
 def _told(outcome: Outcome) -> str:

@@ -1,0 +1,1 @@
+"""Formats: how a matrix is held and multiplied."""

@@ -1,0 +1,471 @@
+"""Log-likelihoods of texts, many at once. What lm-eval's own HFLM computes, with less work:
+
+- Requests that begin alike are one tree of tokens: what they share is read once. The four choices of a question share
+  its context; requests that are equal are one.
+- The output head, a third of the work in a small model, sees only the positions whose next token is scored.
+- Rows of similar length share a batch, up to a budget of tokens. Batches depend on the requests alone, so that the
+  same requests give the same numbers to the last digit.
+
+A model with a pruned vocabulary is scored over the dense model's: the probability of its unknown token is shared equally
+by the tokens that it stands for, so that probabilities still sum to 1 and losses can be compared. Taken as it is, the
+model would be praised for the sheer frequency of what it no longer tells apart. This holds for every number.
+
+Shapes: B rows (trees) in a batch, L tokens in the longest, K scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sweep.models import reading, remapping
+from sweep.models.logits import Tail
+from sweep.models.reading import Rows
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_ROW = 128  # `benchmarks.batch_size` counts rows of this many tokens
+_WIDEST_TREE = 1024  # tokens; attention costs grow with the width of a row
+_WORTH_SHARING = 0.25  # of a request's tokens must be in the tree already for it to join
+_FULL = 0.8  # a row of a batch is at least so much of the longest: the rest is padding, and computed in vain
+
+Request: TypeAlias = tuple[Sequence[int], int]  # tokens, of which the last so many are scored
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the scored tokens of one request, in order."""
+
+    log_probs: np.ndarray  # float32, natural logarithm
+    greedy: np.ndarray  # bool: whether no other token was likelier; never of a token that the vocabulary has lost
+
+
+@dataclass(frozen=True)
+class Text:
+    """A scored text, or the ending of one: its own tokens, none of which the tokenizer put there."""
+
+    ids: np.ndarray  # (T,) of the whole vocabulary
+    told: np.ndarray  # (T,) bool: spells something. A special token in the text is read, and not to be told
+    removed: np.ndarray  # (T,) bool: the vocabulary has lost it
+    scores: Scores  # (T,)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Of several tokens at each scored position of one request: T positions, k tokens."""
+
+    ids: np.ndarray  # (T, k)
+    log_probs: np.ndarray  # (T, k) float32
+
+
+@dataclass
+class Tree:
+    """Requests that begin alike. Node i holds a token; its row of `parents` comes earlier, or is -1 at the root."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    paths: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # nodes of each input, root first
+
+    def grow(self, tokens: tuple[int, ...], beginning: Sequence[int]) -> None:
+        """Add an input whose beginning is at these nodes already."""
+        path = list(beginning)
+        for token in tokens[len(beginning) :]:
+            self.parents.append(path[-1] if path else -1)
+            self.depths.append(len(path))
+            path.append(len(self.tokens))
+            self.tokens.append(token)
+        self.paths[tokens] = path
+
+    @property
+    def is_chain(self) -> bool:
+        return len(self.paths) == 1 or all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+
+def forest(inputs: Sequence[tuple[int, ...]], widest: int = _WIDEST_TREE) -> list[Tree]:
+    """Trees that hold every input once, of at most `widest` tokens where inputs share one; 0 gives each its own tree.
+
+    In lexicographic order, what an input shares with any earlier one it shares with the one before it.
+    """
+    trees: list[Tree] = []
+    before: tuple[int, ...] = ()
+    for tokens in sorted(set(inputs)):
+        common = _common(before, tokens) if trees and widest else 0
+        if common >= _WORTH_SHARING * len(tokens) and len(trees[-1].tokens) + len(tokens) - common <= widest:
+            trees[-1].grow(tokens, trees[-1].paths[before][:common])
+        else:
+            trees.append(Tree())
+            trees[-1].grow(tokens, [])
+        before = tokens
+    return trees
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
+
+
+def batches(trees: Sequence[Tree], budget: int) -> Iterator[list[Tree]]:
+    """Trees of similar size together, at most `budget` tokens with padding; chains apart, since they need no mask."""
+    for chain in (True, False):
+        ordered = sorted((t for t in trees if t.is_chain == chain), key=lambda t: -len(t.tokens))
+        start = 0
+        while start < len(ordered):
+            longest = len(ordered[start].tokens)
+            stop = start + max(1, budget // longest)
+            batch = [tree for tree in ordered[start:stop] if len(tree.tokens) >= _FULL * longest]
+            stop = start + len(batch)
+            yield batch
+            start = stop
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    budget: int,
+    widest: int | None = None,
+    *,
+    rows: Rows | None = None,
+    top: int = 0,
+    ids: Sequence[np.ndarray] | None = None,
+    probes: list[Probe] | None = None,
+) -> list[Scores]:
+    """The scores of each request, in order.
+
+    budget  tokens in a batch, padding included
+    widest  tokens of a tree; by default as many as the model can read, and 0 shares nothing
+    rows    of a vocabulary that may have been pruned; None = it was not
+    top     also the likeliest so many tokens at each scored position, appended to `probes` request by request
+    ids     also these tokens, (T, k) for each request, appended to `probes`
+    """
+    tail = Tail(model)
+    widest = widest_tree(model) if widest is None else widest
+    inputs = [tuple(tokens[:-1]) for tokens, _ in requests]
+    ends: dict[tuple[int, ...], list[int]] = {}  # requests by input
+    for i, tokens in enumerate(inputs):
+        ends.setdefault(tokens, []).append(i)
+    found: dict[int, Scores] = {}
+    probed: dict[int, Probe] = {}
+    planned = list(batches(forest(inputs, widest), budget))
+    for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False):
+        wanted = [
+            (row, node, requests[i][0][len(path) - count + 1 + j], i)
+            for row, tree in enumerate(batch)
+            for tokens, path in tree.paths.items()
+            for i in ends[tokens]
+            for count in [requests[i][1]]
+            for j, node in enumerate(path[len(path) - count :])
+        ]
+        positions = sorted({(row, node) for row, node, _, _ in wanted})
+        index = {position: k for k, position in enumerate(positions)}
+        at = torch.tensor([index[row, node] for row, node, _, _ in wanted])
+        targets = torch.tensor([target for _, _, target, _ in wanted])
+        owner = np.array([i for _, _, _, i in wanted])
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        owners = [int(i) for i in owner[[0, *cuts]]]
+        asked = None if ids is None else torch.from_numpy(np.concatenate([ids[i] for i in owners]))
+        scores, probe = _read(tail, _states(tail, batch, positions), at, targets, rows, top, asked)
+        for i, a, b in zip(owners, np.split(scores.log_probs, cuts), np.split(scores.greedy, cuts), strict=True):
+            found[i] = Scores(a, b)
+        if probe is not None:
+            for i, a, b in zip(owners, np.split(probe.ids, cuts), np.split(probe.log_probs, cuts), strict=True):
+                probed[i] = Probe(a, b)
+    if probes is not None:
+        probes += [probed[i] for i in range(len(requests))]
+    return [found[i] for i in range(len(requests))]
+
+
+def _log_probs(logits: Tensor, rows: Rows | None) -> Tensor:
+    """(K, V) float32: log-probabilities over the whole vocabulary, those of lost tokens in place of the unknown one's."""
+    found = logits.float().log_softmax(-1)
+    if rows is not None and rows.candidates > 1:
+        found[:, rows.unknown] -= math.log(rows.candidates)
+    return found
+
+
+def _read(
+    tail: Tail, states: Tensor, at: Tensor, targets: Tensor, rows: Rows | None, top: int, ids: Tensor | None
+) -> tuple[Scores, Probe | None]:
+    """What the model says of the tokens `targets` at places `at` of the states (K, d), N of them.
+
+    top, ids  the likeliest so many tokens there, or these tokens (N, k), are the probe; None where neither is asked for
+    """
+    count = ids.shape[1] if ids is not None else top
+    log_probs, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
+    probe_ids, probe_log_probs = torch.empty(len(at), count, dtype=torch.long), torch.empty(len(at), count)
+    for piece in tail.pieces(states):
+        some = _log_probs(tail.logits(states[piece]), rows)
+        here = (at >= piece.start) & (at < piece.start + len(some))
+        place, target = (at[here] - piece.start).to(some.device), targets[here].to(some.device)
+        log_probs[here] = some[place, target].cpu()
+        greedy[here] = (some.argmax(-1)[place] == target).cpu()
+        if count:
+            tokens = some.topk(top).indices[place] if ids is None else ids[here].to(some.device)
+            probe_ids[here], probe_log_probs[here] = tokens.cpu(), some[place[:, None], tokens].cpu()
+    if rows is not None and rows.candidates > 1:
+        greedy &= targets != rows.unknown
+    probe = Probe(probe_ids.numpy(), probe_log_probs.numpy()) if count else None
+    return Scores(log_probs.numpy(), greedy.numpy()), probe
+
+
+def _states(tail: Tail, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
+    """What the model's head gets, (K, d), at these (row, node) positions."""
+    device = tail.model.device
+    rows, nodes = (torch.tensor(places, device=device) for places in zip(*positions, strict=True))
+    return tail.states(**_arguments(batch, tail.model))[rows, nodes]
+
+
+def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Padded to the right. Chains need no mask, for no token looks to its right; a tree's token sees its ancestors."""
+    length = max(len(tree.tokens) for tree in batch)
+    tokens = np.zeros((len(batch), length), dtype=np.int64)
+    for row, tree in enumerate(batch):
+        tokens[row, : len(tree.tokens)] = tree.tokens
+    arguments = {"input_ids": torch.from_numpy(tokens).to(model.device)}
+    if all(tree.is_chain for tree in batch):
+        return arguments
+    depths = np.zeros_like(tokens)
+    sees = np.zeros((len(batch), length, length), dtype=bool)
+    sees[:, range(length), range(length)] = True  # padding sees itself, so that no row of the softmax is empty
+    for row, tree in enumerate(batch):
+        depths[row, : len(tree.tokens)] = tree.depths
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                sees[row, node] |= sees[row, parent]
+    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(
+        torch.from_numpy(~sees), torch.finfo(model.dtype).min
+    )
+    return arguments | {
+        "attention_mask": mask.unsqueeze(1).to(model.device),
+        "position_ids": torch.from_numpy(depths).to(model.device),
+    }
+
+
+@torch.inference_mode()
+def widest_tree(model: PreTrainedModel) -> int:
+    """Tokens of the widest tree whose tokens the model gives what it gives each path alone; 0 when it reads no trees.
+
+    It must take a mask and positions from outside, and within the tree look at all earlier tokens. Whether it does is
+    tried on small trees: a model with a recurrent state, or with positions of its own, does not. The trees' tokens are
+    drawn from all rows of the embedding, and the median of several positions decides: the first tokens of a vocabulary are
+    special ones, after which the rounding of bfloat16 alone may change logits by half and more.
+    """
+    config = model.config.get_text_config()
+    if not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
+        return 0
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    shared, own = 8, 4  # tokens
+    pairs = np.random.default_rng(0).integers(0, reading.embedded(model), (4, shared + 2 * own)).tolist()
+    trees, chains = [], []
+    for pair in pairs:
+        paths = tuple(pair[: shared + own]), (*pair[:shared], *pair[shared + own :])
+        trees.append(Tree())
+        trees[-1].grow(paths[0], [])
+        trees[-1].grow(paths[1], trees[-1].paths[paths[0]][:shared])
+        chains.append(Tree())
+        chains[-1].grow(paths[1], [])  # the first would be read right even without mask and positions
+    ends = [
+        [(row, node) for row, tree in enumerate(batch) for node in range(len(tree.tokens))[-own:]]
+        for batch in (trees, chains)
+    ]
+    tail = Tail(model)
+    together, apart = (
+        tail.logits(_states(tail, batch, end)).float() for batch, end in zip((trees, chains), ends, strict=True)
+    )
+    gaps = (together - apart).norm(dim=-1) / apart.norm(dim=-1)
+    alike = gaps.median() < 0.5 * torch.finfo(model.dtype).eps ** 0.5
+    if not alike:
+        log.info("%s reads no trees of tokens: what its requests share is read once for each", type(model).__name__)
+    return min(_WIDEST_TREE, getattr(config, "sliding_window", None) or _WIDEST_TREE) if alike else 0
+
+
+class Scorer(HFLM):
+    """lm-eval's HFLM with the scoring above. Tokenisation, truncation and what is scored are HFLM's; generation is too.
+
+    Beside what lm-eval asks for, each text is scored as it is: HFLM begins a rolled text with a BOS of its own beside the
+    tokenizer's and has the second predicted, and where a tokenizer ends texts, it scores that end as part of the answer.
+    Where nothing is put around a text, both are one request and cost nothing.
+
+    texts  every text and ending so far, by its request's arguments, for statistics of single tokens
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+        )
+        self.budget = batch_size * TOKENS_PER_ROW
+        self.whole = remapping.original(tokenizer)  # all ids here are its
+        self.rows = reading.Rows.of(tokenizer, reading.embedded(model))
+        self.prefix = int(self.whole.eos_token_id if self.whole.bos_token_id is None else self.whole.bos_token_id)
+        self.before, self.after = reading.around(tokenizer)
+        self.special = reading.special(tokenizer)
+        self.texts: dict[tuple[str, ...], Text] = {}
+        self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `probes`
+        self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
+        self.probes: dict[str, Probe] = {}  # (T, k); ids of the whole vocabulary
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
+        """`tok_encode` of each text, all at once: the tokenizer then works in parallel."""
+        prefix = self.whole.decode(self.prefix)
+        found: dict[str, list[int]] = {}
+        for begun in (False, True):
+            options = _add_special_kwargs(add_special_tokens, self.add_bos_token)
+            if add_special_tokens is None and begun:
+                options["add_special_tokens"] = False  # the text begins with the special token itself
+            some = [t for t in dict.fromkeys(texts) if bool(has_bos_prefix(t, prefix)) == begun]
+            if some:
+                found |= dict(zip(some, self.whole(some, verbose=False, **options)["input_ids"], strict=True))
+        return [found[text] for text in texts]
+
+    def unended(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Each text with what the tokenizer puts before it, once, and without what it puts behind it."""
+        before = self.before if add_special_tokens else []
+        return [before + ids for ids in reading.own(self.whole, texts, before)]
+
+    def offsets(self, text: str) -> list[tuple[int, int]] | None:
+        """Where each of the text's own tokens stands in it; None when the tokenizer cannot tell."""
+        if not self.whole.is_fast:
+            return None
+        encoded = self.whole(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["offset_mapping"][reading.begun(encoded["input_ids"], self.before or [self.prefix]) :]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
+        encoded = self._encode_pairs(arguments, self.encode)
+        cut = sum(len(context) + len(ids) > self.max_length + 1 for context, ids in encoded)
+        if cut:
+            log.warning(
+                "%d of %d requests are longer than max_length=%d tokens and lose their beginning",
+                cut,
+                len(encoded),
+                self.max_length,
+            )
+        if self.after:
+            encoded += self._encode_pairs(arguments, self.unended)
+        asked: list[Request] = []
+        for i, (context, ids) in enumerate(encoded):
+            if not 0 < len(ids) <= self.max_length:
+                _, continuation = arguments[i % len(arguments)]
+                raise ValueError(
+                    f"a continuation has {len(ids)} tokens; 1 to max_length={self.max_length} can be "
+                    f"scored: {continuation[:80]!r}"
+                )
+            asked.append((self.rows((context + ids)[-(self.max_length + 1) :]).tolist(), len(ids)))
+        found = score(self.model, asked, self.budget, rows=self.rows)
+        own = slice(len(encoded) - len(arguments), None)
+        for argument, (_, ids), scores in zip(arguments, encoded[own], found[own], strict=True):
+            self.texts[argument] = self._text(ids, scores)
+        return [(_sum(scores), bool(scores.greedy.all())) for scores in found[: len(arguments)]]
+
+    def _encode_pairs(
+        self, arguments: Sequence[tuple[str, str]], encode: Callable[..., list[list[int]]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """lm-eval's `_encode_pair` and its rule for an empty context, for all pairs at once."""
+        pairs = []
+        for context, continuation in arguments:
+            stripped = context.rstrip()
+            pairs.append((stripped, context[len(stripped) :] + continuation) if context else (context, continuation))
+        texts = [text for context, continuation in pairs if context for text in (context, context + continuation)]
+        whole = dict(zip(texts, encode(texts), strict=True))
+        alone = [continuation for context, continuation in pairs if not context]
+        bare = dict(zip(alone, encode(alone, add_special_tokens=False), strict=True))
+        encoded = []
+        for context, continuation in pairs:
+            if context:
+                begin = whole[context]
+                encoded.append((begin, whole[context + continuation][len(begin) :]))
+            elif bare[continuation][:1] == [self.prefix]:
+                encoded.append((bare[continuation][:1], bare[continuation][1:]))
+            else:
+                encoded.append(([self.prefix], bare[continuation]))
+        return encoded
+
+    def _text(self, ids: Sequence[int], scores: Scores) -> Text:
+        asked = np.asarray(ids, dtype=np.int64)
+        return Text(asked, ~np.isin(asked, self.special), self.rows.removed[asked], scores)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        texts = [str(request.args[0]) for request in requests]
+        beginning = self.before or [self.prefix]
+        own = reading.own(self.whole, texts, beginning)
+        ours = [self._windows(ids, beginning) for ids in own]
+        theirs = [self._windows(ids, [self.prefix]) for ids in self.encode(texts)]
+        probed = {i for i, text in enumerate(texts) if self.top or text in self.ids}
+        scored = self._rolled(texts, ours, probed)
+        for text, ids, scores in zip(texts, own, scored, strict=True):
+            self.texts[(text,)] = self._text(ids, scores)
+        apart = [i for i in range(len(texts)) if theirs[i] != ours[i]]
+        for i, scores in zip(apart, self._rolled(texts, [theirs[i] for i in apart], set()), strict=True):
+            scored[i] = scores
+        return [_sum(scores) for scores in scored]
+
+    def _windows(self, ids: list[int], beginning: list[int]) -> list[Request]:
+        """lm-eval's windows of a rolled text: every token is scored once, the first after the beginning."""
+        *earlier, last = beginning
+        rolled = utils.get_rolling_token_windows(
+            token_list=ids, prefix_token=last, context_len=1, max_seq_len=self.max_length - len(earlier)
+        )
+        windows = [(a + b, len(b)) for a, b in map(utils.make_disjoint_window, rolled)]
+        return [
+            (self.rows(earlier + window if i == 0 else window).tolist(), count)
+            for i, (window, count) in enumerate(windows)
+        ]
+
+    def _rolled(self, texts: Sequence[str], windows: Sequence[Sequence[Request]], probed: set[int]) -> list[Scores]:
+        """The scores of each text from those of its windows; of `probed` ones, what is asked goes into `probes`."""
+        parts: list[list[Scores]] = [[] for _ in windows]
+        for looked_at in (False, True):
+            mine = [(i, window) for i in range(len(windows)) if (i in probed) == looked_at for window in windows[i]]
+            for (i, _), scores in zip(mine, self._scored(texts, mine, looked_at), strict=True):
+                parts[i].append(scores)
+        return [
+            Scores(
+                *(
+                    np.concatenate([getattr(s, name) for s in scored] or [np.zeros(0)])
+                    for name in ("log_probs", "greedy")
+                )
+            )
+            for scored in parts
+        ]
+
+    def _scored(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
+        """The scores of windows of texts; where `probed`, what is asked of their positions goes into `probes`."""
+        requests = [window for _, window in windows]
+        if not probed:
+            return score(self.model, requests, self.budget, rows=self.rows)
+        ids, done = [], dict.fromkeys([i for i, _ in windows], 0)
+        for i, (_, count) in windows:
+            ids.append(self.rows(self.ids[texts[i]][done[i] : done[i] + count]) if self.ids else np.zeros(0))
+            done[i] += count
+        found: list[Probe] = []
+        scores = score(
+            self.model, requests, self.budget, rows=self.rows, top=self.top, ids=ids if self.ids else None, probes=found
+        )
+        for i in done:
+            mine = [probe for (j, _), probe in zip(windows, found, strict=True) if j == i]
+            probe = Probe(*(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs")))
+            self.probes[texts[i]] = Probe(self.rows.ids[probe.ids], probe.log_probs)
+        return scores
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+
+def _sum(scores: Scores) -> float:
+    return float(scores.log_probs.sum(dtype=np.float64))

@@ -1,0 +1,31 @@
+"""The documents of the embedded tasks, as lm-eval asks for them in a task's YAML (`custom_dataset: !function`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+
+from sweep.texts import text
+
+
+def _test_split(documents: Callable[[], list[dict[str, Any]]]) -> Callable[..., dict[str, datasets.Dataset]]:
+    return lambda **_: {"test": datasets.Dataset.from_list(documents())}
+
+
+pydoc = _test_split(text.pydoc_documents)
+pydoc_development = _test_split(text.development_documents)
+pydoc_cloze = _test_split(text.cloze_documents)
+capitals = _test_split(text.capital_documents)
+continents = _test_split(text.continent_documents)
+
+
+def page_metrics(document: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:
+    """Log-likelihood of a page with the number of words or bytes it is spread over."""
+    (log_likelihood,) = results
+    page = document["page"]
+    words, size = len(page.split()), len(page.encode())
+    return {
+        "word_perplexity": (log_likelihood, words),
+        "byte_perplexity": (log_likelihood, size),
+        "bits_per_byte": (log_likelihood, size),
+    }

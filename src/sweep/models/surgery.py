@@ -1,0 +1,181 @@
+"""The only code that changes a model: write zeros or new weights, cut units. Nothing here decides what goes.
+
+True in a keep-mask = stays. `describe_shape` makes the configuration say what the matrices have become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sweep.models import anatomy
+
+# What attention modules keep beside their matrices. A module reads only some of these.
+HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_key_value_groups", "split_size")
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+
+
+@torch.no_grad()
+def zero_weights(weight: Tensor, keep: Tensor) -> None:
+    """Set a weight, a view that writes through, to zero where `keep`, of its shape, is False. In place."""
+    weight.masked_fill_(~keep, 0)
+
+
+@torch.no_grad()
+def write_weights(weight: Tensor, values: Tensor) -> None:
+    """Give a weight, a view that writes through, other values, rounded to its dtype. In place."""
+    weight.copy_(values)
+
+
+@torch.no_grad()
+def set_weights(linear: anatomy.Linear, weight: Tensor) -> None:
+    """Replace the matrix of a linear layer by `weight`, (out, in), rounded to the layer's dtype."""
+    anatomy.weight(linear).copy_(weight)
+
+
+@torch.no_grad()
+def add_bias(linear: anatomy.Linear, bias: Tensor) -> None:
+    """Add to the bias of a linear layer, which gets one when it has none."""
+    if linear.bias is None:
+        linear.bias = nn.Parameter(torch.zeros_like(bias, dtype=linear.weight.dtype), requires_grad=False)
+    linear.bias.add_(bias.to(linear.bias.dtype))
+
+
+def remove_neurons(ffn: anatomy.Ffn, keep: Tensor) -> None:
+    """Cut the FFN down to the neurons where `keep`, (N,) bool, is True; the matrices become smaller."""
+    for linear in ffn.inputs:
+        narrow(linear, keep, output=True)
+    narrow(ffn.output, keep, output=False)
+
+
+def remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
+    """Cut the attention down to the query heads where `keep`, (H,) bool, is True; empty key-value groups go too.
+
+    Raises ValueError when the key-value groups that stay would differ in their number of query heads: attention
+    repeats every key and value equally often, so such a layer cannot be computed.
+    """
+    kept = keep.view(attention.groups, -1)
+    sizes = set(kept.sum(1).tolist()) - {0}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"block {attention.block}: key-value groups would keep {sorted(sizes)} query heads; "
+            "every group that stays must keep the same number, at least one"
+        )
+    groups = kept.any(1)
+    size = attention.head_dim
+    queries, pairs = keep.repeat_interleave(size), groups.repeat_interleave(size)
+    if len(attention.inputs) == 3:
+        query, key, value = attention.inputs
+        narrow(query, queries, output=True)
+        narrow(key, pairs, output=True)
+        narrow(value, pairs, output=True)
+    else:
+        fused = keep.repeat_interleave(3 * size) if attention.interleaved else queries.repeat(3)
+        narrow(attention.inputs[0], fused, output=True)
+    narrow(attention.output, queries, output=False)
+    set_head_counts(attention)
+
+
+def set_head_counts(attention: anatomy.Attention) -> None:
+    """Make the attributes of an attention module agree with the shapes of its matrices."""
+    counts = {
+        "num_heads": attention.heads,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.groups,
+        "num_key_value_groups": attention.heads // attention.groups,
+        "split_size": attention.heads * attention.head_dim,
+    }
+    for name in HEAD_ATTRIBUTES:
+        if hasattr(attention.module, name):
+            setattr(attention.module, name, counts[name])
+
+
+def remove_layers(model: PreTrainedModel, keep: Sequence[bool]) -> None:
+    """Remove the blocks where `keep` is False. The others are renumbered, as the key-value cache goes by number."""
+    blocks = anatomy.blocks(model)
+    kept = [index for index, stays in enumerate(keep) if stays]
+    kinds = getattr(model.config, "layer_types", None)
+    for index in reversed(range(len(blocks))):
+        if not keep[index]:
+            del blocks[index]
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", number)  # noqa: B010 - a plain number, which nn.Module's types do not know
+    model.config.num_hidden_layers = len(blocks)
+    if kinds is not None:
+        model.config.layer_types = [kinds[index] for index in kept]
+
+
+@torch.no_grad()
+def remove_tokens(model: PreTrainedModel, kept: Tensor) -> None:
+    """Keep the embedding and head rows of the token ids `kept`, ascending; they become ids 0, 1, 2, …"""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    rows = kept.to(embedding.weight.device)
+    embedding.weight = nn.Parameter(embedding.weight.index_select(0, rows), embedding.weight.requires_grad)
+    embedding.num_embeddings = len(rows)
+    new_id = {old: new for new, old in enumerate(kept.tolist())}
+    embedding.padding_idx = new_id.get(embedding.padding_idx)
+    if head is not None:
+        weight = (
+            embedding.weight if tied else nn.Parameter(head.weight.index_select(0, rows), head.weight.requires_grad)
+        )
+        head.weight, head.out_features = weight, len(rows)
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias.index_select(0, rows), head.bias.requires_grad)
+    model.config.vocab_size = len(rows)
+    for module in model.modules():
+        if hasattr(module, "vocab_size") and isinstance(module.vocab_size, int):
+            module.vocab_size = len(rows)
+        if module is not embedding and getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = new_id.get(module.padding_idx)
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            old = getattr(config, name, None)
+            if isinstance(old, list):
+                setattr(config, name, [new_id[i] for i in old if i in new_id] or None)
+            elif old is not None:
+                setattr(config, name, new_id.get(old))
+
+
+def describe_shape(model: PreTrainedModel) -> None:
+    """Make the configuration state the widths of the model, where one number can: equal in every block."""
+    config: Any = model.config
+    widths = {ffn.width for ffn in anatomy.ffns(model)}
+    if len(widths) == 1:
+        for name in _WIDTH_KEYS:
+            if hasattr(config, name):
+                setattr(config, name, *widths)
+    attentions = anatomy.attentions(model)
+    counts = {(attention.heads, attention.groups) for attention in attentions}
+    if len(counts) != 1 or not hasattr(config, "head_dim"):
+        return  # without a head_dim of its own, a head's size is the hidden size over the number of heads
+    ((query, pairs),) = counts
+    if config.hidden_size % query:
+        return  # transformers refuses such a configuration, though the model runs
+    config.head_dim = attentions[0].head_dim
+    config.num_attention_heads = query
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = pairs
+
+
+@torch.no_grad()
+def narrow(linear: anatomy.Linear, keep: Tensor, *, output: bool) -> None:
+    """Keep only some outputs, or some inputs, of a linear layer."""
+    index = keep.nonzero().squeeze(1).to(linear.weight.device)
+    conv = isinstance(linear, Conv1D)
+    linear.weight = nn.Parameter(
+        linear.weight.index_select(int(output == conv), index), requires_grad=linear.weight.requires_grad
+    )
+    if output and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=linear.bias.requires_grad)
+    if conv:
+        linear.nx, linear.nf = linear.weight.shape
+    else:
+        linear.out_features, linear.in_features = linear.weight.shape

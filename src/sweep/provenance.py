@@ -1,0 +1,34 @@
+"""The columns of a row that are known before its cell runs. A cell that fails leaves a row with these alone."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from sweep import identity, machine, versions
+from sweep.config import Cell, as_dict
+from sweep.models import origin
+
+
+def describe(cell: Cell, command: str) -> dict[str, Any]:
+    """What was asked, by whom it runs, and on what."""
+    return {
+        "cell": identity.cell_name(cell),
+        "model": cell.model.name,
+        "method": cell.method.family,
+        "criterion": getattr(cell.method, "criterion", None),
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "execution": cell.execution.name,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "threads": cell.threads,
+        "config": json.dumps(as_dict(cell), sort_keys=True),
+        "command": command,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model_fingerprint": origin.fingerprint(cell.model),
+        "measuring_version": versions.MEASURING_VERSION,
+        "data_fingerprints": json.dumps(identity.data_fingerprints(cell), sort_keys=True),
+        **machine.provenance(),
+    }

@@ -1,0 +1,111 @@
+"""Depth pruning: whole blocks are removed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sweep.config import Layer
+from sweep.models import anatomy, surgery
+from sweep.pruning import drop, select, sharing, unit_scores, unit_statistics
+from sweep.pruning.outcome import Outcome
+
+
+def prune(
+    model: PreTrainedModel,
+    method: Layer,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    share: sharing.Share = sharing.alone,
+) -> Outcome:
+    """Remove the least important blocks in place, in `method.steps` rounds of measuring and removing.
+
+    Raises ValueError when the request leaves no block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in anatomy.blocks(model)]
+    candidates = list(range(len(sizes))) if method.blocks is None else list(method.blocks)  # as numbered at first
+    left = list(range(len(sizes)))
+    costs = {block: sizes[block] if method.sparsity_of == "parameters" else 1 for block in candidates}
+    tables = []
+    for step in range(1, method.steps + 1):
+        open_ = [block for block in left if block in costs]
+        places = [left.index(block) for block in open_]
+        scores = _scores(model, method, tokens, generator, tokenizer, share if step == 1 else sharing.alone, places)
+        if method.criterion == "drop":
+            tables.append(pd.DataFrame({"block": open_, "unit": 0, "importance": scores.tolist(), "measured": True}))
+        budget = sum(costs.values()) * sparsity * step / method.steps - sum(
+            cost for block, cost in costs.items() if block not in left
+        )
+        keep = select.nearest(
+            [scores],
+            [torch.tensor([costs[block] for block in open_])],
+            budget,
+            at_least=int(len(open_) == len(left)),
+        )[0]
+        gone = {block for block, stays in zip(open_, keep.tolist(), strict=True) if not stays}
+        surgery.remove_layers(model, [block not in gone for block in left])
+        left = [block for block in left if block not in gone]
+    targets = sum(sizes[block] for block in candidates)
+    removed = targets - sum(sizes[block] for block in candidates if block in left)
+    if sum(p.numel() for block in anatomy.blocks(model) for p in block.parameters()) != sum(sizes) - removed:
+        raise RuntimeError("the blocks that are left do not have the parameters that they should")
+    return Outcome(
+        targets=targets,
+        removed=removed,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        units=len(candidates),
+        units_removed=len(sizes) - len(left),
+        measured=drop.latest(tables),
+    )
+
+
+def _scores(
+    model: PreTrainedModel,
+    method: Layer,
+    tokens: Tensor | None,
+    generator: torch.Generator,
+    tokenizer: PreTrainedTokenizerBase | None,
+    share: sharing.Share,
+    wanted: list[int],
+) -> Tensor:
+    """(wanted,) float, higher = keep: of the blocks in these places."""
+    blocks = anatomy.blocks(model)
+    match method.criterion:
+        case "random":
+            return unit_scores.random(len(blocks), generator)[wanted]
+        case "drop":
+            return _drops(model, drop.probe(method, tokens, tokenizer), method, wanted)
+        case "block_influence":
+            assert tokens is not None
+            found = share(
+                "block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)}
+            )
+            return block_influence(found["cosines"].cpu())[wanted]
+    raise ValueError(f"method.criterion={method.criterion} scores no blocks: it needs its line in layers.py")
+
+
+@torch.inference_mode()
+def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer, wanted: list[int]) -> Tensor:
+    """(wanted,) float64: what the metric loses without each of these blocks."""
+    run = drop.Resumed(model if model.dtype == torch.float32 else copy.deepcopy(model).float(), probe)
+    without = [run.without_block(block) for block in tqdm(wanted, "measuring drops", leave=False)]
+    return torch.from_numpy(drop.importance(drop.Scheme(method.metric, probe), run.whole(), np.stack(without)))
+
+
+def block_influence(cosine: Tensor) -> Tensor:
+    """1 - mean cosine between a block's input and output (Men et al. 2024, ShortGPT, arXiv:2403.03853).
+
+    cosine  (blocks,) mean over tokens
+
+    A block that hardly turns the hidden state can be left out; one that only stretches it scores low as well.
+    """
+    return 1 - cosine

@@ -1,0 +1,27 @@
+"""The door through which a pruning asks for statistics of the unpruned model, so that others may have measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Share = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it
+
+
+def alone(what: str, measure: Callable[[], Tensors]) -> Tensors:
+    """For those who share with nobody."""
+    return measure()
+
+
+def once(share: Share) -> Share:
+    """The same, and asked once at most for each thing."""
+    known: dict[str, Tensors] = {}
+
+    def ask(what: str, measure: Callable[[], Tensors]) -> Tensors:
+        if what not in known:
+            known[what] = share(what, measure)
+        return known[what]
+
+    return ask

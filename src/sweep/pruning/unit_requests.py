@@ -1,0 +1,143 @@
+"""Requests for unit pruning that no model of this shape can meet, told before anything is loaded. No torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sweep.config import Cell, Drop, Head, Layer, Neuron, RequestError
+from sweep.texts import text
+
+QUERY = "method.unit=query, which removes a query head of every key-value group"
+HIGHER_IS_WORSE = {"loss", "perplexity"}  # of the metrics whose drop is measured
+# Tasks on which a drop can be measured: the prompt, the answers and the right one of a document.
+QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {  # prompt, answers, the right one
+    "continents": lambda d: (f"{d['country']} is a country in", list(text.CONTINENTS.values()), d["continent"]),
+    "capitals": lambda d: (f"The capital of {d['country']} is", d["choices"], d["answer"]),
+}
+
+
+def questions_fingerprint(task: str) -> str:
+    """Of the questions on which a drop is measured."""
+    return _fingerprint(task, QUESTIONS[task])
+
+
+@functools.cache
+def _fingerprint(task: str, question: Callable[[dict[str, Any]], Any]) -> str:
+    return text.fingerprint([question(document) for document in text.EMBEDDED[task]()])
+
+
+def check(cell: Cell, shape: Mapping[str, Any]) -> None:
+    """Refuse a cell that would leave a block without a unit, or names blocks that are not there.
+
+    shape  of the model, as its configuration says it
+    Raises RequestError. What the model's configuration does not tell is left to the surgery.
+    """
+    method = cell.method
+    if not isinstance(method, Neuron | Head | Layer):
+        return
+    if method.criterion == "drop":
+        check_drop(method)
+    depth = _first(shape, "num_hidden_layers", "n_layer")
+    if not depth:
+        return
+    if method.blocks is not None:
+        wrong = [block for block in method.blocks if not 0 <= block < depth]
+        if wrong or not method.blocks:
+            raise RequestError(
+                f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got {list(method.blocks)}"
+            )
+    blocks = depth if method.blocks is None else len(set(method.blocks))
+    if isinstance(method, Layer):
+        _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
+        return
+    if isinstance(method, Neuron):
+        width = _first(shape, "intermediate_size", "ffn_dim", "n_inner")
+        if width:
+            bundle = max(method.multiple_of, method.group)
+            if bundle > width:
+                raise RequestError(
+                    f"method.multiple_of and method.group must be at most {width}, the neurons of a block; got {bundle}"
+                )
+            _check_parts(cell, method.scope, "a block without a neuron", blocks, width, bundle, "neurons")
+        return
+    heads = _first(shape, "num_attention_heads", "n_head")
+    groups = _first(shape, "num_key_value_heads") or heads
+    if not heads:
+        return
+    if method.unit == "group" or groups == heads:
+        instead = QUERY if heads > groups else None
+        _check_parts(cell, method.scope, "a block without a head", blocks, groups, 1, "key-value groups", instead)
+    elif method.sparsity_of == "units":
+        _check_parts(cell, method.scope, "a key-value group without a head", blocks, heads, groups, "heads")
+
+
+def check_drop(method: Drop) -> None:
+    """Refuse a metric that a task does not have, and too few documents. Needs no model. Raises RequestError."""
+    known = ", ".join(QUESTIONS)
+    if isinstance(method, Layer) and method.screen != "none":
+        raise RequestError(
+            f"method.screen={method.screen} is for neurons and heads: layers are few, and each is "
+            "measured. Leave method.screen out"
+        )
+    if method.task is None:
+        if method.metric not in HIGHER_IS_WORSE:
+            raise RequestError(
+                f"method.metric={method.metric} needs classes, and the calibration text has none: set "
+                f"method.task to one of {known}, or method.metric to loss or perplexity"
+            )
+        return
+    if method.task not in QUESTIONS:
+        reason = "has no classes" if method.task in text.EMBEDDED else "is not embedded"
+        raise RequestError(
+            f"method.task={method.task} {reason}, so that no drop can be measured on it: use one of "
+            f"{known}, or null for the calibration text"
+        )
+    available = text.EMBEDDED[method.task]()
+    if method.documents is not None and method.documents > len(available):
+        raise RequestError(
+            f"method.documents={method.documents} is more than the {len(available)} of {method.task}: "
+            "use fewer, or null for all"
+        )
+    check_classes(method.task, [QUESTIONS[method.task](d)[2] for d in available[-(method.documents or 0) :]])
+
+
+def check_classes(task: str, truth: Sequence[int]) -> None:
+    """Raises RequestError when the documents are all of one class."""
+    if len(set(truth)) < 2:
+        raise RequestError(
+            f"method.documents: the {len(truth)} documents of {task} are all of one class, whose "
+            "accuracy any constant answer reaches: raise method.documents"
+        )
+
+
+def at_most(sparsity: float) -> str:
+    """The advice to use no more than a sparsity, in four digits that are no more either."""
+    return f"use at most {math.floor(sparsity * 10_000 + 1e-6) / 10_000:.4f}"
+
+
+def _check_parts(
+    cell: Cell, scope: str, left: str, blocks: int, units: int, bundle: int, noun: str, instead: str | None = None
+) -> None:
+    """Every block must keep a bundle: of the units of all blocks together, or of each block alone."""
+    if scope == "layer":
+        blocks = 1
+    _check(cell, left, blocks * bundle, blocks * units, noun, instead)
+
+
+def _check(cell: Cell, left: str, needed: int, units: int, noun: str, instead: str | None = None) -> None:
+    """Refuse to leave fewer units than are needed. `instead` is another way out than less sparsity."""
+    kept = units - round(cell.sparsity * units)
+    if kept < needed:
+        ways = [at_most(1 - needed / units) if needed < units else "choose another method", instead]
+        raise RequestError(
+            f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, {needed} needed): "
+            + ", or ".join(way for way in ways if way)
+        )
+
+
+def _first(shape: Mapping[str, Any], *names: str) -> int:
+    """The first of these that is there; 0 when none is."""
+    return next((int(shape[name]) for name in names if shape.get(name)), 0)

@@ -1,0 +1,167 @@
+"""What calibration text tells of units: sums of activations and of activation * gradient, gathered by hooks.
+
+T tokens; a part is one block's output matrix with its units (see units.Part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sweep.config import LABELS
+from sweep.models.logits import Tail, descend, given
+from sweep.pruning.calibrate import exact_device, inputs_observed
+from sweep.pruning.unit_scores import Statistics
+
+BATCH = 4  # sequences in one forward pass
+
+
+def gather(
+    model: PreTrainedModel,
+    outputs: Sequence[nn.Module],
+    sizes: Sequence[int],
+    tokens: Tensor,
+    *,
+    labels: Literal["text", "model"] | None,
+    seed: int = 0,
+) -> list[Statistics]:
+    """Statistics of the inputs of `outputs` while the model reads `tokens`.
+
+    outputs    the output matrix of each part
+    sizes      columns a unit, of each part
+    tokens     (sequences, length)
+    labels     the loss is the summed cross-entropy of these next tokens: the text's own, or ones drawn from the model at
+               every position; None spares the backward pass and leaves the products zero
+    seed       of the draws
+    """
+    draw = torch.Generator(model.device).manual_seed(seed)
+    found: list[Statistics] = []
+    read = [0] * len(outputs)  # tokens, of each part
+    sequences = 0  # in the batch that is being read
+    for output, size in zip(outputs, sizes, strict=True):
+        columns = _columns(output)
+        zeros = [
+            torch.zeros(n, dtype=torch.float64, device=exact_device(model.device))
+            for n in (columns, columns, *[columns // size] * 4)
+        ]
+        found.append(Statistics(tokens.numel(), *zeros))
+
+    def observe(part: int, x: Tensor) -> None:
+        value, seen, size = x.detach(), found[part], sizes[part]  # a hook that held x would keep its graph
+        _add_moments(seen, value.flatten(0, -2).float(), read[part])
+        read[part] += value.numel() // value.shape[-1]
+
+        def on_gradient(gradient: Tensor) -> None:
+            product = (value.float() * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
+            per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
+            seen.product += per_sequence.sum(0).to(seen.product)
+            seen.product_abs += product.abs().flatten(0, -2).sum(0).to(seen.product)
+            seen.product_energy += product.square().flatten(0, -2).sum(0).to(seen.product)
+            seen.product_square += per_sequence.square().sum(0).to(seen.product)
+
+        if labels is not None:
+            x.register_hook(on_gradient)
+
+    def drawn(probabilities: Tensor, _: slice) -> Tensor:
+        return torch.multinomial(probabilities, 1, generator=draw).squeeze(1)
+
+    tail = Tail(model)
+    with (
+        inputs_observed(outputs, observe),
+        activations_differentiable(model) if labels is not None else torch.no_grad(),
+    ):
+        for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
+            batch, sequences = batch.to(model.device), len(batch)
+            if labels is None:
+                tail.states(input_ids=batch)
+                continue
+            wanted = drawn if labels == "model" else given(batch[:, 1:].flatten())
+            descend(tail, tail.states(input_ids=batch)[:, :-1].flatten(0, 1), wanted)
+    return found
+
+
+def _add_moments(seen: Statistics, rows: Tensor, before: int) -> None:
+    """Add the rows, (tokens, columns) float32, to the sum and the scatter of `before` earlier ones.
+
+    Deviations are taken from the mean of these rows and scatters joined by Chan et al. 1979, since the square of a sum is
+    as large as the sum of squares where a mean is large: in float32 their difference can lose all digits.
+    """
+    count, centre = len(rows), rows.mean(0)
+    apart = rows - centre
+    rest = apart.sum(0).to(seen.input_sum)  # what rounding has left in the mean
+    total = count * centre.to(rest) + rest
+    scatter = apart.square_().sum(0).to(rest) - rest.square() / count
+    if before:
+        scatter += (total / count - seen.input_sum / before).square() * (before * count / (before + count))
+    seen.input_sum += total
+    seen.input_scatter += scatter.clamp_min_(0)
+
+
+def for_criteria(
+    criteria: Iterable[str], model: PreTrainedModel, outputs: Sequence[nn.Module], tokens: Tensor, seed: int
+) -> dict[str, list[Statistics]]:
+    """What each criterion reads of units of one column, on the same text, which is read once for each kind of labels."""
+    labels = {criterion: LABELS.get(criterion, "text") for criterion in criteria}
+    found = {
+        kind: gather(model, outputs, [1] * len(outputs), tokens, labels=kind, seed=seed)
+        for kind in sorted(set(labels.values()))
+    }
+    return {criterion: found[kind] for criterion, kind in labels.items()}
+
+
+def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean over tokens of the cosine between what enters a block and what leaves it: (blocks,) float64."""
+    totals = torch.zeros(len(blocks), dtype=torch.float64)
+
+    def observe(index: int, before: Tensor, after: Tensor) -> None:
+        totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
+
+    tail = Tail(model)
+    handles = [
+        block.register_forward_hook(
+            lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
+            with_kwargs=True,
+        )
+        for i, block in enumerate(blocks)
+    ]
+    try:
+        with torch.no_grad():
+            for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
+                tail.states(input_ids=batch.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return totals / tokens.numel()
+
+
+def first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden state among a block's arguments, or in its output, which some families wrap in a tuple."""
+    value = args[0] if args else kwargs["hidden_states"]
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _columns(output: nn.Module) -> int:
+    weight = output.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1] if isinstance(output, nn.Linear) else weight.shape[0]  # Conv1D stores (in, out)
+
+
+@contextmanager
+def activations_differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients flow to activations and not to weights, which halves the cost of a backward pass."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)

@@ -1,0 +1,403 @@
+"""Unit pruning: whole FFN neurons and attention heads are removed, and the matrices become smaller.
+
+A part is one block's FFN or attention. Its units are columns of its output matrix: one column a neuron, head_dim
+columns a query head, those of a whole group where key-value groups go together. Units are removed in bundles, the
+smallest sets whose removal leaves a legal shape: one unit; `multiple_of` neurons; one query head of every group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sweep.config import LABELS, Head, Neuron, RequestError
+from sweep.models import anatomy, surgery
+from sweep.pruning import drop, repair, select, sharing, unit_requests, unit_scores, unit_statistics
+from sweep.pruning.outcome import Outcome
+from sweep.pruning.unit_scores import Statistics
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block's FFN or attention, as units over the columns of its output matrix."""
+
+    block: int
+    inputs: tuple[anatomy.Linear, ...]
+    output: anatomy.Linear
+    size: int  # columns a unit
+    bundle: int  # units that go together; 0 = one of every key-value group
+    groups: int  # key-value groups; 1 for an FFN
+    remove: Callable[[Tensor], None]  # cuts the part down to a keep-mask over columns
+
+    @property
+    def columns(self) -> int:
+        return anatomy.weight(self.output).shape[1]
+
+    @property
+    def units(self) -> int:
+        return self.columns // self.size
+
+    @property
+    def weights(self) -> int:
+        return sum(anatomy.weight(linear).numel() for linear in (*self.inputs, self.output))
+
+    @property
+    def weights_a_unit(self) -> int:
+        """Weights that go with one unit; a query head takes its keys and values along only where they are its own."""
+        shared = self.inputs[1:] if self.bundle == 0 else ()
+        return (self.weights - sum(anatomy.weight(linear).numel() for linear in shared)) // self.units
+
+
+def parts(model: PreTrainedModel, method: Neuron | Head) -> list[Part]:
+    """The parts that the method may prune, in order of their blocks."""
+    found = _neurons(model, method) if isinstance(method, Neuron) else _heads(model, method)
+    return [part for part in found if method.blocks is None or part.block in method.blocks]
+
+
+def _neurons(model: PreTrainedModel, method: Neuron) -> list[Part]:
+    return [
+        Part(ffn.block, ffn.inputs, ffn.output, 1, method.multiple_of, 1, partial(surgery.remove_neurons, ffn))
+        for ffn in anatomy.ffns(model)
+    ]
+
+
+def _heads(model: PreTrainedModel, method: Head) -> list[Part]:
+    found = []
+    for attention in anatomy.attentions(model):
+        together = method.unit == "group" or attention.groups == attention.heads
+        size = attention.head_dim * (attention.heads // attention.groups if together else 1)
+        remove = partial(_remove_heads, attention)
+        bundle = 1 if together else 0
+        found.append(Part(attention.block, attention.inputs, attention.output, size, bundle, attention.groups, remove))
+    return found
+
+
+def _remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
+    surgery.remove_heads(attention, keep[:: attention.head_dim])
+
+
+def prune(
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    share: sharing.Share = sharing.alone,
+) -> Outcome:
+    """Prune the model in place, in `method.steps` rounds of measuring and removing.
+
+    tokens     (sequences, length) calibration text, for criteria and repairs that read one
+    tokenizer  for a drop that is measured on a task
+    share      where statistics of the unpruned model come from
+    Raises RequestError, before anything is measured, when the request leaves a part without a unit; RuntimeError when the
+    matrices are not left with the weights that the choice leaves them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before = parts(model, method)
+    weights, units = sum(p.weights for p in before), sum(p.units for p in before)
+    check(before, method, sparsity)
+    expected, tables = weights, []
+    numbers = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
+    for step in range(1, method.steps + 1):
+        now, goal = parts(model, method), sparsity * step / method.steps
+        seen: list[Statistics] | list[None] = [None] * len(now)
+        bundles = None
+        if method.criterion == "drop":
+            gone = 1 - (sum(p.weights for p in now) / weights)
+            measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
+            scores, bundles = measured.scores, measured.groups
+            tables.append(drop.numbered(measured.table, {p.block: n for p, n in zip(now, numbers, strict=True)}))
+        else:
+            seen = _statistics(model, method, now, tokens, seed, share if step == 1 else sharing.alone)
+            scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
+        keeps = choose(now, scores, method, goal, weights, units, bundles)
+        expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
+        numbers = [n[keep] for n, keep in zip(numbers, keeps, strict=True)]
+        statistics = seen if method.criterion == "flap" else [None] * len(now)
+        cut(model, now, keeps, statistics, tokens if method.repair else None)
+    surgery.describe_shape(model)
+    after = parts(model, method)
+    left = sum(p.weights for p in after)
+    if left != expected:
+        raise RuntimeError(f"removal of units left {left} weights, {expected} expected")
+    return Outcome(
+        targets=weights,
+        removed=weights - left,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        units=units,
+        units_removed=units - sum(p.units for p in after),
+        measured=drop.latest(tables),
+    )
+
+
+def cut(
+    model: PreTrainedModel,
+    parts: Sequence[Part],
+    keeps: Sequence[Tensor],
+    compensation: Sequence[Statistics | None],
+    mending: Tensor | None,
+) -> None:
+    """Cut every part down to the units it keeps. In place.
+
+    compensation  statistics of a part whose removed columns leave their mean in a bias, or None
+    mending       calibration text on which the output matrices are refitted, or None for no repair
+    """
+    columns = [keep.repeat_interleave(part.size) for part, keep in zip(parts, keeps, strict=True)]
+    if mending is not None:
+        cuts = [(p.block, p.output, p.remove, keep) for p, keep in zip(parts, columns, strict=True)]
+        repair.cut_and_refit(model, cuts, mending)
+        return
+    for part, keep, seen in zip(parts, columns, compensation, strict=True):
+        if seen is not None:
+            _compensate(part, keep, seen)
+        part.remove(keep)
+
+
+@torch.no_grad()
+def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.Generator) -> Tensor:
+    """The importance of every unit of a part: (units,) float32, higher = keep."""
+    weight = anatomy.weight(part.output)
+    match criterion:
+        case "random":
+            return unit_scores.random(part.units, generator)
+        case "l2":
+            own = part.inputs[:1] if part.bundle == 0 else part.inputs
+            return unit_scores.l2([anatomy.weight(linear) for linear in own], weight, part.size)
+    assert seen is not None
+    match criterion:
+        case "activation":
+            return unit_scores.activation(seen, part.size)
+        case "wanda_sp":
+            return unit_scores.wanda_sp(weight, seen, part.size)
+        case "flap":
+            return unit_scores.flap(weight, seen, part.size)
+        case "taylor":
+            return unit_scores.taylor(seen)
+        case "taylor_abs":
+            return unit_scores.taylor_abs(seen)
+        case "taylor_norms":
+            return unit_scores.taylor_norms(seen)
+        case "taylor_balanced" | "taylor_sampled":  # of other labels: see config.LABELS
+            return unit_scores.taylor_balanced(seen)
+        case "fisher":
+            return unit_scores.fisher(seen)
+    raise ValueError(f"method.criterion={criterion} scores no units: it needs its line in units.py")
+
+
+def choose(
+    parts: list[Part],
+    scores: list[Tensor],
+    method: Neuron | Head,
+    goal: float,
+    weights: int,
+    units: int,
+    groups: list[list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """Keep-masks over the units of each part, such that `goal` of the original weights or units is gone in all.
+
+    weights, units  of the parts before anything was removed
+    groups          units that were measured together and go together, where criterion=drop says so
+    The lowest bundles go, as many as come nearest to the goal; every part keeps its best bundle.
+    """
+    by_weight = method.sparsity_of == "parameters"
+    bundles = groups or [_bundles(part, s.cpu()) for part, s in zip(parts, scores, strict=True)]
+    values = [
+        torch.stack([s.cpu()[members].mean() for members in inside]) for s, inside in zip(scores, bundles, strict=True)
+    ]
+    costs = [
+        torch.tensor([len(members) * (part.weights_a_unit if by_weight else 1) for members in inside])
+        for part, inside in zip(parts, bundles, strict=True)
+    ]
+    left = [part.weights if by_weight else part.units for part in parts]
+    whole = weights if by_weight else units
+    budget = goal * whole - (whole - sum(left))
+    if method.scope == "global":
+        kept = select.nearest(values, costs, budget, at_least=1)
+    else:
+        share = [budget * size / sum(left) for size in left]
+        kept = [select.nearest([v], [c], b, at_least=1)[0] for v, c, b in zip(values, costs, share, strict=True)]
+    masks = []
+    for part, inside, stays in zip(parts, bundles, kept, strict=True):
+        mask = torch.ones(part.units, dtype=torch.bool)
+        for members, stay in zip(inside, stays.tolist(), strict=True):
+            mask[members] = stay
+        masks.append(mask)
+    return masks
+
+
+def check(parts: list[Part], method: Neuron | Head, sparsity: float) -> None:
+    """Refuse a sparsity that leaves a part without a unit. Raises RequestError."""
+    weights, units = sum(part.weights for part in parts), sum(part.units for part in parts)
+    in_order = [torch.arange(part.units, dtype=torch.float64) for part in parts]  # which bundles go does not matter
+    try:
+        choose(parts, in_order, method, sparsity, weights, units)
+    except ValueError:
+        stays = [len(_bundles(part, scores)[-1]) for part, scores in zip(parts, in_order, strict=True)]
+        if method.sparsity_of == "units":
+            sizes = [(part.units, part.units - stay) for part, stay in zip(parts, stays, strict=True)]
+        else:
+            sizes = [
+                (part.weights, (part.units - stay) * part.weights_a_unit)
+                for part, stay in zip(parts, stays, strict=True)
+            ]
+        together = [tuple(map(sum, zip(*sizes, strict=True)))] if method.scope == "global" else sizes
+        most = min(gone / size for size, gone in together)
+        noun = "neuron" if isinstance(method, Neuron) else "head"
+        ways = [unit_requests.at_most(most) if most > 0 else "choose another method"]
+        ways += (
+            [unit_requests.QUERY] if isinstance(method, Head) and method.unit == "group" and _shares_keys(parts) else []
+        )
+        raise RequestError(f"sparsity={sparsity:g} leaves a block without a {noun}: {', or '.join(ways)}") from None
+
+
+def _shares_keys(parts: list[Part]) -> bool:
+    """Whether several query heads read the same keys."""
+    return any(
+        len(part.inputs) == 3 and anatomy.weight(part.inputs[0]).shape[0] > anatomy.weight(part.inputs[1]).shape[0]
+        for part in parts
+    )
+
+
+def _bundles(part: Part, scores: Tensor) -> list[Tensor]:
+    """Sets of units that are removed together, the least important first."""
+    if part.bundle == 0:
+        order = scores.view(part.groups, -1).argsort(dim=1, stable=True)
+        first = torch.arange(part.groups)[:, None] * order.shape[1]
+        return list((order + first).t())
+    order = scores.argsort(stable=True)
+    odd = part.units % part.bundle
+    return [*([order[:odd]] if odd else []), *order[odd:].split(part.bundle)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Importance by the measured drop, of every part."""
+
+    scores: list[Tensor]  # (units,) float64; with groups, every unit has its group's
+    groups: list[list[Tensor]] | None
+    table: pd.DataFrame  # block, unit, importance, measured: False for a unit that screening spared
+
+
+def measured_drops(
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    tokens: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    fraction: float,
+) -> Measured:
+    """What `method.metric` loses without each unit, or without each group of units.
+
+    fraction  of the units that are to go; screening measures those whose estimate is near that cut
+    """
+    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    found = parts(exact, method)
+    probe = drop.probe(method, tokens, tokenizer)
+    size = getattr(method, "group", 1)
+    estimates = [torch.zeros(part.units) for part in found]
+    if method.screen == "taylor" or size > 1:
+        columns = drop.first_order(exact, probe, [part.output for part in found])
+        estimates = [c.cpu().view(-1, part.size).sum(1) for c, part in zip(columns, found, strict=True)]
+    # Units of like estimate form a group, so that a group is about as dispensable as each of its units.
+    groups = [list(estimate.argsort(stable=True).split(size)) for estimate in estimates]
+    if size == 1:
+        groups = [list(torch.arange(part.units).split(1)) for part in found]
+    guess = [torch.stack([e[g].sum() for g in inside]).double() for e, inside in zip(estimates, groups, strict=True)]
+    near = [torch.ones(len(g), dtype=torch.bool) for g in guess]
+    if method.screen == "taylor":
+        near = screened(guess, fraction, method.screen_margin, together=method.scope == "global")
+    ablations = [
+        drop.Ablation(
+            part.block, part.output, [_columns(inside[i], part.size) for i in keep.nonzero().squeeze(1).tolist()]
+        )
+        for part, inside, keep in zip(found, groups, near, strict=True)
+    ]
+    scheme = drop.Scheme(method.metric, probe)
+    base, likelihoods = drop.likelihoods(exact, probe, ablations)
+    drops = torch.from_numpy(drop.importance(scheme, base, np.concatenate(likelihoods)))
+    values = _around(guess, near, list(drops.split([int(n.sum()) for n in near])), together=method.scope == "global")
+    scores, rows = [], []
+    for part, inside, value, keep in zip(found, groups, values, near, strict=True):
+        of_unit = torch.zeros(part.units, dtype=torch.double)
+        for members, one, exactly in zip(inside, value.tolist(), keep.tolist(), strict=True):
+            of_unit[members] = one
+            rows += [(part.block, unit, one if exactly else None, exactly) for unit in members.tolist()]
+        scores.append(of_unit)
+    table = pd.DataFrame(rows, columns=["block", "unit", "importance", "measured"])
+    return Measured(scores, groups if size > 1 else None, table)
+
+
+def screened(estimates: list[Tensor], fraction: float, margin: float, *, together: bool) -> list[Tensor]:
+    """Masks of the entries whose rank is within `margin` (of all entries) of the cut at `fraction`.
+
+    together  the ranks are among all tensors; else within each
+    """
+    if not together:
+        return [screened([e], fraction, margin, together=True)[0] for e in estimates]
+    joined = torch.cat(estimates)
+    rank = joined.argsort(stable=True).argsort()
+    cut, width = fraction * len(joined), margin * len(joined)
+    return list(((rank >= cut - width) & (rank < cut + width)).split([len(e) for e in estimates]))
+
+
+def _around(estimates: list[Tensor], near: list[Tensor], drops: list[Tensor], *, together: bool) -> list[Tensor]:
+    """Measured drops where there are some; entries below the measured window sort under them, those above over them."""
+    if not together:
+        return [_around([e], [n], [d], together=True)[0] for e, n, d in zip(estimates, near, drops, strict=True)]
+    guess, measured, exact = torch.cat(estimates), torch.cat(near), torch.cat(drops)
+    if measured.all():
+        return drops
+    if not len(exact):
+        return estimates
+    values = torch.empty_like(guess)
+    values[measured] = exact
+    low = ~measured & (guess <= guess[measured].min())
+    high = ~measured & ~low
+    values[low] = guess[low] - guess[low].max() + exact.min() - 1e-9 if low.any() else guess[low]
+    values[high] = guess[high] - guess[high].min() + exact.max() + 1e-9 if high.any() else guess[high]
+    return list(values.split([len(e) for e in estimates]))
+
+
+def _columns(members: Tensor, size: int) -> Tensor:
+    """The columns of some units of `size` columns each."""
+    return (members[:, None] * size + torch.arange(size)).flatten()
+
+
+def _statistics(
+    model: PreTrainedModel,
+    method: Neuron | Head,
+    parts: list[Part],
+    tokens: Tensor | None,
+    seed: int = 0,
+    share: sharing.Share = sharing.alone,
+) -> list[Statistics] | list[None]:
+    if method.criterion in ("random", "l2"):
+        return [None] * len(parts)
+    assert tokens is not None
+    names = [f.name for f in fields(Statistics) if f.name != "tokens"]
+    labels = LABELS.get(method.criterion)
+
+    def measure() -> sharing.Tensors:
+        outputs, sizes = [p.output for p in parts], [p.size for p in parts]
+        found = unit_statistics.gather(model, outputs, sizes, tokens, labels=labels, seed=seed)
+        return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
+
+    where = [(part.block, part.size) for part in parts]
+    found = share(f"{method.family} statistics {names} of {where}, {labels=}, {seed=}", measure)
+    return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
+
+
+def _compensate(part: Part, keep: Tensor, seen: Statistics) -> None:
+    """Add to the bias what the removed columns give on average (FLAP): sum over removed j of W_j * mean x_j."""
+    weight = anatomy.weight(part.output)
+    gone = ~keep.to(weight.device)
+    mean = (seen.input_sum / seen.tokens).float().to(weight.device)
+    surgery.add_bias(part.output, weight[:, gone].float() @ mean[gone])

@@ -1,0 +1,89 @@
+"""Vocabulary pruning: the embedding and head rows of rare tokens are removed, and the tokenizer follows.
+
+The tokenizer splits text as before; then old ids become new ones, and those of removed tokens become the unknown
+token's. Splitting by the smaller vocabulary instead would give other tokens than the model was trained on.
+
+Where the text has a removed token the pruned model tells the unknown one. Its probability is shared equally by the tokens
+it stands for wherever a text is scored (scorer.py), so that losses can be compared with the dense model's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sweep.config import RequestError, Vocab
+from sweep.models import remapping, surgery
+from sweep.pruning import select, unit_requests, unit_scores
+from sweep.pruning.outcome import Outcome
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Vocab,
+    sparsity: float,
+    tokens: Tensor | None,
+    seed: int = 0,
+) -> Outcome:
+    """Remove the rows of the least important tokens in place; the outcome carries the new tokenizer.
+
+    tokens  token ids of text, of any shape, for criterion=frequency
+    Raises RequestError when the tokenizer has no token to stand for the removed ones, or when the request would
+    remove special tokens.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    unknown = remapping.unknown_id(tokenizer, size)
+    protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
+    drop = select.count(size, sparsity)
+    if drop > size - len(protected):
+        raise RequestError(
+            f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
+            f"{unit_requests.at_most(1 - len(protected) / size)}"
+        )
+    if method.criterion == "random":
+        scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
+    elif method.criterion == "frequency":
+        assert tokens is not None
+        scores = frequency(torch.bincount(tokens.flatten(), minlength=size), _zipf(tokenizer, size)).double()
+    else:
+        raise ValueError(f"method.criterion={method.criterion} scores no tokens: it needs its line in vocabulary.py")
+    scores[sorted(protected)] = torch.inf
+    kept = select.lowest(scores, drop).nonzero().squeeze(1)
+    parameters = sum(p.numel() for p in model.parameters())
+    surgery.remove_tokens(model, kept)
+    removed = parameters - sum(p.numel() for p in model.parameters())
+    return Outcome(
+        targets=removed * size // drop if drop else size * model.get_input_embeddings().weight.shape[1],
+        removed=removed,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        units=size,
+        units_removed=drop,
+        tokenizer=remapping.remapped(tokenizer, kept.tolist(), size),
+    )
+
+
+def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
+    """The rank of each token by how often it stands in the text; equal counts go by how frequent the word is that it spells.
+
+    counts   (tokens,) int64
+    zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8; -1 for a row of no token
+    returns  (tokens,) int64, all different: what is still equal goes by id, since later merges of a tokenizer are rarer.
+             No sum of the three, in which a large count would round the others away
+    """
+    order = np.lexsort((-np.arange(len(counts)), zipf.numpy(), counts.numpy()))
+    return torch.from_numpy(order).argsort()
+
+
+def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """Of each row: many models have more rows than their tokenizer has tokens."""
+    from wordfreq import zipf_frequency  # loads its word list on first use
+
+    found = torch.full((size,), -1.0, dtype=torch.float64)
+    for i in tokenizer.get_vocab().values():
+        if i < size:
+            word = tokenizer.decode([i]).strip()
+            found[i] = zipf_frequency(word, "en") if word.isalpha() else 0.0
+    return found

@@ -1,0 +1,467 @@
+"""Weight pruning: single weights of the blocks' linear layers, and of embeddings and head on request, are set to zero.
+
+    targets -> how many each loses (allocation) -> block by block: calibrate, score or rebuild, select, write
+
+Legend: weights are (out, in) views by name, in the order of the model; a mask is True where the weight is kept.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sweep.config import CALIBRATED, REBUILDING, RequestError, Weight, checked_weight, groups
+from sweep.models import anatomy, surgery
+from sweep.pruning import calibrate, rebuild, scores, select, sharing
+from sweep.pruning.calibrate import Inputs
+from sweep.pruning.outcome import Outcome
+
+log = logging.getLogger(__name__)
+
+FROM_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "wanda": scores.wanda,
+    "ria": scores.ria,
+    **dict.fromkeys(REBUILDING, scores.wanda),  # of matrices among each other; within one they say themselves
+}
+REBUILDS = {"sparsegpt": rebuild.sparsegpt, "alps": rebuild.alps}
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of one pruning share."""
+
+    model: PreTrainedModel
+    method: Weight
+    tokens: Tensor | None  # (sequences, length) calibration text
+    seed: int  # of random scores
+    sequential: bool  # blocks are calibrated on what the pruned blocks before them put out
+    device: torch.device | None  # where blocks are calibrated and pruned, one at a time; None = where they lie
+    shapes: dict[str, torch.Size]  # of the targets, in order
+    share: sharing.Share  # where the norms of what the dense model's layers read come from
+    gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
+
+    def weights(self) -> Weights:
+        """The targets. Asked for anew, because views of a block do not follow it to another device and back."""
+        everything = _everything(self.model, self.method)
+        return {name: everything[name] for name in self.shapes}
+
+    def text(self) -> Tensor:
+        if self.tokens is None:
+            raise ValueError(
+                f"method.criterion={self.method.criterion}, method.allocation={self.method.allocation} "
+                "read calibration text: pass tokens"
+            )
+        return self.tokens
+
+    def score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
+        """The importance of one matrix by the method's criterion; of an embedding, which reads no activations, |W|.
+
+        norm  (in,) of each feature that it reads
+        """
+        criterion = self.method.criterion
+        if criterion == "random":
+            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+            importance = scores.random(weight, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
+        elif criterion == "magnitude" or (criterion in FROM_INPUTS and norm is None):
+            importance = scores.magnitude(weight)
+        elif criterion in FROM_INPUTS and norm is not None:
+            importance = FROM_INPUTS[criterion](weight, norm.to(weight.device))
+        else:
+            raise ValueError(
+                f"method.criterion={criterion} scores no matrix by what it reads: it needs its line in weights.py"
+            )
+        return self.marked(weight, importance)
+
+    def marked(self, weight: Tensor, importance: Tensor) -> Tensor:
+        return importance.masked_fill_(weight == 0, -1.0) if self.gone else importance
+
+
+def prune(
+    model: PreTrainedModel,
+    method: Weight,
+    sparsity: float,
+    tokens: Tensor | None = None,
+    *,
+    seed: int = 0,
+    sequential: bool = True,
+    device: torch.device | str | None = None,
+    share: sharing.Share = sharing.alone,
+) -> Outcome:
+    """Prune the model in place. The arguments are those of `Job`.
+
+    Raises RequestError for what the model cannot meet, before anything is changed; ValueError that names the layer when
+    weights or activations are not finite; RuntimeError when the removed count is not the requested one.
+    """
+    method = checked_weight(method, sparsity)
+    found = targets(model, method)
+    _check_finite(found)
+    shapes = {name: weight.shape for name, weight in found.items()}
+    del found
+    job = Job(model, method, tokens, seed, sequential, None if device is None else torch.device(device), shapes, share)
+    size = sum(shape.numel() for shape in shapes.values())
+    removed, dampings = 0, []
+    for step in range(1, method.steps + 1):
+        # the cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878: most goes early, while there is most to spare
+        goal = sparsity * (1 - (1 - step / method.steps) ** 3) if step < method.steps else sparsity
+        removed, damping = _prune_to(replace(job, gone=step > 1), goal)
+        dampings.append(damping)
+    expected = (
+        sum(_removed_by_pattern(method.pattern, shapes).values()) if method.pattern else select.count(size, sparsity)
+    )
+    if removed != expected:
+        raise RuntimeError(f"{removed} of {size} weights were removed, {expected} asked")
+    return Outcome(
+        size, removed, 0 if tokens is None else tokens.numel(), damping=max(filter(None, dampings), default=None)
+    )
+
+
+def targets(model: PreTrainedModel, method: Weight) -> Weights:
+    """The matrices that a weight method prunes. Raises RequestError for what the model does not have or cannot meet."""
+    kept = _everything(model, method)
+    if method.targets != "all":
+        attention = method.targets == "attention"
+        blocks = tuple(f"{name}." for name in anatomy.block_names(model))
+        kept = {
+            name: weight
+            for name, weight in kept.items()
+            if not name.startswith(blocks) or bool(anatomy.ATTENTION & set(name.split("."))) == attention
+        }
+    for pattern in method.exclude:
+        hit = set(fnmatch.filter(kept, pattern))
+        if not hit:
+            raise RequestError(
+                f"method.exclude={pattern} matches none of the matrices that would be pruned, such as "
+                f"{', '.join(list(kept)[:3])}; * stands for any characters"
+            )
+        kept = {name: weight for name, weight in kept.items() if name not in hit}
+    if not kept:
+        raise RequestError(
+            f"method.targets={method.targets} with method.exclude={list(method.exclude)} leaves nothing "
+            "to prune: change one of the two"
+        )
+    if method.pattern:
+        _, m = groups(method.pattern)
+        for name, weight in kept.items():
+            if weight.shape[1] % m:
+                raise RequestError(
+                    f"method.pattern={method.pattern} needs input dimensions divisible by {m}, but {name} "
+                    f"has {weight.shape[1]}: add method.exclude=[{name}] or choose another pattern"
+                )
+    if isinstance(method.allocation, tuple) and len(method.allocation) != len(anatomy.blocks(model)):
+        raise RequestError(
+            f"method.allocation lists {len(method.allocation)} sparsities; the model has "
+            f"{len(anatomy.blocks(model))} blocks: give one for each"
+        )
+    return kept
+
+
+def _everything(model: PreTrainedModel, method: Weight) -> Weights:
+    """Embedding, the matrices of the blocks, head: in the order in which text meets them."""
+    found: Weights = {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if method.embeddings and not (tied and method.head):  # one tensor is pruned once
+        found[_name(model, embedding)] = embedding.weight.detach()
+    for name, block in zip(anatomy.block_names(model), anatomy.blocks(model), strict=True):
+        found |= anatomy.matrices(block, name)
+    if method.head and head is not None:
+        found[_name(model, head)] = anatomy.weight(head).detach()
+    return found
+
+
+def _name(model: PreTrainedModel, module: torch.nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _check_finite(found: Weights) -> None:
+    for name, weight in found.items():
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite")
+
+
+# ---- allocation: how many weights each matrix loses ----
+
+
+def allocate(job: Job, sparsity: float) -> dict[str, int]:
+    """How many weights each matrix loses; they sum to exactly round(sparsity * size), unless a pattern decides.
+
+    uniform  every matrix the same share
+    global   as a rank over all matrices by the criterion's score of the dense model (Wanda's for those that rebuild)
+    owl      blocks with fewer outliers lose more
+    a list   each block its share
+    Shares are moved together, and rounded by largest remainder, so that the total is exact.
+    """
+    allocation = job.method.allocation
+    if job.method.pattern:
+        return _removed_by_pattern(job.method.pattern, job.shapes)
+    sizes = [shape.numel() for shape in job.shapes.values()]
+    total = select.count(sum(sizes), sparsity)
+    if allocation == "global":
+        return dict(zip(job.shapes, select.counts_across(dense_scores(job), total), strict=True))
+    shares = [sparsity] * len(sizes)
+    if allocation != "uniform":
+        blocks = anatomy.block_names(job.model)
+        of_block = owl(job, sparsity) if allocation == "owl" else dict(zip(blocks, allocation, strict=True))
+        own = [next((of_block[b] for b in of_block if name.startswith(f"{b}.")), sparsity) for name in job.shapes]
+        shares = _moved(own, sizes, total)
+    quotas = [share * size for share, size in zip(shares, sizes, strict=True)]
+    return dict(zip(job.shapes, select.apportion(quotas, sizes, total), strict=True))
+
+
+def _removed_by_pattern(pattern: str, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    n, m = groups(pattern)
+    return {name: shape.numel() // m * (m - n) for name, shape in shapes.items()}
+
+
+def _moved(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
+    """The shares, all raised or lowered by one amount and kept within [0, 1], such that they remove the total."""
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        removed = sum(min(max(s + middle, 0.0), 1.0) * size for s, size in zip(shares, sizes, strict=True))
+        low, high = (middle, high) if removed < total else (low, middle)
+    return [min(max(s + high, 0.0), 1.0) for s in shares]
+
+
+def owl(job: Job, sparsity: float) -> dict[str, float]:
+    """The sparsity of each block (Yin et al. 2023, OWL, arXiv:2310.05175).
+
+    A block's outliers are its Wanda scores above `outlier_ratio` times their mean. Blocks' shares of outliers, scaled
+    to a range of twice `outlier_range`, are what they keep more or less than the average block.
+    """
+    shares: dict[str, float] = {}
+    norms, weights = dense_norms(job), job.weights()
+    for block in anatomy.block_names(job.model):
+        found = [
+            scores.wanda(weight, norms[name].to(weight.device))
+            for name, weight in weights.items()
+            if name.startswith(f"{block}.")
+        ]
+        if found:
+            size = sum(s.numel() for s in found)
+            bar = job.method.outlier_ratio * sum(float(s.sum()) for s in found) / size
+            shares[block] = sum(int((s > bar).sum()) for s in found) / size
+    spread = max(shares.values()) - min(shares.values()) or 1.0
+    scaled = {block: share / spread * 2 * job.method.outlier_range for block, share in shares.items()}
+    mean = sum(scaled.values()) / len(scaled)
+    return {block: sparsity - (share - mean) for block, share in scaled.items()}
+
+
+def dense_scores(job: Job) -> Callable[[], Iterator[Tensor]]:
+    """A function that yields the scores of all targets as they are now, anew at each call, in order."""
+    if job.method.criterion == "gradient":
+        weights = job.weights()
+        norms = calibrate.gradient_norms(job.model, job.text(), weights)
+        found = [job.marked(weights[name], scores.gradient(weights[name], norms.pop(name))) for name in job.shapes]
+        return lambda: iter(found)
+    norms = dense_norms(job) if job.method.criterion in CALIBRATED else {}
+    return lambda: (job.score(name, weight, norms.get(name)) for name, weight in job.weights().items())
+
+
+def dense_norms(job: Job) -> dict[str, Tensor]:
+    """||x_j||_2 of what each target reads, (in,) float32, with the model as it is now. An embedding has none."""
+
+    def measure() -> dict[str, Tensor]:
+        read = read_blocks(replace(job, sequential=False), hessian=False)
+        return {name: inputs[name].norm for _, weights, inputs in read for name in weights if name in inputs}
+
+    return job.share(f"input norms of {list(job.shapes)}", measure)
+
+
+# ---- selection within a matrix ----
+
+
+def keep_mask(method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
+    """Which weights of one matrix stay: exactly `drop` go.
+
+    The lowest in score, or, with `skip_lowest`, the next ones above so many that stay; with `among_smallest` those of
+    larger magnitude stay whatever they score. So a band of a criterion's order can be removed alone.
+    """
+    if method.pattern:
+        return select.n_of_m(importance, *groups(method.pattern))
+    lowest = select.lowest_by_row if method.scope == "row" else select.lowest
+    skip = select.count(weight.numel(), method.skip_lowest)
+    if method.among_smallest < 1:
+        may_go = max(select.count(weight.numel(), method.among_smallest), skip + drop)  # both are rounded
+        importance = importance.masked_fill(lowest(scores.magnitude(weight), may_go), torch.inf)
+    keep = lowest(importance, skip + drop)
+    return keep | ~lowest(importance, skip) if skip else keep
+
+
+def _choose(method: Weight, drop: int) -> rebuild.Choose:
+    """`keep_mask` for some columns of a matrix at a time, such that all together lose exactly `drop`."""
+
+    def choose(importance: Tensor, before: float, upto: float) -> Tensor:
+        if method.pattern:
+            return select.n_of_m(importance, *groups(method.pattern))
+        if method.scope != "row":
+            return select.lowest(importance, round(drop * upto) - round(drop * before))
+        rows = len(importance)
+        each, more = divmod(drop, rows)
+        parts = [(importance[:more], each + 1), (importance[more:], each)]
+        return torch.cat(
+            [
+                select.lowest_by_row(part, len(part) * (round(number * upto) - round(number * before)))
+                for part, number in parts
+                if len(part)
+            ]
+        )
+
+    return choose
+
+
+# ---- the work, block by block ----
+
+
+def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
+    """(how many weights were removed, the largest damping of a Hessian or None)."""
+    job = replace(job, share=sharing.once(sharing.alone if job.gone else job.share))  # a later step's model is its own
+    counts = allocate(job, sparsity)
+    removed, dampings = 0, []
+    if job.method.criterion in REBUILDING:
+        for _, weights, inputs in read_blocks(job, hessian=True):
+            removed_here, damping = _rebuild(job, weights, inputs, counts)
+            removed += removed_here
+            dampings.append(damping)
+    else:
+        for name, weight, importance in _scored(job):
+            removed += _zero(name, weight, _mask(name, job.method, weight, importance, counts[name]), counts[name])
+    return removed, max(dampings, default=None)
+
+
+def _scored(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight, scores) of every target; the caller prunes it before the next is scored."""
+    at_once = job.method.allocation == "global" or not (
+        job.sequential or job.device or job.method.criterion == "gradient"
+    )
+    if at_once or job.method.criterion not in CALIBRATED:
+        yield from zip(job.shapes, job.weights().values(), dense_scores(job)(), strict=True)
+    elif job.method.criterion == "gradient":
+        for part in _parts(job):
+            norms = calibrate.gradient_norms(job.model, job.text(), part)
+            for name, weight in part.items():
+                yield name, weight, job.marked(weight, scores.gradient(weight, norms.pop(name)))
+    else:
+        for _, weights, inputs in read_blocks(job, hessian=False):
+            for name, weight in weights.items():
+                yield name, weight, job.score(name, weight, inputs[name].norm if name in inputs else None)
+
+
+def _parts(job: Job) -> Iterator[Weights]:
+    """The targets in parts whose float32 gradients take no more than half the model; all at once if not sequential."""
+    limit = sum(p.numel() * p.element_size() for p in job.model.parameters()) // 2
+    part: Weights = {}
+    for name, weight in job.weights().items():
+        if job.sequential and part and 4 * (sum(w.numel() for w in part.values()) + weight.numel()) > limit:
+            yield part
+            part = {}
+        part[name] = weight
+    yield part
+
+
+def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict[str, Inputs]]]:
+    """(block name, its targets, what each of them reads of the text) block by block.
+
+    Embedding and head come as blocks named "": the embedding, which reads no activations, has no inputs.
+    The caller changes a block before the next is read. A block is on `job.device` for as long as it is here.
+    """
+    model, names = job.model, anatomy.block_names(job.model)
+    inside = tuple(f"{name}." for name in names)
+    outside = {name: weight for name, weight in job.weights().items() if not name.startswith(inside)}
+    head = model.get_output_embeddings()
+    last = _name(model, head) if job.method.head and head is not None else None
+    for name, weight in outside.items():
+        if name != last:
+            yield "", {name: weight}, {}
+    text = calibrate.enter(model, job.text())
+    for index, (name, block) in enumerate(
+        zip(tqdm(names, desc="pruning", unit="block", leave=False), anatomy.blocks(model), strict=True)
+    ):
+        home = next(block.parameters()).device
+        block.to(job.device or home)
+        read_on = index + 1 < len(names) or last in outside  # somebody reads what the block puts out
+        inputs = calibrate.inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not job.sequential)
+        weights = {n: weight for n, weight in anatomy.matrices(block, name).items() if n in job.shapes}
+        missing = [n for n in weights if n not in inputs]
+        if missing:
+            raise RequestError(
+                f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
+                "reads no text, such as magnitude"
+            )
+        yield name, weights, inputs
+        del inputs
+        if job.sequential and read_on:
+            calibrate.through(text, index, block, advance=True)
+        del weights
+        block.to(home)
+    if last is not None and last in outside:
+        yield "", {last: outside[last]}, {last: calibrate.head_inputs(model, text, hessian=hessian)}
+
+
+def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict[str, int]) -> tuple[int, float]:
+    """Rebuild the matrices of one block, those with a common input together."""
+    removed, most = 0, 0.0
+    together: dict[int, list[str]] = {}
+    for name in weights:
+        if name in inputs:
+            together.setdefault(id(inputs[name]), []).append(name)
+        else:  # an embedding
+            mask = _mask(name, job.method, weights[name], job.score(name, weights[name], None), counts[name])
+            removed += _zero(name, weights[name], mask, counts[name])
+    for names in together.values():
+        hessian = inputs[names[0]].hessian
+        assert hessian is not None
+        m = groups(job.method.pattern)[1] if job.method.pattern else 1
+        try:
+            rebuilt, damping = REBUILDS[job.method.criterion](
+                [weights[name].float() for name in names],
+                hessian,
+                [_choose(job.method, counts[name]) for name in names],
+                job.method.damping,
+                m=m,
+                gone=[weights[name] == 0 for name in names] if job.gone else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from error
+        if damping > job.method.damping:
+            log.warning(
+                "%s: the Hessian was damped by %g instead of %g to be positive definite",
+                names[0],
+                damping,
+                job.method.damping,
+            )
+        most = max(most, damping)
+        for name, (values, keep) in zip(names, rebuilt, strict=True):
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name}: the rebuilt weights are not finite; raise method.damping")
+            surgery.write_weights(weights[name], values)
+            removed += _zero(name, weights[name], keep, counts[name])
+    return removed, most
+
+
+def _mask(name: str, method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
+    try:
+        return keep_mask(method, weight, importance, drop)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _zero(name: str, weight: Tensor, keep: Tensor, drop: int) -> int:
+    """Zero what is not kept, and return how many that are. Raises RuntimeError unless they are `drop`, and zero."""
+    surgery.zero_weights(weight, keep)
+    removed = keep.numel() - int(keep.sum())
+    if removed != drop:
+        raise RuntimeError(f"{name}: {removed} weights removed, {drop} asked")
+    if torch.count_nonzero(weight) > keep.numel() - drop:
+        raise RuntimeError(f"{name}: more weights are left than the mask keeps")
+    return removed

@@ -1,0 +1,1 @@
+"""Reports: from the rows alone to figures, tables, a page and answers. No torch."""

@@ -1,0 +1,180 @@
+"""Whether the points of a figure or table differ by more than chance makes. No torch.
+
+Two cells that answered the same documents are compared document by document, as sweep.report.paired does: their own intervals
+overlap long before they are alike, for most of what moves the one moves the other. Where a point has several seeds, its
+scatter over them must deny that the two are alike as well. Costs, and cells whose outcomes are not at hand, are compared
+by their intervals, as values that know nothing of each other; a task's metric that has neither is told from nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from sweep.report import chance, frontier, paired
+from sweep.store import columns
+
+_SCATTER = "seeds"  # the kind of interval that is over seeds
+
+
+class Evidence:
+    """What is known of the points of some rows beside their means.
+
+    Points are lines of frontier.points(): `point`, `y`, `y_low`, `y_high`, `seeds` and `interval` are read.
+    """
+
+    def __init__(self, rows: pd.DataFrame | None = None, samples: pd.DataFrame | None = None) -> None:
+        """rows: numbered by frontier.numbered; samples: outcomes of their documents, where they are at hand."""
+        known = rows is not None and samples is not None
+        self._cells = rows.groupby("point").cell.agg(list).to_dict() if known else {}  # type: ignore[union-attr]
+        self._samples = samples if known else None
+        self._outcomes = functools.cache(lambda task: paired.by_cell(self._samples, task) if known else {})
+        self._estimates = functools.cache(self._estimated)
+
+    def pairs(self, metric: str) -> bool:
+        """Whether documents tell any two points of a metric apart."""
+        return len(self._estimates(metric)) > 1
+
+    def p_values(
+        self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str, less: NDArray | float = 0.0
+    ) -> NDArray[np.float64]:
+        """How likely chance alone makes two points as different as they are, for several pairs.
+
+        one, other  (pairs,) places in points
+        less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
+        """
+        shift = np.broadcast_to(np.asarray(less, dtype=float), len(one))
+        if columns.is_logarithm(metric):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shift = np.log1p(shift / points.y.to_numpy()[other])
+        even = _even(points, metric)
+        p, by_seeds = (_unpaired(known, one, other, shift) for known in (even, _over_seeds(even)))
+        if "/" in metric:  # measured on documents: of a point without an interval nobody knows how much it would move
+            p[(points.interval == "none").to_numpy()[[one, other]].any(0)] = 1.0
+        several = (points.interval == _SCATTER).to_numpy()[[one, other]].any(0)
+        estimates, names = self._estimates(metric), points.get("point", pd.Series(index=points.index)).to_numpy()
+        by_documents: dict[int, list[tuple[int, NDArray]]] = {}
+        for place, (i, j) in enumerate(zip(one, other, strict=True)):
+            a, b = estimates.get(names[i]), estimates.get(names[j])
+            if a is not None and b is not None and a[0] == b[0]:
+                found = paired.minus(a[1], b[1])
+                by_documents.setdefault(a[0], []).append((place, found.parts() - shift[place] * found.shares))
+        for mine in by_documents.values():
+            places = np.array([place for place, _ in mine])
+            tested = chance.p_values(np.stack([parts for _, parts in mine]))
+            tested = np.where(several[places], np.maximum(tested, by_seeds[places]), tested)
+            p[places] = np.where(np.isnan(tested), p[places], tested)
+        return p
+
+    def differ(self, points: pd.DataFrame, metric: str) -> frontier.Differ | None:
+        """For frontier.membership: which pairs differ beyond chance; None where documents tell nothing of the metric."""
+        if not self.pairs(metric):
+            return None
+        return lambda one, other: self.p_values(points, one, other, metric) < chance.LEVEL
+
+    def alike(self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str) -> NDArray[np.bool_]:
+        """Which of several pairs chance alone may make so different, after Holm's correction for their number."""
+        return chance.holm(self.p_values(points, one, other, metric)) >= chance.LEVEL
+
+    def interval(self, points: pd.DataFrame, one: int, other: int, metric: str) -> tuple[float, float]:
+        """The 95 % interval of a point's y less another's, in the unit of y; NaN where nothing is known of either."""
+        even = _even(points, metric)
+        ends = _unpaired_interval(even, one, other)
+        names = points.get("point", pd.Series(index=points.index)).iloc[[one, other]]
+        a, b = (self._estimates(metric).get(name) for name in names)
+        if a is not None and b is not None and a[0] == b[0]:
+            less = paired.minus(a[1], b[1])
+            documents = chance.sign_flips(less.parts(), less.shares)[:2]
+            seeds = _unpaired_interval(_over_seeds(even), one, other)  # NaN where neither has several
+            ends = float(np.fmin(seeds[0], documents[0])), float(np.fmax(seeds[1], documents[1]))
+        if columns.is_logarithm(metric):
+            low, high = (points.y.iloc[other] * np.expm1(end) for end in ends)
+            return float(low), float(high)
+        return ends
+
+    def redrawn(self, points: pd.DataFrame, metric: str, draw: np.random.Generator, times: int) -> NDArray[np.float64]:
+        """y of every point as other draws of documents and seeds might have it, (times, points).
+
+        The same documents for all points, where they are known.
+        """
+        even = _even(points, metric)
+        y, free = even.y.to_numpy(), _spread(even)[0] * draw.standard_normal((times, len(points)))
+        back = np.exp if columns.is_logarithm(metric) else np.asarray
+        estimates = [self._estimates(metric).get(point) for point in points.get("point", [None] * len(points))]
+        if any(found is None or found[0] != estimates[0][0] for found in estimates):  # type: ignore[index]
+            return back(y + free)
+        residuals = np.stack([found[1].residuals for found in estimates])  # type: ignore[index]
+        documents = residuals.shape[1]
+        moved = draw.standard_normal((times, documents)) @ residuals.T * math.sqrt(documents / max(documents - 1, 1))
+        return back(y + moved + np.where(points.interval == _SCATTER, free, 0))
+
+    def _estimated(self, metric: str) -> dict[int, tuple[int, paired.Estimate]]:
+        """(number of its set of documents, mean over its seeds) of each point of which every cell's outcomes are known."""
+        task, _, name = metric.partition("/")
+        if not name or not self._cells:
+            return {}
+        found, sets, outcomes = {}, dict[tuple, int](), self._outcomes(task)
+        for point, cells in self._cells.items():
+            mine = [outcomes[cell] for cell in cells if cell in outcomes]
+            documents = {tuple(o.index) for o in mine}
+            if len(mine) < len(cells) or len(documents) != 1 or any(name not in paired.comparable(o) for o in mine):
+                continue
+            estimates = [paired.estimate(o, name) for o in mine]
+            mean = paired.Estimate(*(np.mean(part, axis=0) for part in zip(*estimates, strict=True)))
+            found[point] = sets.setdefault(documents.pop(), len(sets)), mean
+        return found
+
+
+NOTHING = Evidence()
+
+
+def _even(points: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The points with y and its interval on the scale on which they scatter evenly: of perplexities the logarithm."""
+    if not columns.is_logarithm(metric):
+        return points
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return points.assign(**{name: np.log(points[name]) for name in ("y", "y_low", "y_high")})
+
+
+def _spread(points: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(standard error, degrees of freedom) of each point's y, from its interval; 0 where it has none."""
+    half = ((points.y_high - points.y_low) / 2).fillna(0).to_numpy()
+    degrees = np.where(points.interval == _SCATTER, np.maximum(points.seeds, 2) - 1, np.inf)
+    kinds, kind = np.unique(degrees, return_inverse=True)
+    return half / student.ppf(0.975, kinds)[kind], degrees
+
+
+def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """The points with their intervals over seeds alone: what documents do is told by the documents."""
+    seeds = points.interval == _SCATTER
+    return points.assign(y_low=points.y_low.where(seeds), y_high=points.y_high.where(seeds))
+
+
+def _joint(points: pd.DataFrame, one: NDArray, other: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """(difference, its standard error, its degrees of freedom by Welch) of pairs of points."""
+    error, degrees = _spread(points)
+    y, square = points.y.to_numpy(), error**2
+    total = square[one] + square[other]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        joint = total**2 / (square[one] ** 2 / degrees[one] + square[other] ** 2 / degrees[other])
+    return y[one] - y[other], np.sqrt(total), np.where(np.isnan(joint), np.inf, joint)
+
+
+def _unpaired(points: pd.DataFrame, one: NDArray, other: NDArray, less: NDArray) -> NDArray[np.float64]:
+    apart, error, degrees = _joint(points, one, other)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = 2 * student.sf(np.abs(apart - less) / error, degrees)
+    return np.where(apart == less, 1.0, p)
+
+
+def _unpaired_interval(points: pd.DataFrame, one: int, other: int) -> tuple[float, float]:
+    less, error, degrees = _joint(points, np.array([one]), np.array([other]))
+    if error[0] == 0:
+        return math.nan, math.nan
+    half = student.ppf(0.975, degrees) * error
+    return float(less[0] - half[0]), float(less[0] + half[0])

@@ -1,0 +1,165 @@
+"""Tables from rows: Markdown for reading, CSV for spreadsheets, LaTeX (booktabs) for a paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pandas as pd
+
+from sweep.report import frontier, plot
+from sweep.report.evidence import NOTHING, Evidence
+
+_OF_THE_LINE = ["name", "point", "seeds"]  # the same for all columns of a line
+_DECIMALS = 3  # significant digits of a measured number
+
+
+def summary(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> pd.DataFrame:
+    """One line a point (seeds together): what was asked, then each metric and cost with its 95 % interval.
+
+    Columns `NAME`, `NAME_low`, `NAME_high`, and `NAME_over`, what the interval is over (see frontier.points); `seeds` is
+    the number of replicates behind the line, `point` the number of the point.
+    """
+    frames = []
+    for column in [*costs, *metrics]:
+        points = frontier.points(rows, "sparsity", column)
+        points["name"] = plot.series(points)
+        part = points.set_index(frontier.SAME_POINT)[["name", "point", "seeds", "y", "y_low", "y_high", "interval"]]
+        frames.append(
+            part.rename(
+                columns={
+                    "y": column,
+                    "y_low": f"{column}_low",
+                    "y_high": f"{column}_high",
+                    "interval": f"{column}_over",
+                }
+            )
+        )
+    if not frames:
+        return pd.DataFrame()
+    joined = frames[0]
+    for part in frames[1:]:
+        joined = joined.join(part.drop(columns=_OF_THE_LINE), how="outer")
+        joined[_OF_THE_LINE] = joined[_OF_THE_LINE].fillna(part[_OF_THE_LINE])
+    joined = joined.reset_index()
+    order = (joined.method != "dense").astype(int)
+    return joined.assign(_order=order).sort_values(["_order", "name", "sparsity"]).drop(columns="_order")
+
+
+def marks(table: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence = NOTHING) -> pd.Series:
+    """`best`, `within noise` of the best, or nothing, among the pruned lines of one sparsity and model.
+
+    Within noise: chance alone may make the line as different from the best, after Holm's correction for their number;
+    by the documents that both have answered where `evidence` has them, else by their intervals.
+    """
+    found = pd.Series("", index=table.index)
+    points = table[["point", "seeds"]].assign(
+        y=table[column], y_low=table[f"{column}_low"], y_high=table[f"{column}_high"], interval=table[f"{column}_over"]
+    )
+    pruned = table[(table.method != "dense") & table[column].notna()]
+    for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
+        if len(group) < 2:
+            continue
+        best = group[column] == (group[column].min() if loss else group[column].max())
+        others = table.index.get_indexer(group.index[~best])
+        winner = np.full(len(others), table.index.get_loc(best.idxmax()))
+        alike = evidence.alike(points, others, winner, column)
+        found.iloc[others[alike]] = frontier.WITHIN_NOISE
+        found[group.index[best]] = "best"
+    return found
+
+
+def intervals(table: pd.DataFrame, columns: Sequence[str]) -> str:
+    """What ± says of each column, in a sentence; empty where no line has an interval."""
+    over: dict[str, list[str]] = {}
+    for column in columns:
+        for kind in table[f"{column}_over"].dropna().unique():
+            over.setdefault(kind, []).append(plot.label(column))
+    said = [f"over {kind} for {', '.join(labels)}" for kind, labels in sorted(over.items()) if kind != "none"]
+    return f"±: half a 95 % interval, {'; '.join(said)}." if said else ""
+
+
+def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str], evidence: Evidence = NOTHING) -> str:
+    """The summary as a Markdown table: the best of each sparsity bold, what is within noise of it marked with ~.
+
+    losses  the columns of which lower is better
+    """
+    header = ["method", "sparsity", "seeds", *map(plot.label, columns)]
+    lines = [header, ["---"] * len(header)]
+    texts = {
+        column: _texts(table, column, column in losses, evidence, "**{}**", "{} ~", "{} ± {}") for column in columns
+    }
+    for i, row in table.iterrows():
+        lines.append(
+            [row["name"].replace("|", "\\|"), f"{row.sparsity:g}", f"{row.seeds:g}", *(texts[c][i] for c in columns)]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def latex(
+    table: pd.DataFrame, columns: Sequence[str], losses: Collection[str], caption: str, evidence: Evidence = NOTHING
+) -> str:
+    """The summary as a LaTeX table for booktabs: best in bold, within noise of the best with a dagger."""
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering\small",
+        f"\\caption{{{_escape(caption)}}}",
+        r"\begin{tabular}{lr" + "r" * len(columns) + "}",
+        r"\toprule",
+        " & ".join(["method", "sparsity", *(_escape(plot.label(c)) for c in columns)]) + r" \\",
+        r"\midrule",
+    ]
+    texts = {
+        column: _texts(table, column, column in losses, evidence, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
+        for column in columns
+    }
+    for i, row in table.iterrows():
+        lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in columns)]) + r" \\")
+        if row.method == "dense":
+            lines.append(r"\midrule")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def failures(rows: pd.DataFrame) -> list[str]:
+    """A line for each cell that is not ok: what it was, its status, and the last line of its reason."""
+    lines = []
+    for row in rows[rows.status != "ok"].itertuples():
+        reason = (row.error if isinstance(row.error, str) else "").strip().splitlines()[-1:] or ["no reason recorded"]
+        words = [row.model, row.method, row.criterion, f"sparsity {row.sparsity:g}", f"seed {row.seed}"]
+        lines.append(f"{' '.join(str(w) for w in words if isinstance(w, str))}: {row.status}: {reason[0]}")
+    return lines
+
+
+def number(value: float) -> str:
+    """A measured number with three significant digits, large ones grouped."""
+    if not math.isfinite(value):
+        return "" if math.isnan(value) else "inf"
+    if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.2e}"
+    decimals = max(0, _DECIMALS - 1 - math.floor(math.log10(abs(value)))) if value else 1
+    return f"{value:,.{decimals}f}"
+
+
+def _texts(
+    table: pd.DataFrame, column: str, loss: bool, evidence: Evidence, bold: str, near: str, interval: str
+) -> dict[int, str]:
+    """Each line's number in the unit of its label, with half its interval, marked."""
+    unit = plot.scale(column)
+    numbers = (table[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
+    found = {}
+    for i, mark, value, low, high in zip(
+        table.index, marks(table, column, loss=loss, evidence=evidence), *numbers, strict=True
+    ):
+        text = number(value)
+        if text and pd.notna(low) and high > low:
+            text = interval.format(text, number((high - low) / 2))
+        shape = {"best": bold, "within noise": near}.get(mark, "{}")
+        found[i] = shape.format(text)
+    return found
+
+
+def _escape(text: str) -> str:
+    special = {**{c: f"\\{c}" for c in "_%&#${}"}, "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+    return "".join(special.get(character, character) for character in text)

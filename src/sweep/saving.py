@@ -1,0 +1,223 @@
+"""A pruned model as a folder, with a card that says how it came about. `sweep.load_model` loads every such folder,
+transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
+
+The folder appears whole: it is written beside its place under a name with a leading dot, then renamed. It takes the place
+of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed
+process has left beside it goes with the next save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweep import __version__, cache, store
+from sweep.config import Model, RequestError
+from sweep.models import origin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAVED = ".sweep-saved.json"  # the cell, and of each file its size and time
+_RESULTS = ("cells", "set_aside", "report")  # of a results folder, beside its tables
+_CARD = "| written by | sweep "  # in the card of a checkpoint older than that file
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write model, tokenizer and card to `folder`, in place of the same cell's earlier model.
+
+    facts  what the card states: see `card`; and `cell`, the name of the cell, where it is of one
+    Raises RequestError when the folder holds anything else.
+    """
+    facts = facts or {}
+    path = check_place(folder, facts.get("cell"))
+    from sweep.models import checkpoint  # brings torch, which a look at a folder does not need
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_remains(path)
+    mine = f".{path.name}.{socket.gethostname()}-{os.getpid()}."
+    half = Path(tempfile.mkdtemp(prefix=mine, dir=path.parent))
+    try:
+        # Left from a quantised file, these make save_pretrained refuse: the weights are no longer quantised.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        checkpoint.write(model, tokenizer, half)
+        (half / "README.md").write_text(card(facts), encoding="utf-8")
+        (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))
+        half.chmod(0o755)  # mkdtemp makes it the owner's alone
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=mine, dir=path.parent))
+            path.rename(old / path.name)
+            half.rename(path)
+            shutil.rmtree(old)
+        else:
+            half.rename(path)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they saved to `path` have left beside it."""
+    named = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(socket.gethostname())}-(\d+)\.\w{{8}}")
+    for place in path.parent.iterdir():
+        if (match := named.fullmatch(place.name)) and not _lives(int(match[1])):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether this machine has such a process, be it another user's."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def holds(folder: str | Path, cell: str) -> bool:
+    """Whether the folder holds the model of this cell. Folders appear whole, so one file tells."""
+    path = Path(folder).expanduser()
+    return (path / "config.json").is_file() and _saved(path).get("cell") in (cell, None)
+
+
+def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[str, Path] | None = None) -> Path:
+    """The folder to save to, links followed. Refuses one where anything would be lost but an earlier model of `cell`.
+
+    guarded  folders that it must not be, hold, or lie in, by what they are
+    Raises RequestError.
+    """
+    if "://" in str(folder):
+        raise RequestError(f"save_model={folder} must be a folder of this machine, not a URL")
+    path = Path(folder).expanduser().resolve()
+    for what, place in (guarded or {}).items():
+        place = place.expanduser().resolve()
+        if relation := _relation(path, place):
+            raise RequestError(
+                f"save_model={folder} {relation} {what} ({place}), which saving would change: name another folder"
+            )
+    above = next((p for p in path.parents if os.path.lexists(p)), path)
+    try:
+        tempfile.TemporaryDirectory(prefix=".sweep-", dir=above).cleanup()  # as `save` will: written there, and renamed
+    except OSError as error:
+        raise RequestError(
+            f"save_model={folder} cannot be made: {above} is no folder that takes a new one ({error.strerror})"
+        ) from error
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    saved = _saved(path) if path.is_dir() else {}
+    if not (saved or _is_older(path)):
+        raise RequestError(
+            f"save_model={folder} exists and is no checkpoint that sweep has written: name a new or an empty folder"
+        )
+    if saved and (changed := sorted(dict(saved["files"].items() ^ _files(path).items()))):
+        raise RequestError(
+            f"save_model={folder} was changed after sweep had written it ({', '.join(changed[:3])}): name "
+            "another folder, or remove this one"
+        )
+    if saved.get("cell") not in (cell, None):
+        raise RequestError(
+            f"save_model={folder} holds the model of another cell, {saved['cell']}: name another folder, or "
+            "one for each cell with {cell} in its name"
+        )
+    return path
+
+
+def guarded(model: Model, results: str) -> dict[str, Path]:
+    """The folders that no model is saved to, since they are the user's or the library's own, by what they are."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    found = {"sweep's cache": cache.folder(), "the hub's cache": Path(HF_HUB_CACHE)}
+    if model.source == "local":
+        found["the folder that the model comes from"] = origin.checkpoint_folder(model)
+    if model.source == "gguf":
+        found["the file that the model comes from"] = origin.gguf_file(model)
+    if "://" not in results:
+        found |= {f"the results' folder {name}": Path(results) / name for name in (*store.TABLES, *_RESULTS)}
+    return found
+
+
+def _relation(path: Path, place: Path) -> str | None:
+    if path == place:
+        return "is"
+    return "holds" if path in place.parents else "lies in" if place in path.parents else None
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What `save` has left in a folder; empty when it is not of `save`, or older than that file."""
+    return origin.read_json(path / _SAVED) if (path / _SAVED).is_file() else {}
+
+
+def _is_older(path: Path) -> bool:
+    card = path / "README.md"
+    return (
+        (path / "config.json").is_file()
+        and card.is_file()
+        and _CARD in card.read_text(encoding="utf-8", errors="ignore")
+    )
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """Of every file its size and time, under its relative name."""
+    stats = {
+        str(file.relative_to(path)): file.stat() for file in path.rglob("*") if file.is_file() and file.name != _SAVED
+    }
+    return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """The model card, from `model`, `method` (a mapping of settings), `sparsity`, `sparsity_achieved`,
+    `sparsity_all_parameters`, `dtype`, `seed`, `calibration` (a mapping, or None) and `command`, each where known."""
+    import torch
+    import transformers
+
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {json.dumps(facts['model'])}"] if facts.get("model") else []
+    lines += ["tags: [pruned, sparse]", "---", "", f"# {facts.get('model') or 'Model'}, pruned", ""]
+    rows = {
+        "method": _words(facts["method"]) if facts.get("method") else None,
+        "sparsity asked": facts.get("sparsity"),
+        "sparsity achieved, of the weights that the method targets": facts.get("sparsity_achieved"),
+        "sparsity achieved, of all parameters": facts.get("sparsity_all_parameters"),
+        "dtype": facts.get("dtype"),
+        "seed": facts.get("seed"),
+        "calibration": _words(facts["calibration"])
+        if facts.get("calibration")
+        else "none: the method reads no text"
+        if "calibration" in facts
+        else None,
+        "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
+    if facts.get("execution") == "bitmap":
+        lines += [
+            "",
+            "Pruned matrices are stored as one bit a weight and their non-zeros: load the folder with "
+            "`sweep.load_model(FOLDER)`, since transformers does not know the format.",
+        ]
+    else:
+        lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]
+    if facts.get("command"):
+        lines += ["", "Made by", "", "```sh", str(facts["command"]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_word(value)}" for name, value in settings.items() if value not in (None, (), []))
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

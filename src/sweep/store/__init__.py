@@ -1,0 +1,46 @@
+"""The results folder: rows in files that anything opens, and what their columns mean. No torch, no hydra."""
+
+from sweep.store.columns import COLUMNS, SCHEMA_VERSION
+from sweep.store.rows import (
+    TABLES,
+    UNREADABLE,
+    Where,
+    check_version,
+    check_writable,
+    compact,
+    load,
+    mend_schema,
+    merge,
+    read_row,
+    read_rows,
+    recent,
+    schema,
+    set_aside,
+    statuses,
+    table,
+    widen_schema,
+    write,
+)
+
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "UNREADABLE",
+    "Where",
+    "check_version",
+    "check_writable",
+    "compact",
+    "load",
+    "mend_schema",
+    "merge",
+    "read_row",
+    "read_rows",
+    "recent",
+    "schema",
+    "set_aside",
+    "statuses",
+    "table",
+    "widen_schema",
+    "write",
+]

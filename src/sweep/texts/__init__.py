@@ -1,0 +1,1 @@
+"""Texts: what models are calibrated on, tuned on and evaluated on."""
