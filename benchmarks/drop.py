@@ -27,9 +27,10 @@ from tabulate import tabulate
 from torch import nn
 from transformers import PreTrainedModel
 
-from sweep.config import Calibration, Neuron
+from sweep.config import Calibration
 from sweep.models import anatomy, loading
 from sweep.pruning import drop, units
+from sweep.pruning.families import Drop, Neuron
 from sweep.texts import text
 
 BARS = "bars: 1e-3 nats; twice less CPU for all units; with screening ten times less, 99 % of the removed set the same"
@@ -128,7 +129,7 @@ def screening(model: PreTrainedModel, tokens: torch.Tensor, block: int, sparsity
     base, (found,) = drop.likelihoods(model, probe, [everything])
     exact = torch.from_numpy(drop.importance(drop.Scheme("loss", probe), base, found))
     plain = statistics.median(cpu(lambda: plain_loss(model, tokens)) for _ in range(5))
-    method = Neuron(criterion="drop", screen="taylor", screen_margin=margin, blocks=(block,))
+    method = Neuron(criterion="drop", drop=Drop(screen="taylor", screen_margin=margin), blocks=(block,))
     measured: list[units.Measured] = []
     with tempfile.TemporaryDirectory() as empty:  # nothing that an earlier run has kept makes this one look cheap
         kept = {name: os.environ.get(name) for name in ("SWEEP_CACHE",)}

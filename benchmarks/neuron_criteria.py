@@ -24,10 +24,11 @@ from embedded import EMBEDDED
 from tabulate import tabulate
 from transformers import PreTrainedModel
 
-from sweep.config import PROXIES, Calibration, Neuron
+from sweep.config import Calibration
 from sweep.measuring import scorer, words
 from sweep.models import anatomy, loading
 from sweep.pruning import repair, unit_scores, unit_statistics, units
+from sweep.pruning.families import PROXIES, Neuron
 from sweep.pruning.unit_scores import Statistics
 from sweep.texts import text
 

@@ -27,8 +27,8 @@ BATCH = 4  # sequences in a forward pass, as in sweep
 
 
 def by_sweep(name: str, sparsity: str, model, tokenizer, tokens: torch.Tensor) -> Callable[[], object]:
-    from sweep.config import Weight
     from sweep.pruning import weights
+    from sweep.pruning.families import Weight
 
     criterion, _, once = name.partition("+")
     pattern = sparsity if ":" in sparsity else None

@@ -12,9 +12,10 @@ import sys
 from embedded import EMBEDDED
 from tabulate import tabulate
 
-from sweep.config import Model, Perplexity, RequestError
+from sweep.config import Model, Perplexity
 from sweep.measuring import perplexity
 from sweep.models import loading
+from sweep.settings import RequestError
 
 OPT = [Model(f"facebook/opt-{size}", "hub") for size in ("125m", "1.3b")]
 REFERENCES = [  # model, dtype, windows, perplexity, tolerance, whose figure

@@ -19,9 +19,9 @@ from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sweep import cost
-from sweep.config import Head, Layer, Method, Neuron, Weight
 from sweep.models import anatomy, logits
 from sweep.pruning import methods, unit_statistics
+from sweep.pruning.families import Head, Layer, Method, Neuron, Weight
 
 METHODS: dict[str, Method] = {
     "neuron": Neuron(),

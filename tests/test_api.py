@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
 from conftest import tiny_model
-from sweep import config, plan, run
-from sweep.config import Calibration, RequestError, Weight
+from sweep import plan, run
+from sweep.config import Calibration
 from sweep.models import anatomy
-from sweep.pruning import weights
+from sweep.pruning import families, weights
+from sweep.pruning.families import Weight
+from sweep.settings import RequestError
 from sweep.texts import text
 
 
@@ -135,7 +137,7 @@ def composed(checkpoint: Path, asked: dict) -> dict:
     """What the command line composes for a request of `sweep.prune`."""
     knobs = {k: v for k, v in asked.items() if k not in ("method", "sparsity", "seed", "sequential")}
     name = asked["method"]
-    family = {"family": name} if name in config.FAMILIES else {"family": "weight", "criterion": name}
+    family = {"family": name} if name in families.FAMILIES else {"family": "weight", "criterion": name}
     return {
         "model": {"name": "tiny", "source": "local", "path": str(checkpoint)},
         "method": family | knobs,

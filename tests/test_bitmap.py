@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import sweep
 from conftest import FAMILIES, random_tokens, tiny_model
 from sweep import execution, machine, saving
-from sweep.config import Execution, RequestError, Weight, build, parse
+from sweep.config import Execution, parse
 from sweep.formats import bitmap, semi_structured
 from sweep.measuring import counting
 from sweep.models import anatomy
 from sweep.pruning import methods
+from sweep.pruning.families import Weight
+from sweep.settings import RequestError, build
 from test_cli import QUICK, run
 
 SHAPES = [(1, 1), (1, 63), (3, 64), (5, 65), (7, 15), (2, 129), (33, 31), (64, 576), (17, 200), (130, 97)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sweep import cache, locks
-from sweep.config import RequestError
+from sweep.settings import RequestError
 
 
 def fill(kind: str, key: str, size: int, age: float) -> Path:

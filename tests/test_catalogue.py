@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sweep.config import Benchmarks, RequestError
+from sweep.config import Benchmarks
 from sweep.measuring import catalogue, task_identity
+from sweep.settings import RequestError
 from test_identity import write_task
 
 HUB = ("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq")
@@ -18,7 +19,7 @@ HUB = ("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq")
 
 def test_embedded_tasks_are_known_without_lm_eval() -> None:
     code = (
-        "import sys\nfrom sweep import catalogue\nfrom sweep.config import Benchmarks\n"
+        "import sys\nfrom sweep.measuring import catalogue\nfrom sweep.config import Benchmarks\n"
         "print(*catalogue.check(Benchmarks(('pydoc', 'continents')), None).values(), 'lm_eval' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -97,7 +97,7 @@ def test_a_loss_that_is_alike_is_called_news_and_missed_as_often_as_is_said(nois
 
 @pytest.mark.parametrize("cells", [3, 9, 18])
 def test_of_tables_without_a_difference_one_in_twenty_has_a_verdict(cells: int) -> None:
-    """All cells are compared with one dense model, as paired.table does."""
+    """All cells are compared with one dense model, as paired.compare does."""
     draw, tables, count = np.random.default_rng(cells), 500, 17
     tokens, hard = documents(draw, tables, count)
     noise = 0.05 * (tokens * hard)[:, None] * draw.standard_t(4, (tables, cells + 1, count))

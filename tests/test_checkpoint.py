@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import sweep
 from conftest import random_tokens, tiny_model
 from sweep import saving
-from sweep.config import Head, Layer, Method, Model, Neuron, RequestError, Vocab
+from sweep.config import Model
 from sweep.models import anatomy, checkpoint, loading
 from sweep.pruning import methods
+from sweep.pruning.families import Head, Layer, Method, Neuron, Vocab
+from sweep.settings import RequestError
 
 FACTS = {"model": "m", "method": {}}
 

@@ -10,9 +10,9 @@ import pytest
 
 import frames
 from sweep import runner, store
-from sweep.config import RequestError
 from sweep.measuring import catalogue
 from sweep.report import advice, paired, plot, rendering
+from sweep.settings import RequestError
 from sweep.store import columns
 
 
@@ -140,7 +140,7 @@ def test_what_lm_eval_said_is_read_everywhere(tmp_path: Path) -> None:
             store.write(folder, row, {"samples": samples})
         store.compact(folder)
         assert columns.is_loss(name, pd.read_parquet(folder / "cells")) != better  # kept by compaction, read by pandas
-        assert paired.table(folder, [name]).verdict.tolist() == [words]
+        assert paired.compare(folder, [name]).verdict.tolist() == [words]
 
 
 STRICT, FLEXIBLE = (f"gsm8k/exact_match,{name}" for name in ("strict-match", "flexible-extract"))
@@ -205,7 +205,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
         ]
     )
     assert "exact match (strict-match) on gsm8k" in (tmp_path / "one" / "table.md").read_text()
-    found = paired.table(place, [STRICT, FLEXIBLE]).set_index("metric")
+    found = paired.compare(place, [STRICT, FLEXIBLE]).set_index("metric")
     assert found.difference.to_dict() == pytest.approx({STRICT: -0.3, FLEXIBLE: 0.2})
     assert found.verdict.to_dict() == {STRICT: "worse", FLEXIBLE: "better"} and found.lost[STRICT] == 30
     (row,) = [row for row in measured(store.load(place)) if row["method"] == "weight"]
@@ -223,7 +223,7 @@ def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clea
     with pytest.raises(
         RequestError, match="have no exact_match,strict-match. Older versions wrote answers under several filters"
     ):
-        paired.table(both, [STRICT])
+        paired.compare(both, [STRICT])
     one = filtered().drop(columns=[FLEXIBLE, columns.stderr(FLEXIBLE)])
     for row in measured(one):
         samples = pd.DataFrame(
@@ -235,7 +235,7 @@ def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clea
             }
         )
         store.write(tmp_path / "one", row, {"samples": samples})
-    assert paired.table(tmp_path / "one", [STRICT]).difference.item() == pytest.approx(-0.3)
+    assert paired.compare(tmp_path / "one", [STRICT]).difference.item() == pytest.approx(-0.3)
 
 
 @pytest.mark.parametrize(

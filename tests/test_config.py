@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sweep import config, messages
-from sweep.config import RequestError
+from sweep.settings import RequestError
 
 MODEL = {"name": "m", "source": "local", "path": "x"}
 ASKED = {

@@ -18,26 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from conftest import GATED, random_tokens, tiny_model
 from sweep import run, saving
-from sweep.config import (
-    Benchmarks,
-    Calibration,
-    Cell,
-    Dense,
-    Efficiency,
-    Execution,
-    Head,
-    Layer,
-    Method,
-    Model,
-    Neuron,
-    Perplexity,
-    Vocab,
-    Weight,
-    checked_weight,
-)
+from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, Model, Perplexity
 from sweep.measuring import counting
 from sweep.models import anatomy, loading
 from sweep.pruning import methods
+from sweep.pruning.families import Dense, Drop, Head, Layer, Method, Neuron, Vocab, Weight, checked_weight
 
 BLOCKS, VOCABULARY, HIDDEN, INNER, EXPERTS, TAKEN = 3, 259, 16, 24, 3, 2
 SHAPE = GATED | {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, "max_position_embeddings": 128}
@@ -79,9 +64,9 @@ def weight(**settings: Any) -> Weight:
 CASES = [
     *[Case(Dense(), MATRIX, 0.0, model) for model in MODELS],
     *[Case(weight(), MATRIX, 0.5, model) for model in MODELS],
-    *[Case(weight(embeddings=True, head=True), f"{MATRIX}|{ROWS}", 0.9, model) for model in MODELS],
-    Case(weight(head=True), f"{MATRIX}|{ROWS}", 0.7, "tied"),
-    Case(weight(head=True), rf"{MATRIX}|lm_head\.weight", 0.7),
+    *[Case(weight(embeddings=True, lm_head=True), f"{MATRIX}|{ROWS}", 0.9, model) for model in MODELS],
+    Case(weight(lm_head=True), f"{MATRIX}|{ROWS}", 0.7, "tied"),
+    Case(weight(lm_head=True), rf"{MATRIX}|lm_head\.weight", 0.7),
     Case(weight(embeddings=True, criterion="random"), rf"{MATRIX}|embed_tokens\.weight", 0.7),
     Case(weight(exclude=("*.0.*",)), MATRIX.replace(r"layers\.\d+", r"layers\.[12]"), 0.4),
     Case(weight(targets="ffn"), FFN, 0.3),
@@ -89,7 +74,13 @@ CASES = [
     Case(weight(targets="attention", allocation="global"), ATTENTION, 0.3, "biased"),
     Case(weight(criterion="sparsegpt", pattern="2:4"), MATRIX),
     *[
-        Case(weight(embeddings=True, head=True), f"{MATRIX}|{ROWS}", 0.8, model, Execution(name, kernel, fallback=True))
+        Case(
+            weight(embeddings=True, lm_head=True),
+            f"{MATRIX}|{ROWS}",
+            0.8,
+            model,
+            Execution(name, kernel, fallback=True),
+        )
         for model in MODELS
         for name, kernel in (("bitmap", "torch"), ("csr", "auto"))
     ],  # type: ignore[arg-type]
@@ -98,7 +89,7 @@ CASES = [
     Case(Neuron(criterion="flap"), FFN, units=0.5),  # adds biases
     Case(Neuron(criterion="l2", blocks=(0, 2), repair=True), r"layers\.[02]\.mlp\..*_proj\.weight", units=0.5),
     Case(Neuron(criterion="drop"), FFN, units=0.5, measured=BLOCKS * INNER),
-    Case(Neuron(criterion="drop", steps=2, screen="taylor", screen_margin=0.125), FFN, units=0.5),
+    Case(Neuron(criterion="drop", steps=2, drop=Drop(screen="taylor", screen_margin=0.125)), FFN, units=0.5),
     Case(Head(criterion="l2", unit="query", scope="layer"), ATTENTION, 1 / 3, "biased", units=0.5),
     Case(Head(criterion="l2", scope="layer"), ATTENTION, units=0.5),
     Case(Head(criterion="drop", blocks=(1,)), r"layers\.1\.self_attn\.._proj\.weight", units=0.5, measured=2),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sweep.config import Benchmarks, Cell, Dense, Efficiency, Execution, Model
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
 from sweep.measuring import divergence, quality, scorer
 from sweep.models import remapping, surgery
+from sweep.pruning.families import Dense
 from sweep.texts import text
 
 

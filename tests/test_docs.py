@@ -17,8 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import frames
-from sweep import config, store
+from sweep import config, settings, store
 from sweep.measuring import catalogue
+from sweep.pruning import families
 from sweep.report import published, rendering
 from sweep.store import columns
 
@@ -59,7 +60,7 @@ def test_units_are_read_from_names(column: str, unit: str) -> None:
 
 def test_the_table_of_methods_has_every_criterion_and_no_other() -> None:
     page = (ROOT / "docs/methods.md").read_text()
-    for name, family in config.FAMILIES.items():
+    for name, family in families.FAMILIES.items():
         if name == "dense":
             continue
         heading = next(h for h in re.findall(r"^## .*$", page, re.M) if f"`{name}`" in h)
@@ -186,7 +187,7 @@ def test_published_numbers_have_a_source_and_meet_the_cells_of_their_study(path:
                 "seed": cell.seed,
                 "execution": cell.execution.name,
                 "criterion": getattr(cell.method, "criterion", None),
-                "config": json.dumps(config.as_dict(cell)),
+                "config": json.dumps(settings.plain(cell)),
                 **dict.fromkeys(table.metric, 1.0),
             }
             for cell in made

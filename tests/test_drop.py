@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
 from sweep import cache
-from sweep.config import Drop, Head, Layer, Neuron, RequestError
 from sweep.models import anatomy
 from sweep.pruning import drop, methods, unit_requests, units
+from sweep.pruning.families import Drop, Head, Layer, Neuron
+from sweep.settings import RequestError
 
 
 def plain(model: PreTrainedModel, prompts: Sequence, answers: Sequence) -> np.ndarray:
@@ -250,16 +251,19 @@ def test_answers_that_begin_alike_share_a_row() -> None:
     ("method", "message"),
     [
         (
-            Drop(metric="f1"),
+            Neuron(drop=Drop(metric="f1")),
             "method.metric=f1 needs classes, and the calibration text has none: set method.task to one",
         ),
-        (Layer(criterion="drop", screen="taylor"), "method.screen=taylor is for neurons and heads"),
-        (Drop(metric="f1", task="pydoc"), "method.task=pydoc has no classes, so that no drop can be measured on it"),
-        (Drop(task="arc_easy"), "method.task=arc_easy is not embedded"),
-        (Drop(task="continents", documents=5000), "method.documents=5000 is more than the"),
+        (Layer(criterion="drop", drop=Drop(screen="taylor")), "method.screen=taylor is for neurons and heads"),
+        (
+            Neuron(drop=Drop(metric="f1", task="pydoc")),
+            "method.task=pydoc has no classes, so that no drop can be measured on it",
+        ),
+        (Neuron(drop=Drop(task="arc_easy")), "method.task=arc_easy is not embedded"),
+        (Neuron(drop=Drop(task="continents", documents=5000)), "method.documents=5000 is more than the"),
     ],
 )
-def test_a_metric_that_a_task_does_not_have_is_refused(method: Drop, message: str) -> None:
+def test_a_metric_that_a_task_does_not_have_is_refused(method: Neuron | Layer, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         unit_requests.check_drop(method)
 
@@ -267,7 +271,7 @@ def test_a_metric_that_a_task_does_not_have_is_refused(method: Drop, message: st
 def test_documents_of_one_class_are_refused() -> None:
     with pytest.raises(RequestError, match="the 3 documents of continents are all of one class"):
         unit_requests.check_classes("continents", [1, 1, 1])
-    unit_requests.check_drop(Drop(metric="f1", task="continents", documents=50))
+    unit_requests.check_drop(Neuron(criterion="drop", drop=Drop(metric="f1", task="continents", documents=50)))
 
 
 def test_bfloat16_is_refused() -> None:
@@ -279,7 +283,7 @@ def test_bfloat16_is_refused() -> None:
 @pytest.mark.parametrize(("make", "units_in_all"), [(Neuron, 48), (Head, 4), (Layer, 2)])
 def test_units_go_by_their_measured_drop(metric: str, make: type, units_in_all: int, cache_folder: object) -> None:
     model, tokens = tiny_model("llama").bfloat16(), random_tokens(3, 9)
-    outcome = methods.prune(model, make(criterion="drop", metric=metric), 0.5, tokens)
+    outcome = methods.prune(model, make(criterion="drop", drop=Drop(metric=metric)), 0.5, tokens)
     assert outcome.units_removed == units_in_all // 2
     table = outcome.measured
     assert len(table) == units_in_all and table.measured.all() and table.importance.notna().all()
@@ -299,7 +303,7 @@ def test_screening_measures_only_what_is_near_the_cut(cache_folder: object) -> N
     exact, screened = (tiny_model("llama") for _ in range(2))
     tokens = random_tokens(3, 9)
     whole = methods.prune(exact, Neuron(criterion="drop"), 0.5, tokens).measured
-    method = Neuron(criterion="drop", screen="taylor", screen_margin=0.125)
+    method = Neuron(criterion="drop", drop=Drop(screen="taylor", screen_margin=0.125))
     table = methods.prune(screened, method, 0.5, tokens).measured
     assert table.measured.sum() == 12 and table.importance.notna().sum() == 12
     both = table[table.measured].importance
@@ -321,7 +325,7 @@ def test_a_table_of_several_rounds_has_every_unit_once_under_its_first_number(ca
         left = [int((before[block] == column[:, None]).all(0).nonzero()) for column in part.output.weight.t()]
         mine = table[table.block == block].set_index("unit").importance
         assert mine[left].min() > mine.drop(left).min()
-    screened = Neuron(criterion="drop", steps=3, screen="taylor", screen_margin=0.1)
+    screened = Neuron(criterion="drop", steps=3, drop=Drop(screen="taylor", screen_margin=0.1))
     table = methods.prune(tiny_model("llama"), screened, 0.5, tokens).measured
     assert len(table) == 48 and 10 < table.measured.sum() < 48  # more than the ten of one round
 

@@ -17,9 +17,11 @@ from scipy.stats import binom
 
 from conftest import random_tokens, tiny_model
 from sweep import cost
-from sweep.config import Efficiency, RequestError, Weight
+from sweep.config import Efficiency
 from sweep.measuring import efficiency
 from sweep.pruning import methods
+from sweep.pruning.families import Weight
+from sweep.settings import RequestError
 
 SETTINGS = Efficiency(prompt_tokens=8, output_tokens=3, warmup=1, repeats=6)
 

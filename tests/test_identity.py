@@ -9,28 +9,17 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from sweep import config, identity, plan, provenance, versions
-from sweep.config import (
-    FAMILIES,
-    GROUPS,
-    Benchmarks,
-    Calibration,
-    Cell,
-    Efficiency,
-    Execution,
-    Model,
-    Options,
-    Perplexity,
-    Weight,
-)
+from sweep import config, identity, plan, provenance, settings, versions
+from sweep.config import GROUPS, Benchmarks, Calibration, Cell, Efficiency, Execution, Model, Options, Perplexity
 from sweep.models import origin
+from sweep.pruning import families
+from sweep.pruning.families import FAMILIES, Weight
 from sweep.texts import corpora, text
 from test_config import asked
 
@@ -118,9 +107,13 @@ def another(value: Any, hint: Any) -> Any:
     }[hint]()
 
 
-def fields_of(kind: type) -> Iterator[tuple[str, Any]]:
+def fields_of(kind: type) -> list[tuple[str, Any]]:
+    """Every setting with its type, those of parts among them."""
     hints = typing.get_type_hints(kind)
-    return ((f.name, hints[f.name]) for f in dataclasses.fields(kind))
+    found = []
+    for f in dataclasses.fields(kind):
+        found += fields_of(hints[f.name]) if f.metadata.get("part") else [(f.name, hints[f.name])]
+    return found
 
 
 PLACES = {"cell": Cell, **GROUPS, **{f"method {name}": kind for name, kind in FAMILIES.items()}}
@@ -132,22 +125,35 @@ MOVED = [
 ]
 
 
+def value_of(group: object, name: str) -> Any:
+    """A setting, of the group or of one of its parts."""
+    holder = next(h for h in parts_of(group) if name in {f.name for f in dataclasses.fields(h)})
+    return getattr(holder, name)
+
+
+def changed(group: Any, name: str, value: object) -> Any:
+    if name in {f.name for f in dataclasses.fields(group)}:
+        return replace(group, **{name: value})
+    (part,) = (f.name for f in dataclasses.fields(group) if f.metadata.get("part"))
+    return replace(group, **{part: changed(getattr(group, part), name, value)})
+
+
+def parts_of(group: Any) -> list[Any]:
+    return [group, *(getattr(group, f.name) for f in dataclasses.fields(group) if f.metadata.get("part"))]
+
+
 def moved(cell: Cell, place: str, name: str) -> tuple[Cell, Cell, str]:
     """(a cell, the same with one setting moved, the setting's full name)."""
-    hint = typing.get_type_hints(PLACES[place])[name]
+    hint = dict(fields_of(PLACES[place]))[name]
     if place == "cell":
         return cell, replace(cell, **{name: another(getattr(cell, name), hint)}), name
     if place.startswith("method"):
-        family = place.removeprefix("method ")
-        before = replace(cell, method=FAMILIES[family](family=family))
-        value = "continents" if name == "task" else another(getattr(before.method, name), hint)
-        return before, replace(before, method=replace(before.method, **{name: value})), f"method.{name}"
+        before = replace(cell, method=FAMILIES[place.removeprefix("method ")]())
+        value = "continents" if name == "task" else another(value_of(before.method, name), hint)
+        return before, replace(before, method=changed(before.method, name, value)), f"method.{name}"
     group = getattr(cell, place)
-    return (
-        cell,
-        replace(cell, **{place: replace(group, **{name: another(getattr(group, name), hint)})}),
-        f"{place}.{name}",
-    )
+    value = another(getattr(group, name), hint)
+    return cell, replace(cell, **{place: replace(group, **{name: value})}), f"{place}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,8 @@ def test_recorded_names_leave_out_the_defaults_of_today() -> None:
     """A default that is added is none of the matter."""
     assert versions.MEASURING_VERSION == 6  # else write down the defaults of the new version
     for group, recorded in DEFAULTS.items():
-        today = {f.name: str(f.default) for f in dataclasses.fields(getattr(config, group))}
+        kind = getattr(config, group, None) or getattr(families, group)
+        today = {f.metadata.get("was", f.name): str(f.default) for f in settings.flat_fields(kind)}
         for setting in recorded.split():
             name, _, default = setting.partition("=")
             assert today[name] == default, f"{group}.{name}: raise versions.MEASURING_VERSION"

@@ -11,10 +11,11 @@ import torch
 from scipy.stats import spearmanr
 
 from conftest import random_tokens, tiny_model
-from sweep import config, importance
-from sweep.config import Neuron, RequestError
+from sweep import importance
 from sweep.models import anatomy
-from sweep.pruning import units
+from sweep.pruning import families, units
+from sweep.pruning.families import Neuron
+from sweep.settings import RequestError
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:
@@ -42,7 +43,7 @@ def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) ->
         anatomy.weight(units.parts(model, Neuron())[int(row.block)].output)[:, int(row.unit)] = 0
         assert row["drop"] == pytest.approx(loss() - before, abs=1e-5)
     assert frame["drop"].to_numpy() == pytest.approx((frame.drop_half_0 + frame.drop_half_1).to_numpy() / 2)
-    for name in config.PROXIES:
+    for name in families.PROXIES:
         assert frame[name].notna().all()
     # to first order the drop of one of 48 small neurons is its signed Taylor term
     summary = importance.summarise(frame).set_index("criterion")
@@ -65,7 +66,7 @@ def test_the_command_writes_tables_and_figure(tiny_checkpoint: Path, tmp_path: P
     ]
     importance.main(arguments)
     summary = pd.read_parquet(tmp_path / "out" / "summary.parquet")
-    assert set(summary.criterion) == {"drop", *config.PROXIES}
+    assert set(summary.criterion) == {"drop", *families.PROXIES}
     assert (summary.with_drop_low <= summary.with_drop_high).all()
     assert len(pd.read_parquet(tmp_path / "out" / "units.parquet")) == 6
     assert (tmp_path / "out" / "importance.png").stat().st_size > 5000

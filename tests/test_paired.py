@@ -12,8 +12,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from sweep import store
-from sweep.config import RequestError
 from sweep.report import paired
+from sweep.settings import RequestError
 
 
 def test_mcnemar_is_the_binomial_sum() -> None:
@@ -139,7 +139,7 @@ def test_windows_of_the_papers_perplexity_are_paired_like_any_documents(tmp_path
     assert found["loss"]["difference"] == pytest.approx(windows[1].loss.mean() - windows[0].loss.mean())
     assert found["loss"]["test"] == "sign flips" and found["loss"]["p"] < 0.01
     results(tmp_path, {"dense": windows[0], "weight": windows[1]}, task="wikitext2")
-    (line,) = paired.table(tmp_path, ["wikitext2/perplexity"]).itertuples()
+    (line,) = paired.compare(tmp_path, ["wikitext2/perplexity"]).itertuples()
     assert line.verdict == "worse" and line.documents == 60
 
 
@@ -158,7 +158,7 @@ def test_metrics_of_log_likelihoods_are_losses_and_point_the_right_way(tmp_path:
     assert bits.value == pytest.approx(50 / 60 / np.log(2))
     many = pd.DataFrame({"perplexity": np.linspace(-9, -3, 12)})
     results(tmp_path, {"dense": many, "weight": many - 1}, task="lambada_openai")
-    assert paired.table(tmp_path, ["lambada_openai/perplexity"]).verdict.item() == "worse"
+    assert paired.compare(tmp_path, ["lambada_openai/perplexity"]).verdict.item() == "worse"
 
 
 def test_a_divergence_is_a_mean_over_tokens() -> None:
@@ -200,23 +200,23 @@ def test_a_table_says_what_is_within_noise(tmp_path: Path) -> None:
     dense, near, far = (pd.DataFrame({"acc": (easy < skill).astype(float)}) for skill in (0.7, 0.69, 0.3))
     results(tmp_path, {"dense": dense, "weight near": near, "weight far": far})
     results(tmp_path, {"weight": far}, dtype="bfloat16", start=3)
-    found = paired.table(tmp_path, ["t/acc", "missing/acc"]).set_index("after")
+    found = paired.compare(tmp_path, ["t/acc", "missing/acc"]).set_index("after")
     assert found.verdict.to_dict() == {"b": "within noise", "c": "worse"}  # d has no dense cell of its dtype
     assert (found.p_holm >= found.p).all()
-    back = paired.table(tmp_path, ["t/acc"], pairs=[("c", "b")])
+    back = paired.compare(tmp_path, ["t/acc"], pairs=[("c", "b")])
     assert back.verdict.item() == "better" and back.gained.item() > 50
     with pytest.raises(RequestError, match="t/acc_nrm: the examples of t have no acc_nrm. Did you mean 'acc'"):
-        paired.table(tmp_path, ["t/acc_nrm"])
+        paired.compare(tmp_path, ["t/acc_nrm"])
     with pytest.raises(RequestError, match="t/f1_macro: the examples of t have no f1_macro"):
-        paired.table(tmp_path, ["t/f1_macro"])
+        paired.compare(tmp_path, ["t/f1_macro"])
 
 
 def test_a_table_too_large_for_its_documents_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before, after = losses(0, 5.0, documents=8)
     results(tmp_path, {"dense": before, **{f"weight {i}": after for i in range(6)}})
-    assert (paired.table(tmp_path, ["t/loss"]).verdict == "worse").all() and not caplog.text  # 6 / 128 is below 0.05
+    assert (paired.compare(tmp_path, ["t/loss"]).verdict == "worse").all() and not caplog.text  # 6 / 128 is below 0.05
     results(tmp_path, {"weight": after}, start=7)
-    assert (paired.table(tmp_path, ["t/loss"]).verdict == "within noise").all()
+    assert (paired.compare(tmp_path, ["t/loss"]).verdict == "within noise").all()
     assert "t/loss: 8 documents give no p-value below 0.0078, and Holm's correction of 7 comparisons" in caplog.text
 
 

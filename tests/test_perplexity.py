@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import Model, Perplexity, RequestError
+from sweep.config import Model, Perplexity
 from sweep.measuring import perplexity
+from sweep.settings import RequestError
 
 
 @pytest.fixture(scope="module")

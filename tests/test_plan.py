@@ -14,18 +14,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from sweep import identity, isolate, machine, plan, provenance, runner, store
-from sweep.config import (
-    Benchmarks,
-    Cell,
-    Dense,
-    Efficiency,
-    Execution,
-    Model,
-    Options,
-    RequestError,
-    Weight,
-    memory_bytes,
-)
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options, memory_bytes
+from sweep.pruning.families import Dense, Weight
+from sweep.settings import RequestError
 from test_cli import ROOT
 
 

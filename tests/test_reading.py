@@ -22,23 +22,12 @@ from transformers import (
 )
 
 from sweep import run, saving
-from sweep.config import (
-    Benchmarks,
-    Calibration,
-    Cell,
-    Dense,
-    Efficiency,
-    Execution,
-    Model,
-    Neuron,
-    Perplexity,
-    RequestError,
-    Vocab,
-    Weight,
-)
+from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, Model, Perplexity
 from sweep.measuring import divergence, perplexity, quality, scorer
 from sweep.models import checkpoint, loading, reading, remapping
 from sweep.pruning import vocabulary
+from sweep.pruning.families import Dense, Neuron, Vocab, Weight
+from sweep.settings import RequestError
 from sweep.texts import text
 from test_scorer import instances
 

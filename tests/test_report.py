@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep.config import RequestError
 from sweep.report import advice, frontier, paired, plot, published, rendering, tables, variants
+from sweep.settings import RequestError
 
 
 def folder(path: Path, rows: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 import sweep
 from sweep import store
+from sweep.store import rows as store_rows
 from test_cli import run
 from test_launchers import QUICK
 
@@ -125,7 +126,7 @@ def test_a_wrong_request_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as newer:
-        newer.setattr(store, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
+        newer.setattr(store_rows, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
         store.write(tmp_path / "newer", {"cell": "00", "status": "ok"}, {})
     settings = [word for word in tiny if not any(word.startswith(w.partition("=")[0]) for w in words)]
     output = run("-m", "+method=weight", *settings, *words, cwd=tmp_path, code=2)

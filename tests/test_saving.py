@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import sweep
 from conftest import random_tokens, tiny_model
 from sweep import plan, saving
-from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options, RequestError, Weight
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options
 from sweep.pruning import methods
+from sweep.pruning.families import Weight
+from sweep.settings import RequestError
 from test_cli import QUICK, run
 
 FACTS = {
@@ -77,10 +79,10 @@ def test_a_save_that_is_killed_leaves_no_half_folder(
     code = f"""
 import os, signal
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from sweep import checkpoint
+from sweep import saving
 place = {str(tiny_checkpoint)!r}
-checkpoint.card = lambda facts: os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save(AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place), "saved", {{}})
+saving.card = lambda facts: os.kill(os.getpid(), signal.SIGKILL)
+saving.save(AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place), "saved", {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -13,20 +13,9 @@ import torch
 
 from conftest import random_tokens, tiny_model
 from sweep import cache, locks, run
-from sweep.config import (
-    Benchmarks,
-    Calibration,
-    Cell,
-    Efficiency,
-    Execution,
-    Head,
-    Layer,
-    Method,
-    Model,
-    Neuron,
-    Weight,
-)
+from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, Model
 from sweep.pruning import drop, methods, sharing
+from sweep.pruning.families import Head, Layer, Method, Neuron, Weight
 
 SHARING = [
     Weight("weight", criterion="wanda", allocation="owl"),

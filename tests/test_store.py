@@ -17,7 +17,8 @@ import pytest
 
 import sweep
 from sweep import store
-from sweep.config import RequestError
+from sweep.settings import RequestError
+from sweep.store import rows as store_rows
 from sweep.store.storage import Folder
 
 
@@ -249,7 +250,7 @@ def test_rows_of_an_older_version_come_in_the_columns_of_this_one(tmp_path: Path
 
 def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(store, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
+        newer.setattr(store_rows, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
         store.write(tmp_path, row(cell_name(0)), {})
     for refuses in (store.check_writable, store.check_version, sweep.load, store.compact):
         with pytest.raises(RequestError, match="was written by a newer version of sweep .* upgrade sweep, or give"):
@@ -289,7 +290,7 @@ def test_what_a_killed_writer_left_is_removed_after_an_hour(tmp_path: Path) -> N
 
 def test_the_command_line_compacts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     store.write(tmp_path, row(cell_name(0)), {})
-    store.main(["compact", str(tmp_path)])
+    store_rows.main(["compact", str(tmp_path)])
     assert "1 finished cells in one file, which replaced 1" in capsys.readouterr().out
 
 
@@ -299,7 +300,7 @@ def test_a_folder_that_is_none_is_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        store.main([*command, "nowhere"])
+        store_rows.main([*command, "nowhere"])
     said = "sweep: nowhere is no results folder: there is no nowhere/cells. Give one that a sweep has written\n"
     assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
 
@@ -437,7 +438,7 @@ def test_merging_takes_what_is_better_or_newer_with_its_tables(
     store.write(b, row(cell_name(4), started_at="2026-01-01", seed=2), {})
     store.compact(b)
     before = sweep.load(b)
-    store.main(["merge", str(a), str(b)])
+    store_rows.main(["merge", str(a), str(b)])
     assert f"{a}: 3 rows from {b}; it had 1 as new" in capsys.readouterr().out
     rows = sweep.load(a).set_index("cell")
     assert (rows.status == "ok").all() and rows.seed[cell_name(3)] == 1 and rows.seed[cell_name(4)] == 2

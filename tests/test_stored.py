@@ -29,9 +29,11 @@ from transformers import (
 
 from conftest import random_tokens, tiny_model
 from sweep import plan, saving
-from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Neuron, RequestError, Vocab, Weight
+from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
 from sweep.models import anatomy, headers, loading, stored
 from sweep.pruning import methods
+from sweep.pruning.families import Neuron, Vocab, Weight
+from sweep.settings import RequestError
 from test_cli import QUICK, run
 
 State = dict[str, Tensor]

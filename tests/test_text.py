@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sweep.config import Benchmarks, Calibration, RequestError
+from sweep.config import Benchmarks, Calibration
 from sweep.measuring import catalogue
+from sweep.settings import RequestError
 from sweep.texts import text
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sweep import locks, turns
-from sweep.config import RequestError
+from sweep.settings import RequestError
 
 # Does what it is told, line by line, and writes down each moment from which and up to which it did it.
 CELL = """

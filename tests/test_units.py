@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
 from sweep import config, identity
-from sweep.config import PROXIES, Cell, Head, Layer, Neuron, RequestError, Vocab
+from sweep.config import Cell
 from sweep.models import anatomy, origin, surgery
 from sweep.pruning import (
     calibrate,
@@ -28,7 +28,9 @@ from sweep.pruning import (
     units,
     vocabulary,
 )
+from sweep.pruning.families import PROXIES, Head, Layer, Neuron, Vocab
 from sweep.pruning.unit_scores import Statistics
+from sweep.settings import RequestError
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:

@@ -219,10 +219,10 @@ def test_a_comparison_leaves_older_versions_out_and_says_so(tmp_path: Path, capl
     ):
         store.write(tmp_path, row, {"samples": samples})
     with caplog.at_level(logging.WARNING):
-        found = paired.table(tmp_path, ["capitals/acc"])
+        found = paired.compare(tmp_path, ["capitals/acc"])
     assert len(found) == 1 and "2 of version 5; name their cells in pairs to compare them" in caplog.text
     old = two_versions().cell[:2]
-    assert len(paired.table(tmp_path, ["capitals/acc"], [tuple(old)])) == 1
+    assert len(paired.compare(tmp_path, ["capitals/acc"], [tuple(old)])) == 1
 
 
 def test_what_two_machines_timed_is_not_compared(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
 from sweep import saving
-from sweep.config import RequestError, Weight
 from sweep.measuring import counting
 from sweep.models import anatomy
 from sweep.pruning import calibrate, rebuild, scores, select, weights
+from sweep.pruning.families import Weight
+from sweep.settings import RequestError
 
 MOE = {
     "mixtral": {**GATED, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -376,7 +377,7 @@ def test_owl_spares_the_block_with_more_outliers() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("parts", [{"embeddings": True}, {"head": True}, {"embeddings": True, "head": True}])
+@pytest.mark.parametrize("parts", [{"embeddings": True}, {"lm_head": True}, {"embeddings": True, "lm_head": True}])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # untied, tied
 def test_embeddings_and_head_on_request(family: str, parts: dict, criterion: str) -> None:
     model, dense = make(family), make(family)
@@ -388,7 +389,7 @@ def test_embeddings_and_head_on_request(family: str, parts: dict, criterion: str
     assert outcome.targets == blocks + size * (1 if tied else len(parts))
     for asked, embedding in (
         (parts.get("embeddings"), "get_input_embeddings"),
-        (parts.get("head"), "get_output_embeddings"),
+        (parts.get("lm_head"), "get_output_embeddings"),
     ):
         weight, before = getattr(model, embedding)().weight, getattr(dense, embedding)().weight
         changed = asked or tied

@@ -78,7 +78,7 @@ class SweepSweeper(BasicSweeper):
 
     def _grid(self, arguments: list[str]) -> list[list[str]]:
         """The command line words of every cell. Refuses grids larger than max_cells before any of them is composed."""
-        from sweep.config import RequestError
+        from sweep.settings import RequestError
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parts = []
@@ -106,7 +106,7 @@ class SweepSweeper(BasicSweeper):
 
 def _count(override: Override) -> int:
     """How many values a swept key has. Raises RequestError when it has none, or no end of them."""
-    from sweep.config import RequestError
+    from sweep.settings import RequestError
 
     if not override.is_discrete_sweep():
         raise RequestError(

@@ -3,31 +3,25 @@
 Nothing here imports torch: a notebook that only reads results opens at once.
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "load", "load_model", "prune", "save"]
+
+_FOUND_IN = {  # each resolves on first use, so that `import sweep` stays instant
+    "load": "sweep.store",
+    "compare": "sweep.report.paired",
+    "load_model": "sweep.models.checkpoint",
+    "prune": "sweep.api",
+    "save": "sweep.api",
+}
+_FORMERLY = {"plot": "sweep.report.plot", "paired": "sweep.report.paired", "knobs": "sweep.report.variants"}  # modules
+__all__ = ["__version__", *_FOUND_IN]
 
 
-def __getattr__(name: str) -> Any:  # the names above resolve on first use, so that `import sweep` stays instant
-    if name == "load":
-        from sweep.store import load
-
-        return load
-    if name == "load_model":
-        from sweep.models.checkpoint import load_model
-
-        return load_model
-    if name == "compare":
-        from sweep.report.paired import table
-
-        return table
-    if name == "prune":
-        from sweep.api import prune
-
-        return prune
-    if name == "save":
-        from sweep.api import save
-
-        return save
+def __getattr__(name: str) -> Any:
+    if name in _FOUND_IN:
+        return getattr(importlib.import_module(_FOUND_IN[name]), name)
+    if name in _FORMERLY:  # older notebooks import them from here
+        return importlib.import_module(_FORMERLY[name])
     raise AttributeError(f"module 'sweep' has no attribute {name!r}")

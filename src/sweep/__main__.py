@@ -58,6 +58,9 @@ def main() -> None:
 def _main() -> Any:
     import hydra
 
+    from sweep import messages
+
+    sys.argv[1:] = messages.under_present_names(sys.argv[1:])
     return hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
 
 

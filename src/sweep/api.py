@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import config, plan, saving
-from sweep.config import RequestError, Weight
+from sweep import config, plan, saving, settings
 from sweep.models import checkpoint, remapping
-from sweep.pruning import methods
+from sweep.pruning import families, methods
+from sweep.pruning.families import Weight
 from sweep.pruning.outcome import Outcome
+from sweep.settings import RequestError
 from sweep.texts import text
 
 
@@ -50,15 +51,15 @@ def prune(
     knobs        the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
     Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
     """
-    criteria = config.WEIGHT_CRITERIA
+    criteria = families.WEIGHT_CRITERIA
     if method in criteria:
         knobs = {"family": "weight", "criterion": method, **knobs}
-    elif method in config.FAMILIES:
+    elif method in families.FAMILIES:
         knobs = {"family": method, **knobs}
     else:
-        known = [*criteria, *config.FAMILIES]
+        known = [*criteria, *families.FAMILIES]
         raise RequestError(
-            f"method must be one of {', '.join(known)}; got {method!r}.{config.did_you_mean(method, known)}"
+            f"method must be one of {', '.join(known)}; got {method!r}.{settings.did_you_mean(method, known)}"
         )
     (cell, _) = config.parse(
         {
@@ -77,7 +78,7 @@ def prune(
         raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
     plan.check_method(cell, model.config.to_dict())
     outcome = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
-    if cell.method.family in config.SHRINKING:
+    if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
     return outcome
 

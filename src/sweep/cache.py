@@ -27,8 +27,8 @@ from typing import IO
 import platformdirs
 from tabulate import tabulate
 
-from sweep.config import RequestError, byte_size
 from sweep.locks import is_held, lock
+from sweep.settings import RequestError, byte_size
 
 _MANIFEST = ".sweep-entry.json"  # of each file its size and SHA-256, written when the entry was complete
 _IN_USE = 3600.0  # seconds after its last use in which an entry may still be being read

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sweep.config import Execution, RequestError
+from sweep.config import Execution
 from sweep.formats import bitmap
 from sweep.formats.csr import CsrLinear
 from sweep.formats.semi_structured import SemiStructuredLinear, is_two_of_four
 from sweep.models import anatomy
+from sweep.settings import RequestError
 
 
 def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:

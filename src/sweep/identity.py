@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 from sweep import versions
-from sweep.config import Cell, stated
+from sweep.config import Cell
 from sweep.measuring import catalogue, perplexity
 from sweep.models import origin
-from sweep.pruning import unit_requests
+from sweep.pruning import families, unit_requests
+from sweep.settings import stated
 from sweep.texts import text
 
 # Settings that are not hashed themselves. Paths and names say where something lies: what lies there is fingerprinted.
@@ -44,7 +45,7 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
     found = catalogue.check(cell.benchmarks, cell.data_root)
     found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
-    probe = getattr(cell.method, "task", None)  # on which a drop is measured
+    probe = families.probe_task(cell.method)
     if probe is not None:
         found[f"{probe} of the drop"] = unit_requests.questions_fingerprint(probe)
     if cell.calibration is not None:

@@ -23,10 +23,12 @@ from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sweep import config, messages
-from sweep.config import Calibration, Model, Neuron, RequestError
+from sweep import messages, settings
+from sweep.config import Calibration, Model
 from sweep.models import loading
-from sweep.pruning import drop, unit_statistics, units
+from sweep.pruning import drop, families, unit_statistics, units
+from sweep.pruning.families import Neuron
+from sweep.settings import RequestError
 from sweep.texts import text
 
 _DRAWS = 2000
@@ -76,7 +78,7 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
     for suffix, rows in texts.items():
         columns[f"drop{suffix}"] = lost[:, rows].mean(1)
         outputs = [part.output for part in parts]
-        for name, seen in unit_statistics.for_criteria(config.PROXIES, model, outputs, tokens[rows], seed).items():
+        for name, seen in unit_statistics.for_criteria(families.PROXIES, model, outputs, tokens[rows], seed).items():
             generator = torch.Generator().manual_seed(seed + len(suffix) + int(suffix[-1:] or 0))
             scores = torch.cat([units.score(name, part, s, generator) for part, s in zip(parts, seen, strict=True)])
             columns[f"{name}{suffix}"] = scores.cpu().numpy()[chosen]
@@ -86,7 +88,7 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a criterion, the nearest to the exact drop first."""
     rows = []
-    for name in ["drop", *config.PROXIES]:
+    for name in ["drop", *families.PROXIES]:
         score, exact = frame[name].to_numpy(), frame["drop"].to_numpy()
         halves = frame[f"{name}_half_0"].to_numpy(), frame[f"{name}_half_1"].to_numpy()
         row: dict[str, Any] = {"criterion": name, "units": len(frame)}
@@ -132,12 +134,12 @@ def find_model(name: str, path: str | None) -> Model:
     if not (folder / f"{name}.yaml").is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         raise RequestError(
-            f"--model {name}: there is no such model.{config.did_you_mean(name, known)} Allowed: {', '.join(known)}"
+            f"--model {name}: there is no such model.{settings.did_you_mean(name, known)} Allowed: {', '.join(known)}"
         )
     values = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
     assert isinstance(values, dict)
     changed = {} if path is None else {"path": path, "name": Path(path).name}
-    return config.build(Model, {str(k): v for k, v in (values | changed).items()}, "model")
+    return settings.build(Model, {str(k): v for k, v in (values | changed).items()}, "model")
 
 
 def main(arguments: list[str] | None = None) -> None:

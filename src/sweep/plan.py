@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sweep import config, identity, machine, saving, store
-from sweep.config import Calibration, Cell, Model, Options, RequestError, Vocab, Weight
+from sweep import config, identity, machine, saving, settings, store
+from sweep.config import Calibration, Cell, Model, Options
 from sweep.measuring import catalogue, perplexity
 from sweep.models import headers, origin
-from sweep.pruning import unit_requests
+from sweep.pruning import families, unit_requests
+from sweep.pruning.families import Vocab, Weight
+from sweep.settings import RequestError
 from sweep.texts import text
 
 _ENOUGH = 2000  # rows that expectations are drawn from
@@ -80,7 +82,7 @@ def received(composed: Mapping[str, Any], words: Iterable[str]) -> tuple[Step, O
     options = config.options(composed)
     assert options.planned is not None
     planned = json.loads(base64.urlsafe_b64decode(options.planned + "=" * (-len(options.planned) % 4)))
-    cell = config.build(Cell, planned["cell"], "")
+    cell = settings.build(Cell, planned["cell"], "")
     machine.resolve(cell)
     step = Step(planned["name"], cell, tuple(word for word in words if not word.startswith("planned=")))
     here = identity.cell_name(cell)
@@ -155,7 +157,7 @@ def _check_calibration(asked: Calibration, data_root: str | None) -> None:
 def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
     """Refuse what the model's configuration tells that it cannot meet; the rest is told once the model is loaded."""
     if method.pattern is not None:
-        _, m = config.groups(method.pattern)
+        _, m = families.groups(method.pattern)
         for name in ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"):
             size = shape.get(name)
             if size and size % m and not method.exclude:

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sweep import identity, machine, versions
-from sweep.config import Cell, as_dict
+from sweep.config import Cell
 from sweep.models import origin
+from sweep.settings import plain
 
 
 def describe(cell: Cell, command: str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def describe(cell: Cell, command: str) -> dict[str, Any]:
         "dtype": cell.dtype,
         "device": cell.device,
         "threads": cell.threads,
-        "config": json.dumps(as_dict(cell), sort_keys=True),
+        "config": json.dumps(plain(cell), sort_keys=True),
         "command": command,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_fingerprint": origin.fingerprint(cell.model),

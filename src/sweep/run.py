@@ -9,11 +9,13 @@ import pandas as pd
 import torch
 
 from sweep import cost, execution, identity, machine, saving, turns
-from sweep.config import Cell, Dense, as_dict
+from sweep.config import Cell
 from sweep.locks import working_seconds
 from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
 from sweep.models import loading
 from sweep.pruning import methods, sharing
+from sweep.pruning.families import Dense
+from sweep.settings import plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text
 
@@ -60,7 +62,7 @@ def run_cell(
     row |= counting.size(held) | counting.removed(unpruned, held, targets)
     tables = {"layers": counting.layers(unpruned, held)}
     if save_model is not None:
-        asked = as_dict(cell)
+        asked = plain(cell)
         facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
         facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
         facts["cell"] = identity.cell_name(cell)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweep import __version__, cache, store
-from sweep.config import Model, RequestError
+from sweep.config import Model
 from sweep.models import origin
+from sweep.settings import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

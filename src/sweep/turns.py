@@ -20,8 +20,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweep.config import RequestError
 from sweep.locks import lock
+from sweep.settings import RequestError
 
 _presence: ContextVar[ExitStack | None] = ContextVar("presence", default=None)  # in the room, of this process's cell
 

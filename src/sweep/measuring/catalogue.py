@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from sweep import cache
-from sweep.config import Benchmarks, RequestError, did_you_mean
+from sweep.config import Benchmarks
 from sweep.measuring import task_identity
 from sweep.measuring.task_identity import TASK_FOLDER
+from sweep.settings import RequestError, did_you_mean
 from sweep.texts import corpora, text
 
 log = logging.getLogger(__name__)

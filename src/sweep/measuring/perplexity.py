@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sweep.config import Model, Perplexity, RequestError
+from sweep.config import Model, Perplexity
 from sweep.measuring import words
 from sweep.models import origin
+from sweep.settings import RequestError
 from sweep.texts import corpora, text
 
 if TYPE_CHECKING:

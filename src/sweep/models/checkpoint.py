@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sweep.config import RequestError
 from sweep.formats import bitmap
 from sweep.models import anatomy, headers, origin, remapping, stored, surgery
+from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
 FORMAT, COMPRESSED_FORMAT = 1, 2  # of a folder without and with compressed layers

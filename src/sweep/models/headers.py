@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sweep.config import Model, RequestError
+from sweep.config import Model
 from sweep.models import origin
+from sweep.settings import RequestError
 
 # In the order in which transformers looks for them: the weights, or an index of the files that hold them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -20,8 +20,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sweep import cache
-from sweep.config import Model, RequestError
+from sweep.config import Model
 from sweep.models import anatomy, checkpoint, headers, origin, stored
+from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sweep import cache
-from sweep.config import Model, RequestError
+from sweep.config import Model
+from sweep.settings import RequestError
 
 _CONVERTER = 1  # raise when the conversion of GGUF files changes
 # What loading reads of a checkpoint folder. A README, logs or an optimiser's state beside it change no number.

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import RequestError
 from sweep.models import remapping
+from sweep.settings import RequestError
 
 
 def known(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:

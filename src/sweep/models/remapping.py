@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from sweep.config import RequestError
+from sweep.settings import RequestError
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:

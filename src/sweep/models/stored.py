@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sweep.config import RequestError
 from sweep.models import headers, origin
 from sweep.models.headers import some
+from sweep.settings import RequestError
 
 # Of DataParallel and DeepSpeed, Lightning, PEFT; of torch.compile, FSDP and activation checkpointing, around any module.
 _AROUND = re.compile(

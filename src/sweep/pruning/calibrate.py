@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.config import RequestError
 from sweep.models import anatomy
 from sweep.models.logits import Tail, descend, given
+from sweep.settings import RequestError
 
 BATCH = 4  # sequences in one forward pass
 _NO_FLOAT64 = {"mps"}  # kinds of devices

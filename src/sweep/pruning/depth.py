@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import Layer
 from sweep.models import anatomy, surgery
 from sweep.pruning import drop, select, sharing, unit_scores, unit_statistics
+from sweep.pruning.families import Layer
 from sweep.pruning.outcome import Outcome
 
 
@@ -83,7 +83,7 @@ def _scores(
         case "random":
             return unit_scores.random(len(blocks), generator)[wanted]
         case "drop":
-            return _drops(model, drop.probe(method, tokens, tokenizer), method, wanted)
+            return _drops(model, drop.probe(method.drop, tokens, tokenizer), method, wanted)
         case "block_influence":
             assert tokens is not None
             found = share(
@@ -98,7 +98,7 @@ def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer, wanted: lis
     """(wanted,) float64: what the metric loses without each of these blocks."""
     run = drop.Resumed(model if model.dtype == torch.float32 else copy.deepcopy(model).float(), probe)
     without = [run.without_block(block) for block in tqdm(wanted, "measuring drops", leave=False)]
-    return torch.from_numpy(drop.importance(drop.Scheme(method.metric, probe), run.whole(), np.stack(without)))
+    return torch.from_numpy(drop.importance(drop.Scheme(method.drop.metric, probe), run.whole(), np.stack(without)))
 
 
 def block_influence(cosine: Tensor) -> Tensor:

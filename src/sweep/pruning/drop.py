@@ -34,11 +34,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import cache, cost, versions
-from sweep.config import Drop
 from sweep.models import anatomy, reading
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning import normaliser
 from sweep.pruning.calibrate import exact_device, inputs_observed
+from sweep.pruning.families import Drop
 from sweep.pruning.unit_requests import HIGHER_IS_WORSE, QUESTIONS
 from sweep.pruning.unit_statistics import BATCH, activations_differentiable, first_tensor
 from sweep.texts import text
@@ -173,13 +173,13 @@ def probe_of_task(task: str, documents: int | None, tokenizer: PreTrainedTokeniz
     return probe_of_questions(prompts, answers, [truth for _, _, truth in triples])
 
 
-def probe(method: Drop, tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None) -> Probe:
-    """What the method measures on: its task, or else the calibration text `tokens`."""
-    if method.task is None:
+def probe(asked: Drop, tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None) -> Probe:
+    """What is measured on: the task, or else the calibration text `tokens`."""
+    if asked.task is None:
         assert tokens is not None
         return probe_of_text(tokens.cpu())
     assert tokenizer is not None
-    return probe_of_task(method.task, method.documents, tokenizer)
+    return probe_of_task(asked.task, asked.documents, tokenizer)
 
 
 def importance(scheme: Scheme, base: np.ndarray, found: np.ndarray) -> np.ndarray:

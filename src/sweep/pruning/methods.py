@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import Cell, Dense, Head, Layer, Method, Neuron, Vocab, Weight
+from sweep.config import Cell
 from sweep.models import anatomy, reading
 from sweep.pruning import depth, sharing, units, vocabulary, weights
+from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.outcome import Outcome
 
 

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sweep.config import Cell, Drop, Head, Layer, Neuron, RequestError
+from sweep.config import Cell
+from sweep.pruning.families import Head, Layer, Neuron
+from sweep.settings import RequestError
 from sweep.texts import text
 
 QUERY = "method.unit=query, which removes a query head of every key-value group"
@@ -74,34 +76,34 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
         _check_parts(cell, method.scope, "a key-value group without a head", blocks, heads, groups, "heads")
 
 
-def check_drop(method: Drop) -> None:
+def check_drop(method: Neuron | Head | Layer) -> None:
     """Refuse a metric that a task does not have, and too few documents. Needs no model. Raises RequestError."""
-    known = ", ".join(QUESTIONS)
-    if isinstance(method, Layer) and method.screen != "none":
+    known, asked = ", ".join(QUESTIONS), method.drop
+    if isinstance(method, Layer) and asked.screen != "none":
         raise RequestError(
-            f"method.screen={method.screen} is for neurons and heads: layers are few, and each is "
+            f"method.screen={asked.screen} is for neurons and heads: layers are few, and each is "
             "measured. Leave method.screen out"
         )
-    if method.task is None:
-        if method.metric not in HIGHER_IS_WORSE:
+    if asked.task is None:
+        if asked.metric not in HIGHER_IS_WORSE:
             raise RequestError(
-                f"method.metric={method.metric} needs classes, and the calibration text has none: set "
+                f"method.metric={asked.metric} needs classes, and the calibration text has none: set "
                 f"method.task to one of {known}, or method.metric to loss or perplexity"
             )
         return
-    if method.task not in QUESTIONS:
-        reason = "has no classes" if method.task in text.EMBEDDED else "is not embedded"
+    if asked.task not in QUESTIONS:
+        reason = "has no classes" if asked.task in text.EMBEDDED else "is not embedded"
         raise RequestError(
-            f"method.task={method.task} {reason}, so that no drop can be measured on it: use one of "
+            f"method.task={asked.task} {reason}, so that no drop can be measured on it: use one of "
             f"{known}, or null for the calibration text"
         )
-    available = text.EMBEDDED[method.task]()
-    if method.documents is not None and method.documents > len(available):
+    available = text.EMBEDDED[asked.task]()
+    if asked.documents is not None and asked.documents > len(available):
         raise RequestError(
-            f"method.documents={method.documents} is more than the {len(available)} of {method.task}: "
+            f"method.documents={asked.documents} is more than the {len(available)} of {asked.task}: "
             "use fewer, or null for all"
         )
-    check_classes(method.task, [QUESTIONS[method.task](d)[2] for d in available[-(method.documents or 0) :]])
+    check_classes(asked.task, [QUESTIONS[asked.task](d)[2] for d in available[-(asked.documents or 0) :]])
 
 
 def check_classes(task: str, truth: Sequence[int]) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.config import LABELS
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning.calibrate import exact_device, inputs_observed
+from sweep.pruning.families import LABELS
 from sweep.pruning.unit_scores import Statistics
 
 BATCH = 4  # sequences in one forward pass

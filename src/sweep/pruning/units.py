@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import LABELS, Head, Neuron, RequestError
 from sweep.models import anatomy, surgery
 from sweep.pruning import drop, repair, select, sharing, unit_requests, unit_scores, unit_statistics
+from sweep.pruning.families import LABELS, Head, Neuron
 from sweep.pruning.outcome import Outcome
 from sweep.pruning.unit_scores import Statistics
+from sweep.settings import RequestError
 
 
 @dataclass(frozen=True)
@@ -300,10 +301,10 @@ def measured_drops(
     """
     exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     found = parts(exact, method)
-    probe = drop.probe(method, tokens, tokenizer)
+    probe = drop.probe(method.drop, tokens, tokenizer)
     size = getattr(method, "group", 1)
     estimates = [torch.zeros(part.units) for part in found]
-    if method.screen == "taylor" or size > 1:
+    if method.drop.screen == "taylor" or size > 1:
         columns = drop.first_order(exact, probe, [part.output for part in found])
         estimates = [c.cpu().view(-1, part.size).sum(1) for c, part in zip(columns, found, strict=True)]
     # Units of like estimate form a group, so that a group is about as dispensable as each of its units.
@@ -312,15 +313,15 @@ def measured_drops(
         groups = [list(torch.arange(part.units).split(1)) for part in found]
     guess = [torch.stack([e[g].sum() for g in inside]).double() for e, inside in zip(estimates, groups, strict=True)]
     near = [torch.ones(len(g), dtype=torch.bool) for g in guess]
-    if method.screen == "taylor":
-        near = screened(guess, fraction, method.screen_margin, together=method.scope == "global")
+    if method.drop.screen == "taylor":
+        near = screened(guess, fraction, method.drop.screen_margin, together=method.scope == "global")
     ablations = [
         drop.Ablation(
             part.block, part.output, [_columns(inside[i], part.size) for i in keep.nonzero().squeeze(1).tolist()]
         )
         for part, inside, keep in zip(found, groups, near, strict=True)
     ]
-    scheme = drop.Scheme(method.metric, probe)
+    scheme = drop.Scheme(method.drop.metric, probe)
     base, likelihoods = drop.likelihoods(exact, probe, ablations)
     drops = torch.from_numpy(drop.importance(scheme, base, np.concatenate(likelihoods)))
     values = _around(guess, near, list(drops.split([int(n.sum()) for n in near])), together=method.scope == "global")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.config import RequestError, Vocab
 from sweep.models import remapping, surgery
 from sweep.pruning import select, unit_requests, unit_scores
+from sweep.pruning.families import Vocab
 from sweep.pruning.outcome import Outcome
+from sweep.settings import RequestError
 
 
 def prune(

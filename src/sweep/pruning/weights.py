@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.config import CALIBRATED, REBUILDING, RequestError, Weight, checked_weight, groups
 from sweep.models import anatomy, surgery
 from sweep.pruning import calibrate, rebuild, scores, select, sharing
 from sweep.pruning.calibrate import Inputs
+from sweep.pruning.families import CALIBRATED, REBUILDING, Weight, checked_weight, groups
 from sweep.pruning.outcome import Outcome
+from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +170,11 @@ def _everything(model: PreTrainedModel, method: Weight) -> Weights:
     found: Weights = {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    if method.embeddings and not (tied and method.head):  # one tensor is pruned once
+    if method.embeddings and not (tied and method.lm_head):  # one tensor is pruned once
         found[_name(model, embedding)] = embedding.weight.detach()
     for name, block in zip(anatomy.block_names(model), anatomy.blocks(model), strict=True):
         found |= anatomy.matrices(block, name)
-    if method.head and head is not None:
+    if method.lm_head and head is not None:
         found[_name(model, head)] = anatomy.weight(head).detach()
     return found
 
@@ -379,7 +380,7 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict
     inside = tuple(f"{name}." for name in names)
     outside = {name: weight for name, weight in job.weights().items() if not name.startswith(inside)}
     head = model.get_output_embeddings()
-    last = _name(model, head) if job.method.head and head is not None else None
+    last = _name(model, head) if job.method.lm_head and head is not None else None
     for name, weight in outside.items():
         if name != last:
             yield "", {name: weight}, {}

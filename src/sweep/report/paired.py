@@ -19,10 +19,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sweep import store
-from sweep.config import RequestError, did_you_mean
 from sweep.measuring import classification
 from sweep.report import chance, frontier
 from sweep.report.chance import LEVEL, holm, mcnemar
+from sweep.settings import RequestError, did_you_mean
 from sweep.store import columns
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,9 @@ def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[st
     return {"gap": gap.value, "low": low, "high": high, "p": p}
 
 
-def table(results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+def compare(
+    results: store.Where, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None
+) -> pd.DataFrame:
     """Comparisons of a results folder, one line a pair and metric, with Holm's p-value and a verdict.
 
     metrics  as `task/metric`, such as `arc_easy/acc`, `continents/f1_macro`, `pydoc/loss`, `pydoc/loss_band_zipf0to3`,

@@ -8,8 +8,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from sweep import store
-from sweep.config import RequestError
 from sweep.report import frontier, variants
+from sweep.settings import RequestError
 
 NEEDED = ("model", "method", "sparsity", "metric", "published", "source")
 _ASIDE = {*NEEDED, "note"}

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from sweep import messages, store
-from sweep.config import RequestError, did_you_mean
 from sweep.report import advice, frontier, page, paired, plot, published, tables, variants
 from sweep.report.evidence import Evidence
+from sweep.settings import RequestError, did_you_mean
 from sweep.store import columns
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {

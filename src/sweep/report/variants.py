@@ -12,12 +12,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
 from sweep import config
+from sweep.pruning import families
+from sweep.settings import flat_fields, renamed
 
 # Told by columns of their own, or no choice between methods.
 _NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
@@ -35,8 +36,9 @@ _ASIDE = {
 }
 _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a task is
 _DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
-    name: {f.name: f.default for f in fields(kind)} for name, kind in (config.FAMILIES | config.GROUPS).items()
+    name: {f.name: f.default for f in flat_fields(kind)} for name, kind in (families.FAMILIES | config.GROUPS).items()
 }
+_NOW = {f"method.{was}": f"method.{now}" for was, now in renamed(families.Weight).items()}  # keys of older rows
 # Before this measuring version some defaults were others, and a task's fingerprint did not say which examples it shows.
 _CHANGED = 6
 _FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}
@@ -56,7 +58,7 @@ def flat(text: str | None) -> dict[str, Any]:
         if isinstance(value, dict):
             stack += [(f"{where}.{key}" if where else key, inner) for key, inner in value.items()]
         else:
-            found[where] = ",".join(map(str, value)) if isinstance(value, list) else value
+            found[_NOW.get(where, where)] = ",".join(map(str, value)) if isinstance(value, list) else value
     return found
 
 
@@ -190,7 +192,7 @@ def _is_default(key: str, setting: dict[str, Any], version: int) -> bool:
     """Whether a setting goes without saying. A scope does when it is the paper's, or when a pattern stands in its place."""
     group, _, name = key.partition(".")
     if key == "method.scope" and setting.get("method.family") == "weight":
-        usual = "row" if setting.get("method.criterion") in config.BY_ROW else "matrix"
+        usual = "row" if setting.get("method.criterion") in families.BY_ROW else "matrix"
         return setting[key] in (None, usual) or setting.get("method.pattern") is not None
     if key in _FORMERLY and version < _CHANGED:
         return setting[key] == _FORMERLY[key]

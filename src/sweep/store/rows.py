@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sweep.config import RequestError
+from sweep.settings import RequestError
 from sweep.store.columns import COLUMNS, SCHEMA_VERSION
 from sweep.store.storage import Folder
 

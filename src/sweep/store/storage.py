@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sweep.config import RequestError
 from sweep.locks import lock
+from sweep.settings import RequestError
 
 STALE = 3600.0  # seconds after which a half-written file has no writer any more
 _EXTRAS = {"s3": "s3", "s3a": "s3"}  # URL scheme: the extra of pyproject.toml that installs its fsspec driver

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweep import cache
-from sweep.config import RequestError
+from sweep.settings import RequestError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sweep.config import Calibration, Cell, RequestError, Vocab
+from sweep.config import Calibration, Cell
+from sweep.pruning.families import Vocab
+from sweep.settings import RequestError
 from sweep.texts import corpora
 
 if TYPE_CHECKING:
