@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweep import config, messages
+from sweep import config, messages, settings
 from sweep.settings import RequestError
 
 MODEL = {"name": "m", "source": "local", "path": "x"}
@@ -99,6 +99,32 @@ def test_the_dense_baseline_is_the_same_for_every_method_and_sparsity() -> None:
     assert cells[0] == config.parse(asked(method={"family": "dense"}))[0]
     assert cells[0] == config.parse(asked(baseline=True))[0]
     assert cells[0].sparsity == 0
+
+
+def test_a_renamed_key_is_accepted_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    (now, _), (then, _) = (
+        config.parse(asked(method={"family": "weight", **keys}))
+        for keys in ({"lm_head": True}, {"lm_head": False, "head": True})
+    )
+    assert now == then and now.method.lm_head
+    assert "method.head is now called method.lm_head: use that" in caplog.text
+    assert settings.stated(now)["method"]["head"] is True  # recorded rows keep their names
+    assert settings.plain(now)["method"]["lm_head"] is True
+
+
+def test_a_renamed_key_on_the_command_line_is_accepted_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["+method=wanda", "method.head=true", "++method.head=false", "sparsity=0.5"]
+    now = ["+method=wanda", "method.lm_head=true", "++method.lm_head=false", "sparsity=0.5"]
+    assert messages.under_present_names(words) == now
+    assert "method.head is now called method.lm_head: use that" in capsys.readouterr().err
+    assert messages.under_present_names(now) == now and not capsys.readouterr().err
+
+
+def test_settings_of_a_part_are_typed_as_if_they_were_the_holders() -> None:
+    (cell, _) = config.parse(asked(method={"family": "neuron", "criterion": "drop", "metric": "perplexity"}))
+    assert cell.method.drop.metric == "perplexity"
+    assert settings.plain(cell)["method"]["metric"] == "perplexity" and "drop" not in settings.plain(cell)["method"]
+    assert settings.stated(cell)["method"] == {"family": "neuron", "criterion": "drop", "metric": "perplexity"}
 
 
 def test_the_importance_of_a_neuron_is_its_criterion() -> None:

@@ -241,3 +241,7 @@ def test_what_two_machines_timed_is_not_compared(tmp_path: Path) -> None:
     assert dense.decode_ms_paired == 20 and np.isnan(dense.peak_memory_bytes) and dense.weights_bytes > 0
     assert plot.drop_table(fast, ["capitals/acc"])["capitals/acc"].notna().all()
     assert slow.decode_ms_paired.notna().all() and len(slow) == 3 and len(fast) == 3
+
+
+def test_a_key_of_an_older_row_is_read_under_its_present_name() -> None:
+    assert variants.flat('{"method": {"family": "weight", "head": true}}')["method.lm_head"] is True

@@ -78,13 +78,14 @@ class SweepSweeper(BasicSweeper):
 
     def _grid(self, arguments: list[str]) -> list[list[str]]:
         """The command line words of every cell. Refuses grids larger than max_cells before any of them is composed."""
+        from sweep import messages
         from sweep.settings import RequestError
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parts = []
         for own in self.grids:
             asked = [f"{key}={'null' if value is None else value}" for key, value in {**self.params, **own}.items()]
-            overrides = parser.parse_overrides([*asked, *arguments])
+            overrides = parser.parse_overrides([*messages.under_present_names(asked), *arguments])
             parts.append(list({o.get_key_element(): o for o in overrides}.values()))  # of equal keys the last counts
         limit = OmegaConf.select(self.config, "max_cells")
         if isinstance(limit, int):
