@@ -14,6 +14,7 @@ with checkouts whose insides have nothing in common. Both run in the environment
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pydoc_data.topics
 import subprocess
@@ -147,9 +148,16 @@ def run(checkout: Path, inputs: Path, results: Path) -> None:
     print(f"{checkout}: {len(rows(results))} cells in {time.perf_counter() - started:.0f} s", flush=True)
 
 
+RENAMED = {"head": "lm_head"}  # keys inside `config` that were renamed since
+
+
 def rows(results: Path) -> pd.DataFrame:
     """What can be compared of the rows, by cell."""
     found = pd.read_parquet(results / "cells").set_index("cell").sort_index()
+    for was, now in RENAMED.items():
+        found["config"] = [
+            json.dumps(json.loads(c.replace(f'"{was}":', f'"{now}":')), sort_keys=True) for c in found["config"]
+        ]
     return found.drop(columns=OF_THE_RUN & set(found.columns))
 
 

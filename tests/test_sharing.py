@@ -143,7 +143,7 @@ def test_what_a_drop_costs_does_not_depend_on_the_cache(
     family: type, at_once: int, tiny_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def row(sparsity: float) -> pd.Series:
-        asked = cell(tiny_checkpoint, sparsity, method=family(criterion="drop", metric="loss"))
+        asked = cell(tiny_checkpoint, sparsity, method=family(criterion="drop"))
         return pd.Series(run.run_cell(asked)[0])
 
     original, measured = drop.Resumed.after, list[int]()
