@@ -11,7 +11,7 @@ ENGINES := $(VENV)/.ready-launchers
 help:
 	@echo "make sweep      set up, run the first sweep (five to eight minutes on two cores), draw the figures"
 	@echo "make test       set up, run the tests in WORKERS=2 processes"
-	@echo "make style      set up, run ruff and mypy"
+	@echo "make style      set up, run ruff, mypy and import-linter"
 	@echo "make benchmark  set up, time what a user waits for"
 	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
 	@echo "make setup      only set up $(VENV)"
@@ -55,6 +55,7 @@ style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 reference: setup
 	$(PY) benchmarks/reference.py $(if $(SWEEP_DATA_ROOT),--data-root $(SWEEP_DATA_ROOT))

@@ -1,0 +1,54 @@
+"""The house stands as its plan says: who imports whom, and what works without the heavy libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "datasets", "lm_eval", "hydra", "omegaconf"}
+
+
+def broken_imports(source: Path) -> str:
+    """What import-linter says of the package in `source` under the contracts of pyproject.toml; empty when all are kept."""
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    environment = os.environ | {"PYTHONPATH": str(source), "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return (done.stdout + done.stderr) if done.returncode else ""
+
+
+def test_who_imports_whom() -> None:
+    broken = broken_imports(ROOT / "src")
+    assert not broken, broken
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "told"),
+    [
+        ("config.py", "import torch", "sweep.config -> torch"),
+        ("store/rows.py", "from sweep.models import anatomy", "sweep.store.rows -> sweep.models.anatomy"),
+        ("pruning/select.py", "from sweep import store", "sweep.pruning.select -> sweep.store"),
+        ("models/anatomy.py", "def f():\n    from sweep.models import loading", "anatomy -> sweep.models.loading"),
+        ("attic.py", "", "sweep.attic"),
+    ],
+)
+def test_an_import_against_the_plan_is_told(tmp_path: Path, module: str, line: str, told: str) -> None:
+    shutil.copytree(ROOT / "src/sweep", tmp_path / "sweep", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "sweep" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    assert told in broken_imports(tmp_path)
+
+
+def test_requests_rows_and_reports_are_read_without_the_heavy_libraries() -> None:
+    modules = ["config", "identity", "plan", "provenance", "runner", "isolate", "saving", "store", "report.rendering"]
+    code = (
+        f"import sys, {', '.join(f'sweep.{name}' for name in modules)}; "
+        f"sweep.load, sweep.compare; print(*{HEAVY} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
