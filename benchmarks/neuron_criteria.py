@@ -30,7 +30,7 @@ from sweep.models import anatomy, loading
 from sweep.pruning import repair, unit_scores, unit_statistics, units
 from sweep.pruning.families import PROXIES, Neuron
 from sweep.pruning.unit_scores import Statistics
-from sweep.texts import text
+from sweep.texts import embedded, text
 
 CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
     dense, tokenizer = loading.load(EMBEDDED, asked.dtype, "cpu")
-    pages = [tokenizer(document["page"]).input_ids[: asked.tokens] for document in text.development_documents()]
+    pages = [tokenizer(document["page"]).input_ids[: asked.tokens] for document in embedded.development_documents()]
     counts = np.array([len(page) - 1 for page in pages])
     print(f"dense: {np.exp(losses(dense, pages).sum() / counts.sum()):.2f} on {counts.sum()} tokens", flush=True)
     calibration = [

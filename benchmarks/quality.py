@@ -21,7 +21,7 @@ from tabulate import tabulate
 from sweep.config import Benchmarks
 from sweep.measuring import catalogue, quality, scorer
 from sweep.models import loading
-from sweep.texts import corpora, text
+from sweep.texts import corpora, embedded
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 
@@ -32,9 +32,9 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, outcome
 
 
-def embedded(model: Any, tokenizer: Any) -> str:
+def all_embedded(model: Any, tokenizer: Any) -> str:
     lines = []
-    for task in text.EMBEDDED:
+    for task in embedded.EMBEDDED:
         taken, (metrics, samples) = seconds(
             lambda task=task: quality.evaluate(model, tokenizer, Benchmarks((task,)), None)
         )
@@ -103,7 +103,7 @@ def main() -> None:
     model, tokenizer = loading.load(EMBEDDED, options.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"{options.dtype}, {model.device}, {torch.get_num_threads()} threads")
     if not options.skip_embedded:
-        print(embedded(model, tokenizer))
+        print(all_embedded(model, tokenizer))
     if options.data_root:
         print(arc_easy(model, tokenizer, options.data_root, options.questions, options.piece))
 

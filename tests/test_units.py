@@ -31,6 +31,7 @@ from sweep.pruning import (
 from sweep.pruning.families import PROXIES, Head, Layer, Neuron, Vocab
 from sweep.pruning.unit_scores import Statistics
 from sweep.settings import RequestError
+from sweep.texts import embedded
 
 
 def logits(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
@@ -436,5 +437,5 @@ def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypa
     asked = {"family": "neuron", "criterion": "drop", "metric": "f1", "task": "continents"}
     before = name(asked)
     assert name(asked | {"criterion": "l2"}) == name({"family": "neuron", "criterion": "l2"})  # reads none of it
-    monkeypatch.setitem(unit_requests.QUESTIONS, "continents", lambda d: (f"{d['country']} lies in", ["A", "B"], 0))
+    monkeypatch.setitem(embedded.QUESTIONS, "continents", lambda d: (f"{d['country']} lies in", ["A", "B"], 0))
     assert name(asked) != before

@@ -10,7 +10,7 @@ from sweep import versions
 from sweep.config import Cell
 from sweep.measuring import catalogue, perplexity
 from sweep.models import origin
-from sweep.pruning import families, unit_requests
+from sweep.pruning import families
 from sweep.settings import stated
 from sweep.texts import text
 
@@ -47,7 +47,7 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
     probe = families.probe_task(cell.method)
     if probe is not None:
-        found[f"{probe} of the drop"] = unit_requests.questions_fingerprint(probe)
+        found[f"{probe} of the drop"] = text.questions_fingerprint(probe)
     if cell.calibration is not None:
         found["calibration"] = text.calibration_facts(cell.calibration, cell.data_root).fingerprint
     return found

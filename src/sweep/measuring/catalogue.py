@@ -25,7 +25,7 @@ from sweep.config import Benchmarks
 from sweep.measuring import task_identity
 from sweep.measuring.task_identity import TASK_FOLDER
 from sweep.settings import RequestError, did_you_mean
-from sweep.texts import corpora, text
+from sweep.texts import corpora, embedded, text
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,14 @@ def check(settings: Benchmarks, data_root: str | None) -> dict[str, str]:
         raise RequestError(f"data_root: there is no folder {data_root}")
     if settings.include_path is not None and not Path(settings.include_path).expanduser().is_dir():
         raise RequestError(f"benchmarks.include_path: there is no folder {settings.include_path}")
-    ours = [task for task in settings.tasks if task in text.EMBEDDED]
+    ours = [task for task in settings.tasks if task in embedded.EMBEDDED]
     if ours and settings.num_fewshot:
         raise RequestError(
             f"benchmarks.num_fewshot={settings.num_fewshot}: the task {ours[0]} has no examples to show; "
             "use 0 or null, or leave it out of benchmarks.tasks"
         )
     found = {task: task_identity.of_embedded(task) for task in ours}
-    rest = tuple(task for task in settings.tasks if task not in text.EMBEDDED)
+    rest = tuple(task for task in settings.tasks if task not in embedded.EMBEDDED)
     if not rest and settings.include_path is None:
         return found
     asked = replace(settings, tasks=rest, limit=None, batch_size=1, max_length=None)
@@ -134,13 +134,13 @@ def _file(task: str, settings: Benchmarks) -> Path:
 
 def find(settings: Benchmarks) -> Found:
     """Where the tasks are that settings ask for. Raises RequestError for a name that is none."""
-    if set(settings.tasks) <= set(text.EMBEDDED) and settings.include_path is None:
+    if set(settings.tasks) <= set(embedded.EMBEDDED) and settings.include_path is None:
         return Found([*settings.tasks], {}, {})
     mine, names, unreadable = _own(settings)
     known = index() | mine
     for name in names:
-        if name not in known and name not in text.EMBEDDED:
-            near = did_you_mean(name, [*text.EMBEDDED, *known])
+        if name not in known and name not in embedded.EMBEDDED:
+            near = did_you_mean(name, [*embedded.EMBEDDED, *known])
             where = f" or of {settings.include_path}" if settings.include_path else ""
             unread = f" Not read there: {'; '.join(unreadable)}" if unreadable else ""
             raise RequestError(f"benchmarks.tasks: '{name}' is no task of sweep or lm-eval{where}.{near}{unread}")
@@ -171,7 +171,7 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
                 raise RequestError(f"benchmarks.tasks: {path} is no task: {reason}") from error
             unreadable.append(f"{path.name}: {reason}")  # one that others include, or that is none of the matter
             continue
-        taken = theirs | mine | {task: {"path": TASK_FOLDER / f"{task}.yaml"} for task in text.EMBEDDED}
+        taken = theirs | mine | {task: {"path": TASK_FOLDER / f"{task}.yaml"} for task in embedded.EMBEDDED}
         other = taken[name]["path"] if name in taken else path
         if other is None or Path(other).resolve() != path:
             raise RequestError(

@@ -19,7 +19,7 @@ from sweep import cache, versions
 from sweep.config import Cell
 from sweep.measuring import task_identity
 from sweep.models import origin
-from sweep.texts import text
+from sweep.texts import embedded, text
 
 if TYPE_CHECKING:
     from sweep.measuring.scorer import Probe
@@ -57,7 +57,7 @@ def of_dense(cell: Cell) -> Distributions | None:
     )
     folder = cache.entry("distributions", key, lambda half: _measure(cell, half))
     with np.load(folder / "top.npz") as stored:
-        pages = [document["page"] for document in text.pydoc_documents()][: settings.limit]
+        pages = [document["page"] for document in embedded.pydoc_documents()][: settings.limit]
         return Distributions(
             {page: stored[f"ids{i}"].astype(np.int64) for i, page in enumerate(pages)},
             {page: stored[f"log_probs{i}"] for i, page in enumerate(pages)},
@@ -73,7 +73,7 @@ def _measure(cell: Cell, folder: Path) -> None:
     model, tokenizer = loading.load(cell.model, cell.dtype, cell.device)
     lm = scorer.Scorer(model, tokenizer, cell.benchmarks.batch_size, cell.benchmarks.max_length)
     lm.top = TOP
-    pages = [document["page"] for document in text.pydoc_documents()][: cell.benchmarks.limit]
+    pages = [document["page"] for document in embedded.pydoc_documents()][: cell.benchmarks.limit]
     lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (page,), i) for i, page in enumerate(pages)])
     arrays: dict[str, Any] = {}
     for i, page in enumerate(pages):

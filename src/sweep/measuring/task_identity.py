@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from sweep.models import origin
-from sweep.texts import text
+from sweep.texts import embedded, text
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # Of a task's configuration: what it is called, where its data lie, and what is asked beside it.
@@ -46,7 +46,7 @@ _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 @functools.lru_cache
 def of_embedded(task: str) -> str:
     """Of one of the tasks in sweep/measuring/tasks, without lm-eval. What lm-eval does for them is tested against its definition."""
-    return text.fingerprint([_settings(TASK_FOLDER / f"{task}.yaml"), *text.EMBEDDED[task]()])
+    return text.fingerprint([_settings(TASK_FOLDER / f"{task}.yaml"), *embedded.EMBEDDED[task]()])
 
 
 def _settings(file: Path) -> dict[str, Any]:

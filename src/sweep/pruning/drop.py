@@ -39,9 +39,9 @@ from sweep.models.logits import Tail, descend, given
 from sweep.pruning import normaliser
 from sweep.pruning.calibrate import exact_device, inputs_observed
 from sweep.pruning.families import Drop
-from sweep.pruning.unit_requests import HIGHER_IS_WORSE, QUESTIONS
+from sweep.pruning.unit_requests import HIGHER_IS_WORSE
 from sweep.pruning.unit_statistics import BATCH, activations_differentiable, first_tensor
-from sweep.texts import text
+from sweep.texts import embedded, text
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ def probe_of_questions(
 
 def probe_of_task(task: str, documents: int | None, tokenizer: PreTrainedTokenizerBase) -> Probe:
     """The last `documents` questions of an embedded task; an evaluation with a limit takes the first ones."""
-    chosen = text.EMBEDDED[task]()[-(documents or 0) :]
-    triples = [QUESTIONS[task](document) for document in chosen]
+    chosen = embedded.EMBEDDED[task]()[-(documents or 0) :]
+    triples = [embedded.QUESTIONS[task](document) for document in chosen]
     before, _ = reading.around(tokenizer)
     rows = reading.Rows.of(tokenizer)
     prompts = [

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweep.config import Cell
 from sweep.pruning.families import Head, Layer, Neuron
 from sweep.settings import RequestError
-from sweep.texts import text
+from sweep.texts.embedded import EMBEDDED, QUESTIONS
 
 QUERY = "method.unit=query, which removes a query head of every key-value group"
 HIGHER_IS_WORSE = {"loss", "perplexity"}  # of the metrics whose drop is measured
-# Tasks on which a drop can be measured: the prompt, the answers and the right one of a document.
-QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, list[str], int]]] = {  # prompt, answers, the right one
-    "continents": lambda d: (f"{d['country']} is a country in", list(text.CONTINENTS.values()), d["continent"]),
-    "capitals": lambda d: (f"The capital of {d['country']} is", d["choices"], d["answer"]),
-}
-
-
-def questions_fingerprint(task: str) -> str:
-    """Of the questions on which a drop is measured."""
-    return _fingerprint(task, QUESTIONS[task])
-
-
-@functools.cache
-def _fingerprint(task: str, question: Callable[[dict[str, Any]], Any]) -> str:
-    return text.fingerprint([question(document) for document in text.EMBEDDED[task]()])
 
 
 def check(cell: Cell, shape: Mapping[str, Any]) -> None:
@@ -92,12 +76,12 @@ def check_drop(method: Neuron | Head | Layer) -> None:
             )
         return
     if asked.task not in QUESTIONS:
-        reason = "has no classes" if asked.task in text.EMBEDDED else "is not embedded"
+        reason = "has no classes" if asked.task in EMBEDDED else "is not embedded"
         raise RequestError(
             f"method.task={asked.task} {reason}, so that no drop can be measured on it: use one of "
             f"{known}, or null for the calibration text"
         )
-    available = text.EMBEDDED[asked.task]()
+    available = EMBEDDED[asked.task]()
     if asked.documents is not None and asked.documents > len(available):
         raise RequestError(
             f"method.documents={asked.documents} is more than the {len(available)} of {asked.task}: "

@@ -5,18 +5,18 @@ from typing import Any
 
 import datasets
 
-from sweep.texts import text
+from sweep.texts import embedded
 
 
 def _test_split(documents: Callable[[], list[dict[str, Any]]]) -> Callable[..., dict[str, datasets.Dataset]]:
     return lambda **_: {"test": datasets.Dataset.from_list(documents())}
 
 
-pydoc = _test_split(text.pydoc_documents)
-pydoc_development = _test_split(text.development_documents)
-pydoc_cloze = _test_split(text.cloze_documents)
-capitals = _test_split(text.capital_documents)
-continents = _test_split(text.continent_documents)
+pydoc = _test_split(embedded.pydoc_documents)
+pydoc_development = _test_split(embedded.development_documents)
+pydoc_cloze = _test_split(embedded.cloze_documents)
+capitals = _test_split(embedded.capital_documents)
+continents = _test_split(embedded.continent_documents)
 
 
 def page_metrics(document: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:
