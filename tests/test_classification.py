@@ -42,12 +42,10 @@ def test_calibration_error_is_the_gap_within_bins() -> None:
     assert np.isnan(classification.calibration_error([1, 0], [np.nan, 0.5]))
 
 
-def test_f1_from_counts_is_scikit_learns_and_its_error_that_of_drawing_examples() -> None:
+def test_the_error_of_f1_is_that_of_drawing_examples() -> None:
     draw = np.random.default_rng(0)
     truth = draw.integers(0, 4, 200)
     chosen = np.where(draw.random(200) < 0.6, truth, draw.integers(0, 4, 200))
-    counts = classification.confusion(truth, chosen, 4)
-    assert classification.f1_macro(counts) == pytest.approx(f1_score(truth, chosen, average="macro"))
     resampled = [f1_score(truth[i], chosen[i], average="macro") for i in draw.integers(0, 200, (400, 200))]
     assert classification.f1_stderr(truth, chosen) == pytest.approx(np.std(resampled), rel=0.15)
 

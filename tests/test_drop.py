@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import PreTrainedModel
 
 from conftest import random_tokens, tiny_model
@@ -119,18 +118,6 @@ def test_the_first_order_estimate_is_the_derivative(family: str) -> None:
         changes.append(float(scheme(plain(moved, *QUESTIONS))))
     assert float(estimate[3]) == pytest.approx(-(changes[0] - changes[1]) / (2 * step), rel=1e-2, abs=1e-6)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-def test_classifier_metrics_are_those_of_scikit_learn() -> None:
-    draw = np.random.default_rng(0)
-    truth, chosen = draw.integers(0, 4, 30), draw.integers(0, 3, (5, 30))
-    found = drop.classified(truth, chosen, 5)
-    for one, row in enumerate(chosen):
-        names = ("precision", "recall", "f1")
-        values = precision_recall_fscore_support(truth, row, average="macro", zero_division=0.0)[:3]
-        for name, value in zip(names, values, strict=True):
-            assert found[name][one] == pytest.approx(value)
-        assert found["accuracy"][one] == pytest.approx(accuracy_score(truth, row))
 
 
 def test_drops_of_a_counted_metric_that_are_equal_go_by_the_loss() -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from sweep import confusion
 
 _BINS = 15  # of the calibration error, equal in width (Guo et al. 2017, arXiv:1706.04599)
 _DRAWS = 1000
@@ -55,31 +57,15 @@ def calibration_error(correct: ArrayLike, confidence: ArrayLike) -> float:
     return float(np.abs(gaps).sum() / len(right))
 
 
-def confusion(truth: ArrayLike, chosen: ArrayLike, classes: int) -> NDArray[np.int64]:
-    """(classes, classes) counts: row the truth, column the choice."""
-    pairs = np.asarray(truth) * classes + np.asarray(chosen)
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def f1_macro(counts: NDArray) -> NDArray:
-    """Mean F1 over the classes that occur or are chosen, of confusion counts (..., classes, classes)."""
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    seen = counts.sum(-1) + counts.sum(-2)  # examples of the class, and choices of it
-    with np.errstate(invalid="ignore"):
-        return np.nanmean(np.where(seen > 0, 2 * hits / seen, np.nan), axis=-1)
-
-
 def f1_stderr(truth: ArrayLike, chosen: ArrayLike, seed: int = 0) -> float:
     """Standard error of the macro F1, by bootstrap over examples.
 
     The F1 depends on an example through its pair (truth, choice) alone, so that drawing examples with replacement is
     drawing the confusion counts from a multinomial distribution.
     """
-    y, z = np.asarray(truth), np.asarray(chosen)
-    classes = int(max(y.max(), z.max())) + 2
-    counts = confusion(y, np.where(z < 0, classes - 1, z), classes)  # no choice is a choice that is never right
-    draws = np.random.default_rng(seed).multinomial(len(y), counts.ravel() / len(y), _DRAWS)
-    return float(f1_macro(draws.reshape(_DRAWS, classes, classes)).std(ddof=1))
+    counts = confusion.counts(truth, chosen)
+    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts.ravel() / counts.sum(), _DRAWS)
+    return float(confusion.macro(draws.reshape(_DRAWS, *counts.shape))["f1"].std(ddof=1))
 
 
 def choice(log_likelihoods: ArrayLike) -> tuple[int, float]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import cache, cost, versions
+from sweep import cache, confusion, cost, versions
 from sweep.models import anatomy, reading
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning import normaliser
@@ -95,25 +95,10 @@ class Scheme:
             return np.exp(loss)
         table = np.full((*likelihoods.shape[:-1], len(truth), place.max() + 1), -np.inf)
         table[..., documents, place] = likelihoods
-        return classified(truth, table.argmax(-1), table.shape[-1])[self.metric]
-
-
-def classified(truth: np.ndarray, chosen: np.ndarray, classes: int) -> dict[str, np.ndarray]:
-    """Accuracy and macro precision, recall and F1, over all leading axes of `chosen` (…, documents) at once.
-
-    The mean is over the classes that occur or are chosen; a class that is never chosen has precision 0.
-    """
-    hits, asked, given = (
-        np.stack([counted.sum(-1) for counted in both], -1)
-        for both in zip(
-            *[((chosen == c) & (truth == c), (truth == c) + 0 * chosen, chosen == c) for c in range(classes)],
-            strict=True,
-        )
-    )
-    seen = (asked + given) > 0
-    over = {"precision": given, "recall": asked, "f1": (asked + given) / 2}
-    found = {name: (hits / np.maximum(below, 0.5) * seen).sum(-1) / seen.sum(-1) for name, below in over.items()}
-    return found | {"accuracy": (chosen == truth).mean(-1)}
+        chosen = table.argmax(-1)
+        if self.metric == "accuracy":
+            return (chosen == truth).mean(-1)
+        return confusion.macro(confusion.counts(truth, chosen))[self.metric]
 
 
 def probe_of_text(tokens: Tensor) -> Probe:

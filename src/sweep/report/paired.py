@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sweep import store
-from sweep.measuring import classification
+from sweep import confusion, store
 from sweep.report import chance, frontier
 from sweep.report.chance import LEVEL, holm, mcnemar
 from sweep.settings import RequestError, did_you_mean
@@ -158,15 +157,15 @@ def _f1(truth: NDArray[np.int64], chosen: NDArray[np.int64]) -> Estimate:
     documents = len(truth)
     if documents < 2:
         return Estimate(math.nan, np.full(documents, math.nan), np.full(documents, math.nan))
-    classes = int(max(truth.max(), chosen.max())) + 2
-    answers = np.where(chosen < 0, classes - 1, chosen)  # no choice is a choice that is never right
-    counts = classification.confusion(truth, answers, classes)
-    kinds, kind = np.unique(truth * classes + answers, return_inverse=True)
-    without = np.repeat(counts[None], len(kinds), axis=0)
-    without[np.arange(len(kinds)), kinds // classes, kinds % classes] -= 1
-    left = classification.f1_macro(without)[kind]
+    counts = confusion.counts(truth, chosen)
+    pairs = np.argwhere(counts)
+    without = np.repeat(counts[None], len(pairs), axis=0)
+    without[np.arange(len(pairs)), *pairs.T] -= 1
+    left = np.empty(counts.shape)  # F1 without a document of each pair; a choice of -1 is the last class
+    left[*pairs.T] = confusion.macro(without)["f1"]
+    left = left[truth, chosen]
     residuals = (documents - 1) / documents * (left.mean() - left)
-    return Estimate(float(classification.f1_macro(counts)), residuals, np.full(documents, 1 / documents))
+    return Estimate(float(confusion.macro(counts)["f1"]), residuals, np.full(documents, 1 / documents))
 
 
 def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[str, float]:
