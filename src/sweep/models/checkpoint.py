@@ -174,7 +174,7 @@ def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             module.nx, module.nf = module.weight.shape
         else:
             module.out_features, module.in_features = module.weight.shape
-    for attention in anatomy.attentions(model):
+    for attention in anatomy.attentions(model) if anatomy.is_known(model) else ():  # else no head of it was cut
         surgery.set_head_counts(attention)
 
 
@@ -212,6 +212,6 @@ def _choose_kernel(model: PreTrainedModel) -> None:
 
 def _head_counts(model: PreTrainedModel) -> list[tuple[int, int, int]] | None:
     """Equal shapes do not make equal heads: eight of size 16 are as wide as four of size 32."""
-    if model.config.model_type not in anatomy.ARCHITECTURES:
+    if not anatomy.is_known(model):
         return None
     return [(a.heads, a.groups, a.head_dim) for a in anatomy.attentions(model)]

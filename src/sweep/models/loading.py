@@ -21,13 +21,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sweep import cache
 from sweep.config import Model
-from sweep.models import anatomy, checkpoint, headers, origin, stored
+from sweep.models import checkpoint, headers, origin, stored
+from sweep.models.decoders import DECODERS
 from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
 
 
-_DECODERS = {"gpt_neox", "gpt_neox_japanese", "trocr"}  # whose configuration has an is_decoder that nothing reads
+_DECODERS = {
+    *DECODERS,
+    "gpt_neox_japanese",
+    "trocr",
+}  # some of whose configurations have an is_decoder that nothing reads
 
 
 def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -119,7 +124,7 @@ def check_decoder(config: PreTrainedConfig, place: str) -> None:
         return
     raise RequestError(
         f"{place} is {what} ({kind}); sweep prunes decoders that predict the next token of a text, such as "
-        f"{', '.join(list(anatomy.ARCHITECTURES)[:4])}: give one of these"
+        f"{', '.join(list(DECODERS)[:4])}: give one of these"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sweep import cache
 from sweep.config import Model
+from sweep.models.decoders import LLAMA
 from sweep.settings import RequestError
 
 _CONVERTER = 1  # raise when the conversion of GGUF files changes
@@ -165,12 +166,12 @@ def _gguf_shape(path: Path) -> dict[str, Any]:
         reader = GGUFReader(path)
         (architecture,) = [reader.fields["general.architecture"].contents()]
         names = {
-            "feed_forward_length": "intermediate_size",
-            "block_count": "num_hidden_layers",
-            "embedding_length": "hidden_size",
-            "attention.head_count": "num_attention_heads",
-            "attention.head_count_kv": "num_key_value_heads",
-            "context_length": "max_position_embeddings",
+            "feed_forward_length": LLAMA.keys.neurons,
+            "block_count": LLAMA.keys.blocks,
+            "embedding_length": LLAMA.keys.hidden,
+            "attention.head_count": LLAMA.keys.heads,
+            "attention.head_count_kv": LLAMA.keys.groups,
+            "context_length": LLAMA.keys.positions,
         }
         return {
             name: reader.fields[f"{architecture}.{key}"].contents()

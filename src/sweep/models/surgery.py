@@ -6,18 +6,13 @@ True in a keep-mask = stays. `describe_shape` makes the configuration say what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy
-
-# What attention modules keep beside their matrices. A module reads only some of these.
-HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_key_value_groups", "split_size")
-_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+from sweep.models import anatomy, decoders
 
 
 @torch.no_grad()
@@ -75,7 +70,7 @@ def remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
         narrow(key, pairs, output=True)
         narrow(value, pairs, output=True)
     else:
-        fused = keep.repeat_interleave(3 * size) if attention.interleaved else queries.repeat(3)
+        fused = keep.repeat_interleave(3 * size) if attention.family.interleaved else queries.repeat(3)
         narrow(attention.inputs[0], fused, output=True)
     narrow(attention.output, queries, output=False)
     set_head_counts(attention)
@@ -83,16 +78,9 @@ def remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
 
 def set_head_counts(attention: anatomy.Attention) -> None:
     """Make the attributes of an attention module agree with the shapes of its matrices."""
-    counts = {
-        "num_heads": attention.heads,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.groups,
-        "num_key_value_groups": attention.heads // attention.groups,
-        "split_size": attention.heads * attention.head_dim,
-    }
-    for name in HEAD_ATTRIBUTES:
+    for name, what in attention.family.counts.items():
         if hasattr(attention.module, name):
-            setattr(attention.module, name, counts[name])
+            setattr(attention.module, name, getattr(attention, what))
 
 
 def remove_layers(model: PreTrainedModel, keep: Sequence[bool]) -> None:
@@ -107,7 +95,7 @@ def remove_layers(model: PreTrainedModel, keep: Sequence[bool]) -> None:
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", number)  # noqa: B010 - a plain number, which nn.Module's types do not know
-    model.config.num_hidden_layers = len(blocks)
+    setattr(model.config, decoders.key(model.config.to_dict(), "blocks"), len(blocks))
     if kinds is not None:
         model.config.layer_types = [kinds[index] for index in kept]
 
@@ -145,24 +133,25 @@ def remove_tokens(model: PreTrainedModel, kept: Tensor) -> None:
 
 
 def describe_shape(model: PreTrainedModel) -> None:
-    """Make the configuration state the widths of the model, where one number can: equal in every block."""
-    config: Any = model.config
+    """Make the configuration state the widths of the model, where one number can: equal in every block.
+
+    Raises RequestError for a model type without a record, as what cuts its units does.
+    """
+    config, keys = model.config, anatomy.family(model).keys
     widths = {ffn.width for ffn in anatomy.ffns(model)}
     if len(widths) == 1:
-        for name in _WIDTH_KEYS:
-            if hasattr(config, name):
-                setattr(config, name, *widths)
+        setattr(config, keys.neurons, *widths)
     attentions = anatomy.attentions(model)
     counts = {(attention.heads, attention.groups) for attention in attentions}
-    if len(counts) != 1 or not hasattr(config, "head_dim"):
-        return  # without a head_dim of its own, a head's size is the hidden size over the number of heads
-    ((query, pairs),) = counts
-    if config.hidden_size % query:
+    if len(counts) != 1 or not hasattr(config, keys.head_dim):
+        return  # where the configuration names none, a head's size is the hidden size over the number of heads
+    ((heads, groups),) = counts
+    if getattr(config, keys.hidden) % heads:
         return  # transformers refuses such a configuration, though the model runs
-    config.head_dim = attentions[0].head_dim
-    config.num_attention_heads = query
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = pairs
+    setattr(config, keys.head_dim, attentions[0].head_dim)
+    setattr(config, keys.heads, heads)
+    if hasattr(config, keys.groups):
+        setattr(config, keys.groups, groups)
 
 
 @torch.no_grad()

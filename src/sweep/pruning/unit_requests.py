@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweep.config import Cell
+from sweep.models import decoders
 from sweep.pruning.families import Head, Layer, Neuron
 from sweep.settings import RequestError
 from sweep.texts.embedded import EMBEDDED, QUESTIONS
@@ -26,7 +27,7 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
         return
     if method.criterion == "drop":
         check_drop(method)
-    depth = _first(shape, "num_hidden_layers", "n_layer")
+    depth = decoders.size(shape, "blocks")
     if not depth:
         return
     if method.blocks is not None:
@@ -40,7 +41,7 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
         _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
         return
     if isinstance(method, Neuron):
-        width = _first(shape, "intermediate_size", "ffn_dim", "n_inner")
+        width = decoders.size(shape, "neurons")
         if width:
             bundle = max(method.multiple_of, method.group)
             if bundle > width:
@@ -49,8 +50,8 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
                 )
             _check_parts(cell, method.scope, "a block without a neuron", blocks, width, bundle, "neurons")
         return
-    heads = _first(shape, "num_attention_heads", "n_head")
-    groups = _first(shape, "num_key_value_heads") or heads
+    heads = decoders.size(shape, "heads")
+    groups = decoders.size(shape, "groups") or heads
     if not heads:
         return
     if method.unit == "group" or groups == heads:
@@ -122,8 +123,3 @@ def _check(cell: Cell, left: str, needed: int, units: int, noun: str, instead: s
             f"sparsity={cell.sparsity:g} leaves {left} ({kept} of {units} {noun} kept, {needed} needed): "
             + ", or ".join(way for way in ways if way)
         )
-
-
-def _first(shape: Mapping[str, Any], *names: str) -> int:
-    """The first of these that is there; 0 when none is."""
-    return next((int(shape[name]) for name in names if shape.get(name)), 0)
