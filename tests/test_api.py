@@ -23,8 +23,8 @@ from sweep.texts import text
 def test_three_lines_prune_as_a_cell_does(tiny_checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    outcome = sweep.prune(model, tokenizer, method="wanda", sparsity=0.5, sequences=4, length=32, pattern="2:4")
-    assert outcome.sparsity == 0.5 and outcome.calibration_tokens == 128
+    pruned = sweep.prune(model, tokenizer, method="wanda", sparsity=0.5, sequences=4, length=32, pattern="2:4")
+    assert pruned.sparsity == 0.5 and pruned.calibration_tokens == 128
     other = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tokens = text.calibration_tokens(Calibration("pydoc", 4, 32), tokenizer, 0)
     weights.prune(other, Weight("weight", criterion="wanda", pattern="2:4"), 0.5, tokens)
@@ -59,9 +59,9 @@ def test_what_is_pruned_is_saved_and_loaded_by_the_lines_that_the_docstring_show
     config = tiny_model(family).config
     config.vocab_size = len(tokenizer)
     model = AutoModelForCausalLM.from_config(config).eval()
-    outcome = sweep.prune(model, tokenizer, sparsity=0.4, sequences=2, length=8, **asked)
-    assert outcome.removed > 0
-    small = outcome.tokenizer or tokenizer
+    pruned = sweep.prune(model, tokenizer, sparsity=0.4, sequences=2, length=8, **asked)
+    assert pruned.removed > 0
+    small = pruned.tokenizer or tokenizer
     ids = small("the cat sat on the mat", return_tensors="pt").input_ids
     expected = model(input_ids=ids).logits
 
@@ -78,7 +78,7 @@ def test_what_is_pruned_is_saved_and_loaded_by_the_lines_that_the_docstring_show
     if asked["method"] == "vocab":
         with pytest.raises(RequestError, match="write model and tokenizer with sweep.save"):
             small.save_pretrained(tmp_path / "own")
-        with pytest.raises(RequestError, match="give the tokenizer that the outcome carries"):
+        with pytest.raises(RequestError, match="give the tokenizer that pruning returned"):
             sweep.save(model, tokenizer, tmp_path / "wrong")
 
 
@@ -161,12 +161,12 @@ def test_both_doors_prune_alike(tiny_checkpoint: Path, tmp_path: Path, cache_fol
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     before = sum(int((p != 0).sum()) for p in model.parameters())
-    outcome = sweep.prune(model, tokenizer, **{"sparsity": 0.5, "sequences": 4, "length": 32, **asked})
+    pruned = sweep.prune(model, tokenizer, **{"sparsity": 0.5, "sequences": 4, "length": 32, **asked})
     assert sum(int((p != 0).sum()) for p in model.parameters()) < before
     found, expected = (dict(m.named_parameters()) for m in (model, by_command))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert getattr(outcome.tokenizer, "kept_ids", None) == getattr(its_tokenizer, "kept_ids", None)
+    assert getattr(pruned.tokenizer, "kept_ids", None) == getattr(its_tokenizer, "kept_ids", None)
 
 
 @pytest.mark.parametrize(

@@ -340,5 +340,5 @@ def test_stock_keeps_no_block_in_memory() -> None:
     before = counting.stock(model)
     del model.model.layers[0]
     assert before.blocks[0][1]() is None
-    found = counting.layers(before, counting.stock(model)).groupby("block")[["weights", "zeros"]].sum()
+    found = counting.matrices(before, counting.stock(model)).groupby("block")[["weights", "zeros"]].sum()
     assert found.loc[0].weights == found.loc[0].zeros > 0 and found.loc[1].zeros == 0

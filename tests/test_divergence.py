@@ -27,11 +27,11 @@ def test_over_all_tokens_it_is_the_formula_and_over_some_a_lower_bound() -> None
     whole = (np.exp(p) * (p - q)).sum(1)
     top = np.argsort(-p, axis=1)[:, :8]
     rows = np.arange(50)[:, None]
-    some = divergence.kl(p[rows, top], scorer.Probe(top, q[rows, top]))
+    some = divergence.kl(p[rows, top], scorer.Alternatives(top, q[rows, top]))
     assert (some <= whole + 1e-9).all() and (some >= -1e-9).all() and some.mean() > 0.5 * whole.mean()
     every = np.tile(np.arange(40), (50, 1))
-    assert divergence.kl(p, scorer.Probe(every, q)) == pytest.approx(whole, abs=1e-6)
-    assert divergence.kl(p, scorer.Probe(every, p)) == pytest.approx(np.zeros(50), abs=1e-9)
+    assert divergence.kl(p, scorer.Alternatives(every, q)) == pytest.approx(whole, abs=1e-6)
+    assert divergence.kl(p, scorer.Alternatives(every, p)) == pytest.approx(np.zeros(50), abs=1e-9)
 
 
 def test_the_dense_model_is_at_no_distance_and_another_at_that_of_the_formula(
@@ -68,7 +68,7 @@ def test_the_dense_model_is_at_no_distance_and_another_at_that_of_the_formula(
         top, rows = dense.ids[page], np.arange(tokens.shape[1])[:, None]
         assert dense.log_probs[page] == pytest.approx(p[rows, top], abs=1e-4)
         assert np.sort(p, axis=1)[:, -divergence.TOP :].sum(1) == pytest.approx(p[rows, top].sum(1), abs=1e-3)
-        expected = divergence.kl(p[rows, top], scorer.Probe(top, q[rows, top])).sum()
+        expected = divergence.kl(p[rows, top], scorer.Alternatives(top, q[rows, top])).sum()
         one = samples[(samples.metric == "kl_from_dense") & (samples.document == str(document))].value.item()
         assert one == pytest.approx(expected, rel=1e-3) and one > 1
     assert found["pydoc/kl_from_dense_stderr"] >= 0

@@ -100,7 +100,7 @@ def test_a_removed_block_gives_what_the_model_without_it_gives(family: str) -> N
     whole = [row[:1].tolist() for row in tokens], [[row[1:].tolist()] for row in tokens]
     for block in (0, 1):
         shrunk = copy.deepcopy(model)
-        surgery.remove_layers(shrunk, [index != block for index in range(2)])
+        surgery.remove_blocks(shrunk, [index != block for index in range(2)])
         with torch.inference_mode():
             np.testing.assert_allclose(run.without_block(block), plain(shrunk, *whole), atol=1e-4)
 
@@ -270,9 +270,9 @@ def test_bfloat16_is_refused() -> None:
 @pytest.mark.parametrize(("make", "units_in_all"), [(Neuron, 48), (Head, 4), (Layer, 2)])
 def test_units_go_by_their_measured_drop(metric: str, make: type, units_in_all: int, cache_folder: object) -> None:
     model, tokens = tiny_model("llama").bfloat16(), random_tokens(3, 9)
-    outcome = methods.prune(model, make(criterion="drop", drop=Drop(metric=metric)), 0.5, tokens)
-    assert outcome.units_removed == units_in_all // 2
-    table = outcome.measured
+    pruned = methods.prune(model, make(criterion="drop", drop=Drop(metric=metric)), 0.5, tokens)
+    assert pruned.units_removed == units_in_all // 2
+    table = pruned.measured
     assert len(table) == units_in_all and table.measured.all() and table.importance.notna().all()
 
 
@@ -325,7 +325,7 @@ def test_a_dropped_block_is_a_unit_that_was_measured(cache_folder: object) -> No
 
 def test_groups_are_measured_and_removed_together(cache_folder: object) -> None:
     model, tokens = tiny_model("llama"), random_tokens(3, 9)
-    outcome = methods.prune(model, Neuron(criterion="drop", group=4), 0.25, tokens)
-    assert outcome.units_removed == 12
+    pruned = methods.prune(model, Neuron(criterion="drop", group=4), 0.25, tokens)
+    assert pruned.units_removed == 12
     assert all(part.units % 4 == 0 for part in units.parts(model, Neuron()))
-    assert (outcome.measured.groupby(["block", "importance"]).size() == 4).all()
+    assert (pruned.measured.groupby(["block", "importance"]).size() == 4).all()

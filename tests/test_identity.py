@@ -318,7 +318,7 @@ def test_a_text_is_read_once_for_all_cells(cell: Cell, monkeypatch: pytest.Monke
     plan.make([(c, ()) for c in cells], Options(results=str(tmp_path / "results")))
     for c in cells:
         plan._check_calibration(c.calibration, None)
-        provenance.describe(c, "command")
+        provenance.columns(c, "command")
     assert sorted(read) == [str(tmp_path / "calibration.txt"), str(tmp_path / "evaluation.txt")]
 
 

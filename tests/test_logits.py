@@ -119,7 +119,7 @@ WORK: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
     "blocks": lambda m, t: unit_statistics.block_cosines(list(anatomy.blocks(m)), m, t),
     "first order": lambda m, t: drop.first_order(m, drop.probe_of_text(t), outputs(m)),
     "scores": lambda m, t: scorer.score(m, requests(t), budget=4096, widest=0),
-    "likeliest": lambda m, t: scorer.score(m, requests(t), budget=4096, widest=0, top=3, probes=[]),
+    "likeliest": lambda m, t: scorer.score(m, requests(t), budget=4096, widest=0, top=3, alternatives=[]),
 }
 
 

@@ -38,11 +38,11 @@ def taylor_abs(
 def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str, sparsity: float) -> None:
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    outcome = methods.prune(model, Weight("weight", targets=targets), sparsity, None)
+    pruned = methods.prune(model, Weight("weight", targets=targets), sparsity, None)
     linears = anatomy.linears(model)
     touched = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert touched <= {f"{name}.weight" for name in linears}
-    pruned = 0
+    zeroed = 0
     for name, linear in linears.items():
         old, new = before[f"{name}.weight"], linear.weight
         gone = (new == 0) & (old != 0)
@@ -50,11 +50,11 @@ def test_weights_are_removed_exactly_and_by_magnitude(family: str, targets: str,
             assert abs(int(gone.sum()) - old.numel() * sparsity) < 1
             assert old[~gone].abs().min() >= old[gone].abs().max()
             assert torch.equal(new[~gone], old[~gone])
-            pruned += int(gone.sum())
-    assert outcome.removed == pruned == select.count(outcome.targets, sparsity)
+            zeroed += int(gone.sum())
+    assert pruned.removed == zeroed == select.count(pruned.targets, sparsity)
     if targets == "all":
-        assert outcome.targets == sum(linear.weight.numel() for linear in linears.values())
-    assert abs(outcome.sparsity - sparsity) < 0.01
+        assert pruned.targets == sum(linear.weight.numel() for linear in linears.values())
+    assert abs(pruned.sparsity - sparsity) < 0.01
 
 
 def test_attention_and_ffn_share_the_linear_layers_between_them(family: str) -> None:
@@ -74,7 +74,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
     tokens = random_tokens()
     importance = taylor_abs(model, tokens)
     shrunk = copy.deepcopy(model)
-    outcome = methods.prune(shrunk, Neuron(criterion="taylor_abs", scope=scope), sparsity, tokens)
+    pruned = methods.prune(shrunk, Neuron(criterion="taylor_abs", scope=scope), sparsity, tokens)
     removed = 0
     for ffn, small, scores in zip(anatomy.ffns(model), anatomy.ffns(shrunk), importance, strict=True):
         gone = scores.argsort(stable=True)[: ffn.width - small.width]
@@ -82,7 +82,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
         with torch.no_grad():
             anatomy.weight(ffn.output)[:, gone] = 0
     assert removed == select.count(48, sparsity) if scope == "global" else removed == 2 * select.count(24, sparsity)
-    assert outcome.removed / outcome.targets == pytest.approx(removed / 48)
+    assert pruned.removed / pruned.targets == pytest.approx(removed / 48)
     torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
 
 

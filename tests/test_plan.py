@@ -29,7 +29,7 @@ def cell(tiny_checkpoint: Path) -> Cell:
 
 
 def stored(results: Path, cell: Cell, **columns: Any) -> str:
-    described = provenance.describe(cell, "command") | {
+    described = provenance.columns(cell, "command") | {
         "status": "ok",
         "cell_seconds": 10.0,
         "peak_memory_bytes": 2**30,
@@ -85,33 +85,35 @@ def test_options_cannot_be_swept_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "share"),
+    ("launcher", "placement"),
     [
-        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, machine.Share()),
-        ({"_target_": "a.joblib_launcher.JoblibLauncher", "n_jobs": 4}, machine.Share(workers=4)),
+        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, machine.Placement()),
+        ({"_target_": "a.joblib_launcher.JoblibLauncher", "n_jobs": 4}, machine.Placement(workers=4)),
         (
             {"_target_": "a.submitit_launcher.SlurmLauncher", "cpus_per_task": 8, "gpus_per_node": 1},
-            machine.Share(threads=8, elsewhere=True, has_gpu=True),
+            machine.Placement(threads=8, elsewhere=True, has_gpu=True),
         ),
-        ({"_target_": "a.submitit_launcher.LocalLauncher", "cpus_per_task": None}, machine.Share(threads=1)),
+        ({"_target_": "a.submitit_launcher.LocalLauncher", "cpus_per_task": None}, machine.Placement(threads=1)),
         (
             {"_target_": "a.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 2}}},
-            machine.Share(threads=2, elsewhere=True),
+            machine.Placement(threads=2, elsewhere=True),
         ),
     ],
 )
-def test_what_a_launcher_gives_each_cell(launcher: dict, share: machine.Share) -> None:
-    assert machine.share(launcher) == share
+def test_what_a_launcher_gives_each_cell(launcher: dict, placement: machine.Placement) -> None:
+    assert machine.placement(launcher) == placement
 
 
 def test_threads_are_divided_among_cells_that_run_side_by_side(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 8)
     free = replace(cell, threads=None)
     assert machine.resolve(free).threads == 8
-    assert machine.resolve(free, machine.Share(workers=4)).threads == 2
-    assert machine.resolve(free, machine.Share(workers=100)).threads == 1
-    assert machine.resolve(replace(cell, threads=3), machine.Share(workers=4)).threads == 3
-    elsewhere = machine.resolve(replace(free, device="auto"), machine.Share(threads=64, elsewhere=True, has_gpu=True))
+    assert machine.resolve(free, machine.Placement(workers=4)).threads == 2
+    assert machine.resolve(free, machine.Placement(workers=100)).threads == 1
+    assert machine.resolve(replace(cell, threads=3), machine.Placement(workers=4)).threads == 3
+    elsewhere = machine.resolve(
+        replace(free, device="auto"), machine.Placement(threads=64, elsewhere=True, has_gpu=True)
+    )
     assert (elsewhere.threads, elsewhere.device) == (64, "cuda")  # though this machine has neither
 
 
@@ -142,14 +144,14 @@ def test_cells_are_spread_over_gpus_and_each_sees_one(
     used: list[tuple[float, str]] = []
     together = threading.Barrier(3, timeout=20)
 
-    def run(cell: Cell, described: dict, results: str, limits: Any, gpu: str, *_: Any) -> isolate.Outcome:
+    def run(cell: Cell, described: dict, results: str, limits: Any, gpu: str, *_: Any) -> isolate.Ending:
         if not isinstance(cell.method, Dense):
             together.wait()  # passes only when three cells run at once
         used.append((cell.sparsity, gpu))
         assert described["cuda_visible_devices"] == gpu
         row = described | {"status": "failed", "error": "no such device", "sparsity": cell.sparsity}
         store.write(results, row, {})
-        return isolate.Outcome(row, None)
+        return isolate.Ending(row, None)
 
     monkeypatch.setattr(isolate, "run", run)
     options = Options(results=str(tmp_path))
@@ -195,10 +197,10 @@ def test_the_dtype_is_what_the_machine_multiplies(cell: Cell, monkeypatch: pytes
     free, asked = replace(cell, dtype="auto"), replace(cell, dtype="float16")
     for able, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda able=able: able)
-        for part in (machine.Share(), machine.Share(elsewhere=True)):
-            assert machine.resolve(free, part).dtype == expected
-            assert machine.resolve(asked, part).dtype == "float16"
-        on_gpu = machine.resolve(replace(free, device="auto"), machine.Share(elsewhere=True, has_gpu=True))
+        for placement in (machine.Placement(), machine.Placement(elsewhere=True)):
+            assert machine.resolve(free, placement).dtype == expected
+            assert machine.resolve(asked, placement).dtype == "float16"
+        on_gpu = machine.resolve(replace(free, device="auto"), machine.Placement(elsewhere=True, has_gpu=True))
         assert on_gpu.dtype == "bfloat16"
 
 
@@ -231,7 +233,7 @@ def test_a_job_runs_the_cell_that_was_planned_whatever_its_machine_would_decide(
 ) -> None:
     asked = [*words, "model=local", f"model.path={tiny_checkpoint}", "results=elsewhere"]
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)  # the head's processor, and not the job's
-    planned, options = plan.prepare(composed(*asked), machine.Share(threads=1, elsewhere=True))
+    planned, options = plan.prepare(composed(*asked), machine.Placement(threads=1, elsewhere=True))
     step = plan.Step(identity.cell_name(planned), planned, tuple(asked))
     assert planned.dtype == "bfloat16" and planned.threads == 1
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
@@ -274,15 +276,15 @@ class Engine:
 
     def one(self, step: plan.Step) -> Any:
         becomes = self.becomes.get(step.cell.label().split()[0], "ok")
-        described = provenance.describe(step.cell, "command") | {
+        described = provenance.columns(step.cell, "command") | {
             "started_at": f"2026-01-01T00:00:{len(self.handed):02}+00:00"
         }
         numbers = {"status": "ok", "cell_seconds": 1.0, "weights_bytes": 1}
         if becomes == "ok" or becomes == "stored, then lost":
             store.write(self.results, described | numbers, {})
         if becomes == "outdone":
-            return isolate.Outcome(described | {"status": "failed", "error": "no luck"}, outdone=True)
-        return isolate.Outcome(described | numbers) if becomes == "ok" else RuntimeError(becomes)
+            return isolate.Ending(described | {"status": "failed", "error": "no luck"}, outdone=True)
+        return isolate.Ending(described | numbers) if becomes == "ok" else RuntimeError(becomes)
 
 
 @pytest.mark.parametrize(

@@ -13,26 +13,26 @@ from sweep.pruning import select
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999])
 def test_count_is_exact_and_the_lowest_go(dtype: torch.dtype, sparsity: float) -> None:
     scores = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype).abs()
-    drop = select.count(scores.numel(), sparsity)
-    keep = select.lowest(scores, drop)
+    removed = select.count(scores.numel(), sparsity)
+    keep = select.lowest(scores, removed)
     assert keep.shape == scores.shape
-    assert int((~keep).sum()) == drop
-    if drop:
+    assert int((~keep).sum()) == removed
+    if removed:
         assert scores[keep].min() >= scores[~keep].max()
 
 
-@pytest.mark.parametrize("drop", range(13))
-def test_ties_go_by_index(drop: int) -> None:
+@pytest.mark.parametrize("removed", range(13))
+def test_ties_go_by_index(removed: int) -> None:
     scores = torch.tensor([2.0, 1, 1, 3, 1, 2, 0, 1, 1, 2, 2, 0])
-    expected = np.argsort(scores.numpy(), kind="stable")[:drop]
-    keep = select.lowest(scores, drop)
+    expected = np.argsort(scores.numpy(), kind="stable")[:removed]
+    keep = select.lowest(scores, removed)
     assert sorted(expected) == (~keep).nonzero().squeeze(1).tolist()
 
 
 def test_nan_and_impossible_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
         select.lowest(torch.tensor([1.0, float("nan"), 2.0]), 1)
-    with pytest.raises(ValueError, match="cannot drop 4 of 3 entries"):
+    with pytest.raises(ValueError, match="cannot remove 4 of 3 entries"):
         select.lowest(torch.ones(3), 4)
 
 

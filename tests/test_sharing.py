@@ -33,7 +33,7 @@ SHARING = [
 def test_shared_statistics_give_the_same_model(method: Method, sequential: bool) -> None:
     tokens, store, asked = random_tokens(), dict[str, sharing.Tensors](), list[str]()
 
-    def share(what: str, measure) -> sharing.Tensors:
+    def memo(what: str, measure) -> sharing.Tensors:
         asked.append(what)
         if what not in store:
             store[what] = measure()
@@ -42,7 +42,7 @@ def test_shared_statistics_give_the_same_model(method: Method, sequential: bool)
     for sparsity in (0.25, 0.5):
         alone, together = tiny_model("llama"), tiny_model("llama")
         methods.prune(alone, method, sparsity, tokens, sequential=sequential)
-        methods.prune(together, method, sparsity, tokens, sequential=sequential, share=share)
+        methods.prune(together, method, sparsity, tokens, sequential=sequential, memo=memo)
         for a, b in zip(alone.parameters(), together.parameters(), strict=True):
             assert torch.equal(a, b)
     assert len(store) == 1 and len(asked) == 2
@@ -51,14 +51,14 @@ def test_shared_statistics_give_the_same_model(method: Method, sequential: bool)
 def test_wanda_on_the_dense_models_activations_shares_them() -> None:
     store: list[str] = []
 
-    def share(what: str, measure) -> sharing.Tensors:
+    def memo(what: str, measure) -> sharing.Tensors:
         store.append(what)
         return measure()
 
     method = Weight("weight", criterion="wanda", scope="row")
-    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, share=share)
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, memo=memo)
     assert not store  # each block reads what the pruned blocks before it put out
-    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=False, share=share)
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=False, memo=memo)
     assert len(store) == 1
 
 
@@ -69,11 +69,11 @@ def test_wanda_on_the_dense_models_activations_shares_them() -> None:
 def test_only_the_first_step_reads_what_was_measured_on_the_unpruned_model(method: Method) -> None:
     asked: list[str] = []
 
-    def share(what: str, measure) -> sharing.Tensors:
+    def memo(what: str, measure) -> sharing.Tensors:
         asked.append(what)
         return measure()
 
-    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, share=share)
+    methods.prune(tiny_model("llama"), method, 0.5, random_tokens(), sequential=True, memo=memo)
     assert len(asked) == 1
 
 

@@ -53,8 +53,8 @@ def decoded(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("make", [Neuron, Head])
 def test_every_criterion_removes_the_exact_count(criterion: str, make: type) -> None:
     model = tiny_model("qwen2")
-    outcome = methods.prune(model, make(criterion=criterion), 0.5, random_tokens(), seed=1)
-    assert outcome.sparsity_units == 0.5 and outcome.sparsity == 0.5
+    pruned = methods.prune(model, make(criterion=criterion), 0.5, random_tokens(), seed=1)
+    assert pruned.sparsity_units == 0.5 and pruned.sparsity == 0.5
     assert torch.isfinite(logits(model)).all()
 
 
@@ -88,7 +88,7 @@ def test_key_value_groups_of_unequal_size_are_refused() -> None:
 def test_a_removed_layer_is_one_that_passes_its_input_on(family: str, gone: int) -> None:
     model = tiny_model(family)
     shrunk = copy.deepcopy(model)
-    surgery.remove_layers(shrunk, [index != gone for index in range(2)])
+    surgery.remove_blocks(shrunk, [index != gone for index in range(2)])
     anatomy.blocks(model)[gone].forward = lambda hidden, *_, **__: hidden
     torch.testing.assert_close(logits(shrunk), logits(model, use_cache=False), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
@@ -102,11 +102,11 @@ def test_layers_go_by_influence_and_by_the_blocks_named() -> None:
         anatomy.blocks(model)[1].self_attn.o_proj.weight.zero_()
         anatomy.blocks(model)[1].mlp.down_proj.weight.zero_()
     first, second = (copy.deepcopy(model) for _ in range(2))
-    outcome = methods.prune(first, Layer(), 0.5, random_tokens())
-    assert (outcome.sparsity_units, outcome.units_removed, outcome.sparsity) == (0.5, 1, 0.5)
+    pruned = methods.prune(first, Layer(), 0.5, random_tokens())
+    assert (pruned.sparsity_units, pruned.units_removed, pruned.sparsity) == (0.5, 1, 0.5)
     torch.testing.assert_close(logits(first), logits(model))
-    outcome = methods.prune(second, Layer(criterion="random", blocks=(0,)), 0.9, None)
-    assert outcome.units == 1 and outcome.sparsity == 1.0
+    pruned = methods.prune(second, Layer(criterion="random", blocks=(0,)), 0.9, None)
+    assert pruned.units == 1 and pruned.sparsity == 1.0
     assert torch.equal(anatomy.blocks(second)[0].mlp.up_proj.weight, anatomy.blocks(model)[1].mlp.up_proj.weight)
     assert depth.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
 
@@ -132,11 +132,11 @@ def test_the_tokenizer_of_a_pruned_vocabulary_round_trips(tiny_checkpoint: objec
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     text = "the cat sat on the mat"
     ids = tokenizer(text, return_tensors="pt").input_ids
-    outcome = methods.prune(model, Vocab(), 0.9, ids, tokenizer=tokenizer)
-    small = outcome.tokenizer
+    pruned = methods.prune(model, Vocab(), 0.9, ids, tokenizer=tokenizer)
+    small = pruned.tokenizer
     assert isinstance(small, type(tokenizer))
     assert len(small) == model.config.vocab_size == model.get_output_embeddings().weight.shape[0]
-    assert outcome.sparsity == pytest.approx(0.9, abs=0.003) and outcome.units_removed == round(0.9 * len(tokenizer))
+    assert pruned.sparsity == pytest.approx(0.9, abs=0.003) and pruned.units_removed == round(0.9 * len(tokenizer))
     assert small.decode(small(text).input_ids) == text
     assert max(small(text).input_ids) < len(small)
     unknown = small.convert_tokens_to_ids("</s>")
@@ -183,8 +183,8 @@ def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) 
 
 def test_steps_measure_again_and_reach_the_same_count() -> None:
     model = tiny_model("llama")
-    outcome = methods.prune(model, Neuron(steps=3), 0.5, random_tokens())
-    assert outcome.units_removed == 24 and sum(ffn.width for ffn in anatomy.ffns(model)) == 24
+    pruned = methods.prune(model, Neuron(steps=3), 0.5, random_tokens())
+    assert pruned.units_removed == 24 and sum(ffn.width for ffn in anatomy.ffns(model)) == 24
 
 
 @pytest.mark.parametrize("multiple", [4, 5, 8])
@@ -198,8 +198,8 @@ def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: i
 
 def test_only_the_named_blocks_are_pruned() -> None:
     model = tiny_model("llama")
-    outcome = methods.prune(model, Neuron(blocks=(1,)), 0.5, random_tokens())
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 12] and outcome.sparsity == 0.5
+    pruned = methods.prune(model, Neuron(blocks=(1,)), 0.5, random_tokens())
+    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 12] and pruned.sparsity == 0.5
 
 
 def test_the_configuration_states_equal_widths() -> None:

@@ -61,13 +61,13 @@ def test_counts_are_exact_and_nothing_else_is_touched(family: str, criterion: st
     sparsity = 0.5 if "pattern" in selection else 0.3
     excluded = next(iter(matrices(model)))
     method = Weight("weight", criterion=criterion, exclude=(excluded,), **selection)
-    outcome = weights.prune(model, method, sparsity, random_tokens())
+    pruned = weights.prune(model, method, sparsity, random_tokens())
     found = matrices(model)
     kept_out = found.pop(excluded)
     assert torch.equal(kept_out, matrices(make(family))[excluded])
-    assert outcome.targets == sum(w.numel() for w in found.values())
-    assert outcome.removed == select.count(outcome.targets, sparsity)
-    assert sum(int((w == 0).sum()) for w in found.values()) == outcome.removed
+    assert pruned.targets == sum(w.numel() for w in found.values())
+    assert pruned.removed == select.count(pruned.targets, sparsity)
+    assert sum(int((w == 0).sum()) for w in found.values()) == pruned.removed
     inside = {parameter.data_ptr() for block in anatomy.blocks(model) for parameter in block.parameters()}
     for name, tensor in model.state_dict().items():
         if tensor.ndim < 2 or tensor.data_ptr() not in inside or "router" in name or name.endswith("gate.weight"):
@@ -210,11 +210,11 @@ def literal_sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern:
     h = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     inverses = [torch.linalg.inv(h[j:, j:]) for j in range(columns)]
     size = torch.stack([inverse[0, 0] for inverse in inverses])
-    drop = select.count(weight.numel(), sparsity)
+    removed = select.count(weight.numel(), sparsity)
     for j in range(columns):
         if pattern is None and j % 128 == 0:
             end = min(j + 128, columns)
-            go = round(drop * end / columns) - round(drop * j / columns)
+            go = round(removed * end / columns) - round(removed * j / columns)
             metric = weight[:, j:end] ** 2 / size[j:end]
             mask = torch.zeros(metric.numel(), dtype=torch.bool)
             mask[metric.flatten().sort(stable=True).indices[:go]] = True
@@ -285,7 +285,7 @@ def test_the_refit_is_the_least_squares_solution_on_the_support() -> None:
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     found = weight * keep
     for _ in range(4):  # restarts, to converge
-        found = rebuild.refit(found, keep, weight @ hessian, hessian)
+        found = rebuild.solve_on_support(found, keep, weight @ hessian, hessian)
     for row in range(6):
         on = keep[row].nonzero().squeeze(1)
         exact = torch.linalg.solve(hessian[on][:, on], (weight[row] @ hessian)[on])
@@ -340,8 +340,8 @@ def test_what_an_earlier_step_removed_stays_removed(criterion: str, monkeypatch:
         return result
 
     monkeypatch.setattr(weights, "_prune_to", watched)
-    outcome = weights.prune(make("llama"), Weight("weight", criterion=criterion, steps=3), 0.6, random_tokens())
-    assert len(zeros) == 3 and outcome.sparsity == pytest.approx(0.6, abs=1e-3)
+    pruned = weights.prune(make("llama"), Weight("weight", criterion=criterion, steps=3), 0.6, random_tokens())
+    assert len(zeros) == 3 and pruned.sparsity == pytest.approx(0.6, abs=1e-3)
     for early, late in itertools.pairwise(zeros):
         assert sum(int(z.sum()) for z in early.values()) < sum(int(z.sum()) for z in late.values())
         assert all((late[name] | ~early[name]).all() for name in early)
@@ -353,8 +353,8 @@ def test_allocations_meet_one_total_and_their_blocks(criterion: str) -> None:
     for allocation in ("uniform", "global", "owl", (0.3, 0.5)):
         model = make("llama")
         method = Weight("weight", criterion=criterion, allocation=allocation)
-        outcome = weights.prune(model, method, 0.4, random_tokens())
-        totals.add(outcome.removed)
+        pruned = weights.prune(model, method, 0.4, random_tokens())
+        totals.add(pruned.removed)
         if isinstance(allocation, tuple):
             for share, prefix in zip(allocation, anatomy.block_names(model), strict=True):
                 block = [w for name, w in matrices(model).items() if name.startswith(prefix)]
@@ -381,12 +381,12 @@ def test_owl_spares_the_block_with_more_outliers() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # untied, tied
 def test_embeddings_and_head_on_request(family: str, parts: dict, criterion: str) -> None:
     model, dense = make(family), make(family)
-    outcome = weights.prune(model, Weight("weight", criterion=criterion, **parts), 0.5, random_tokens())
+    pruned = weights.prune(model, Weight("weight", criterion=criterion, **parts), 0.5, random_tokens())
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == (family == "gpt2")
     blocks = sum(w.numel() for w in matrices(model).values())
     size = model.get_input_embeddings().weight.numel()
-    assert outcome.targets == blocks + size * (1 if tied else len(parts))
+    assert pruned.targets == blocks + size * (1 if tied else len(parts))
     for asked, embedding in (
         (parts.get("embeddings"), "get_input_embeddings"),
         (parts.get("lm_head"), "get_output_embeddings"),
@@ -553,8 +553,8 @@ def test_bands_of_the_smaller_half_are_disjoint_and_together_the_half(criterion:
     def zeros(sparsity: float, skip: float, what: str = criterion) -> dict[str, Tensor]:
         model = make("llama")
         method = Weight("weight", criterion=what, scope=scope, among_smallest=0.5, skip_lowest=skip)
-        outcome = weights.prune(model, method, sparsity, random_tokens(), sequential=False)
-        assert outcome.removed == select.count(outcome.targets, sparsity)
+        pruned = weights.prune(model, method, sparsity, random_tokens(), sequential=False)
+        assert pruned.removed == select.count(pruned.targets, sparsity)
         return {name: weight == 0 for name, weight in matrices(model).items()}
 
     bands = [zeros(0.125, skip) for skip in (0.0, 0.125, 0.25, 0.375)]  # every matrix has a multiple of 8 weights a row

@@ -62,16 +62,16 @@ class SweepSweeper(BasicSweeper):
         assert self.hydra_context is not None and self.launcher is not None and self.config is not None
         launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
         assert isinstance(launcher, dict)
-        part = machine.share({str(key): value for key, value in launcher.items()})
+        placement = machine.placement({str(key): value for key, value in launcher.items()})
         grid = self._grid(arguments)
-        prepared = [(plan.prepare(self._compose(overrides), part), overrides) for overrides in grid]
+        prepared = [(plan.prepare(self._compose(overrides), placement), overrides) for overrides in grid]
         options = plan.same_options(options for (_, options), _ in prepared).of_sweep()
         made = plan.make([(cell, overrides) for (cell, _), overrides in prepared], options)
 
         def launch(steps: list[plan.Step]) -> list[Any]:
             with launchers.not_waiting_for_the_dead():
                 jobs = self.launcher.launch([step.words() for step in steps], initial_job_idx=0)
-            return [launchers.outcome(job) for job in jobs]
+            return [launchers.result(job) for job in jobs]
 
         if code := runner.run_plan(made, options, None if isinstance(self.launcher, BasicLauncher) else launch):
             sys.exit(code)

@@ -1,8 +1,8 @@
 """Pruning from Python, without a configuration or a results folder:
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-outcome = sweep.prune(model, tokenizer, method="neuron", sparsity=0.3)
-sweep.save(model, outcome.tokenizer or tokenizer, folder)
+pruned = sweep.prune(model, tokenizer, method="neuron", sparsity=0.3)
+sweep.save(model, pruned.tokenizer or tokenizer, folder)
 model, tokenizer = sweep.load_model(folder)
 
 A folder that `sweep.save` writes is loaded by transformers too, where its format can say what the model has become: its
@@ -21,7 +21,7 @@ from sweep import config, plan, saving, settings
 from sweep.models import checkpoint, remapping
 from sweep.pruning import families, methods
 from sweep.pruning.families import Weight
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
 from sweep.texts import text
 
@@ -40,7 +40,7 @@ def prune(
     device: torch.device | str | None = None,
     data_root: str | None = None,
     **knobs: Any,
-) -> Outcome:
+) -> Pruned:
     """Prune a model in place and say what was removed.
 
     method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its knobs
@@ -77,23 +77,23 @@ def prune(
     if device is not None and not isinstance(cell.method, Weight):
         raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
     plan.check_method(cell, model.config.to_dict())
-    outcome = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
+    pruned = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
     if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
-    return outcome
+    return pruned
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a pruned model and its tokenizer to a folder that `sweep.load_model` loads: a new one, an empty one, or one
     that was written so before and not changed since.
 
-    tokenizer  of a cut vocabulary, the one that the outcome carries
+    tokenizer  of a cut vocabulary, the one that `prune` returned
     Raises RequestError for a folder that holds anything else.
     """
     rows, kept = model.get_input_embeddings().weight.shape[0], remapping.kept_ids(tokenizer)
     if tokenizer.vocab_size > rows or (kept is not None and len(kept) != rows):
         raise RequestError(
             f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "
-            "give the tokenizer that the outcome carries, sweep.save(model, outcome.tokenizer, folder)"
+            "give the tokenizer that pruning returned, sweep.save(model, pruned.tokenizer, folder)"
         )
     saving.save(model, tokenizer, folder)

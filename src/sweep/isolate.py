@@ -44,7 +44,7 @@ Status = str  # ok, failed, out_of_memory, crashed, timeout
 Work = Callable[[Cell], tuple[dict[str, Any], dict[str, Any]]]  # a cell's measured columns and its tables
 
 
-class Outcome(NamedTuple):
+class Ending(NamedTuple):
     row: dict[str, Any]
     unstored: str | None = None  # why the results folder did not take the row
     outdone: bool = False  # the row is not stored, because it is not ok and one that is stands there
@@ -57,17 +57,17 @@ class Limits(NamedTuple):
 
 def run(
     cell: Cell,
-    described: dict[str, Any],
+    known: dict[str, Any],
     results: str,
     limits: Limits = Limits(),  # noqa: B008
     gpu: str | None = None,
     stop: threading.Event | None = None,
     save_model: str | None = None,
     work: Work | None = None,
-) -> Outcome:
+) -> Ending:
     """Run a cell in a child process and return the row that it left.
 
-    described   the columns that are known before the cell runs, for a row of a child that cannot write its own
+    known       the columns that are known before the cell runs, for a row of a child that cannot write its own
     limits      beyond which the child is ended. Memory is watched as resident bytes (VmHWM), not limited by
                 RLIMIT_AS or RLIMIT_DATA: CUDA and thread stacks reserve address space that they never touch
     gpu         the only CUDA device that the child shall see
@@ -77,12 +77,12 @@ def run(
     Raises KeyboardInterrupt after Ctrl-C or `stop`, with the child ended and no row written.
     """
     if work is None:
-        work = functools.partial(_run_cell, save_model=save_model, command=described["command"])
+        work = functools.partial(_run_cell, save_model=save_model, command=known["command"])
     context = _context()
     reports, report = context.Pipe(duplex=False)
     errors, error = context.Pipe(duplex=False)
     child = context.Process(
-        target=_child, args=(cell, described, results, gpu, work, report, error), name=f"cell-{described['cell']}"
+        target=_child, args=(cell, known, results, gpu, work, report, error), name=f"cell-{known['cell']}"
     )
     ooms = _oom_kills()
     child.start()
@@ -100,12 +100,12 @@ def run(
     if reported is not None:
         return reported
     status, reason = ended or _cause(child.exitcode, ooms)
-    return record(described, results, status, f"{said}\n{reason}".strip())
+    return record(known, results, status, f"{said}\n{reason}".strip())
 
 
 def _watch(
     child: BaseProcess, reports: Connection, limits: Limits, stop: threading.Event | None
-) -> tuple[Outcome | None, tuple[Status, str] | None]:
+) -> tuple[Ending | None, tuple[Status, str] | None]:
     """(what the child reported, why it had to be ended); both None when it died by itself."""
     work = _Stopwatch()
     poll = _POLL if limits.memory else 0.2 if stop else None
@@ -116,7 +116,7 @@ def _watch(
         if reports in ready:
             with contextlib.suppress(EOFError):  # it died, as the sentinel says
                 said = reports.recv()
-                if isinstance(said, Outcome):
+                if isinstance(said, Ending):
                     child.join(_GRACE)
                     return said, None
                 work.run(not said)  # it waits for other cells, or goes on
@@ -168,7 +168,7 @@ def _context() -> ForkServerContext:
 
 def _child(
     cell: Cell,
-    described: dict[str, Any],
+    known: dict[str, Any],
     results: str,
     gpu: str | None,
     work: Work,
@@ -187,14 +187,14 @@ def _child(
         tables: dict[str, Any] = {}
         try:
             row, tables = work(cell)
-            row = described | row
+            row = known | row
         except BaseException as error:
             status = "out_of_memory" if is_out_of_memory(error) else "failed"
-            row = described | {"status": status, "error": traceback.format_exc(limit=-8)}
-        outcome = _stored(results, row | {"waited_seconds": locks.waited_seconds()}, tables)
-        if outcome.unstored and row["status"] == "ok":
-            outcome = record(described, results, "failed", outcome.unstored)
-    reports.send(outcome)
+            row = known | {"status": status, "error": traceback.format_exc(limit=-8)}
+        ending = _stored(results, row | {"waited_seconds": locks.waited_seconds()}, tables)
+        if ending.unstored and row["status"] == "ok":
+            ending = record(known, results, "failed", ending.unstored)
+    reports.send(ending)
 
 
 def _run_cell(cell: Cell, save_model: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -219,20 +219,20 @@ def _die_with_the_sweep() -> None:
         os._exit(1)
 
 
-def record(described: dict[str, Any], results: str, status: Status, error: str) -> Outcome:
+def record(known: dict[str, Any], results: str, status: Status, error: str) -> Ending:
     """Write the row of a cell that has no numbers, unless it has them: a child may die after it has stored its row."""
-    return _stored(results, described | {"status": status, "error": error}, {})
+    return _stored(results, known | {"status": status, "error": error}, {})
 
 
-def _stored(results: str, row: dict[str, Any], tables: dict[str, Any]) -> Outcome:
+def _stored(results: str, row: dict[str, Any], tables: dict[str, Any]) -> Ending:
     try:
         standing = store.write(results, row, tables)
     except Exception as problem:
-        return Outcome(row, f"the row could not be written to {results}: {type(problem).__name__}: {problem}")
+        return Ending(row, f"the row could not be written to {results}: {type(problem).__name__}: {problem}")
     if standing is None:
-        return Outcome(row)
+        return Ending(row)
     same_run = standing["started_at"] is not None and standing["started_at"] == row.get("started_at")
-    return Outcome(standing) if same_run else Outcome(row, outdone=True)
+    return Ending(standing) if same_run else Ending(row, outdone=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

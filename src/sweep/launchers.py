@@ -11,7 +11,7 @@ from typing import Any
 _UNSEEN = 30.0  # seconds that a job may be absent from the queue before its result counts as lost: files arrive late
 
 
-def outcome(job: Any) -> Any:
+def result(job: Any) -> Any:
     """What a job returned, or the exception that it raised or was lost by."""
     if isinstance(job, Exception):
         return job

@@ -29,7 +29,7 @@ _OPENMP_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 @dataclass(frozen=True)
-class Share:
+class Placement:
     """What a launcher gives to each cell."""
 
     workers: int = 1  # cells at a time on one machine
@@ -38,21 +38,21 @@ class Share:
     has_gpu: bool = False  # asked for, elsewhere
 
 
-def share(launcher: Mapping[str, Any]) -> Share:
-    """The share that a cell gets of Hydra's launcher with this configuration."""
+def placement(launcher: Mapping[str, Any]) -> Placement:
+    """What a cell gets of Hydra's launcher with this configuration."""
     target = str(launcher.get("_target_", ""))
     if "joblib" in target:
         jobs = int(launcher["n_jobs"])
-        return Share(workers=max(1, jobs if jobs > 0 else cores() + 1 + jobs))
+        return Placement(workers=max(1, jobs if jobs > 0 else cores() + 1 + jobs))
     if "submitit" in target:
         gpus = any(launcher.get(key) for key in ("gpus_per_node", "gpus_per_task", "gres"))
-        return Share(threads=launcher.get("cpus_per_task") or 1, elsewhere="Local" not in target, has_gpu=gpus)
+        return Placement(threads=launcher.get("cpus_per_task") or 1, elsewhere="Local" not in target, has_gpu=gpus)
     if "ray_launcher" in target:
         remote = launcher["ray"].get("remote") or {}
-        return Share(
+        return Placement(
             threads=max(1, int(remote.get("num_cpus") or 1)), elsewhere=True, has_gpu=bool(remote.get("num_gpus"))
         )
-    return Share()
+    return Placement()
 
 
 def cores() -> int:
@@ -71,23 +71,23 @@ def gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def resolve(cell: Cell, part: Share = Share()) -> Cell:
+def resolve(cell: Cell, placement: Placement = Placement()) -> Cell:
     """The cell with its device, dtype and thread count decided: all change measured numbers.
 
     Raises RequestError for a device that this machine does not have, or more threads than it offers; what another
     machine has is told there. Of another machine's CPU it is taken that it multiplies what this one does.
     """
-    if part.elsewhere:
-        device = ("cuda" if part.has_gpu else "cpu") if cell.device == "auto" else cell.device
-        return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or part.threads)
+    if placement.elsewhere:
+        device = ("cuda" if placement.has_gpu else "cpu") if cell.device == "auto" else cell.device
+        return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or placement.threads)
     if cell.threads is not None and cell.threads > cores():
         raise RequestError(
             f"threads={cell.threads} is more than the {cores()} that this process may use: use at most as many, or null "
             "for all"
         )
     device = _device(cell.device)
-    workers = max(part.workers, len(gpus()) if device == "cuda" else 1)
-    threads = cell.threads or part.threads or max(1, cores() // workers)
+    workers = max(placement.workers, len(gpus()) if device == "cuda" else 1)
+    threads = cell.threads or placement.threads or max(1, cores() // workers)
     return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=threads)
 
 

@@ -94,13 +94,13 @@ def received(composed: Mapping[str, Any], words: Iterable[str]) -> tuple[Step, O
     return step, options
 
 
-def prepare(composed: Mapping[str, Any], part: machine.Share = machine.Share()) -> tuple[Cell, Options]:  # noqa: B008
+def prepare(composed: Mapping[str, Any], placement: machine.Placement = machine.Placement()) -> tuple[Cell, Options]:  # noqa: B008
     """The composed configuration as a checked cell with its device and threads decided, and the options.
 
     Raises RequestError for everything that can be told to be wrong before a model is loaded.
     """
     cell, options = config.parse(composed)
-    cell = machine.resolve(cell, part)
+    cell = machine.resolve(cell, placement)
     machine.check_execution(cell)
     origin.fingerprint(cell.model)  # raises when the model is not there
     headers.check(cell.model)

@@ -12,7 +12,7 @@ from sweep.models import origin
 from sweep.settings import plain
 
 
-def describe(cell: Cell, command: str) -> dict[str, Any]:
+def columns(cell: Cell, command: str) -> dict[str, Any]:
     """What was asked, by whom it runs, and on what."""
     return {
         "cell": identity.cell_name(cell),

@@ -47,20 +47,20 @@ def run_cell(
     unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
     targets = methods.targets(model, cell.method)
     with cost.Bill(model, cell.device) as bill:
-        share = sharing.alone if tokens is None else SharedStatistics(cell, tokens, bill)
-        outcome = methods.prune_as(cell, model, tokenizer, tokens, share=share)
-        tokenizer = outcome.tokenizer or tokenizer
-    row |= bill.columns(outcome.calibration_tokens)
-    row["calibration_tokens"] = outcome.calibration_tokens
-    row["damping"] = outcome.damping
-    if outcome.measured is not None:
-        row["units_measured"] = int(outcome.measured["measured"].sum())
+        memo = sharing.unshared if tokens is None else SharedStatistics(cell, tokens, bill)
+        pruned = methods.prune_as(cell, model, tokenizer, tokens, memo=memo)
+        tokenizer = pruned.tokenizer or tokenizer
+    row |= bill.columns(pruned.calibration_tokens)
+    row["calibration_tokens"] = pruned.calibration_tokens
+    row["damping"] = pruned.damping
+    if pruned.measured is not None:
+        row["units_measured"] = int(pruned.measured["measured"].sum())
     if removable:
         row["sparsity_units"] = (units - methods.count_units(model, cell.method)[0]) / removable
     model, row["kernel"] = execution.prepare(model, cell.execution)
     held = counting.stock(model)
     row |= counting.size(held) | counting.removed(unpruned, held, targets)
-    tables = {"layers": counting.layers(unpruned, held)}
+    tables = {"layers": counting.matrices(unpruned, held)}
     if save_model is not None:
         asked = plain(cell)
         facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
@@ -84,8 +84,8 @@ def run_cell(
     samples = pd.concat([samples, windows], ignore_index=True)
 
     tables["samples"] = samples
-    if outcome.measured is not None:
-        tables["units"] = outcome.measured
+    if pruned.measured is not None:
+        tables["units"] = pruned.measured
     if cell.efficiency.repeats:
         dense = model if isinstance(cell.method, Dense) else loading.load(cell.model, cell.dtype, cell.device)[0]
         with turns.alone() as others:

@@ -16,16 +16,16 @@ from tabulate import tabulate
 
 from sweep import cache, isolate, machine, provenance, store, turns
 from sweep.config import Cell, Options, memory_bytes
-from sweep.isolate import Outcome
+from sweep.isolate import Ending
 from sweep.plan import Plan, Step, check_models
 from sweep.store import columns
 
 _STOPPED = "a cell failed (on_failure=stop)"
-Launch = Callable[[list[Step]], list[Outcome | Exception]]  # hands cells to an engine; returns what became of each
+Launch = Callable[[list[Step]], list[Ending | Exception]]  # hands cells to an engine; returns what became of each
 
 
 def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
-    """Run what is to be done, print the outcome, and return the exit code: 1 when a cell has no row of status ok, or was
+    """Run what is to be done, print what became of it, and return the exit code: 1 when a cell has no row of status ok, or was
     run again and failed.
 
     launch  by default cells run in children of this process, one after the other, or one to each GPU
@@ -43,10 +43,10 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
         isolate.ask(functools.partial(check_models, convert=launch is None), [step.cell for step in plan.todo])
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
-    outcomes: dict[str, Outcome] = {}  # of this run, by cell
+    endings: dict[str, Ending] = {}  # of this run, by cell
     for batch in _batches(plan.todo):
         run, problem = _run_there(batch, options, launch) if launch else _run_here(batch, options)
-        outcomes |= run
+        endings |= run
         if problem:
             print(f"stopped: {problem}; the same command goes on from here")
             break
@@ -55,7 +55,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     store.mend_schema(options.results)
     print("\n" + table(rows.values()) + f"\nrows: {options.results}/cells")
     not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
-    outdone = [step for step in plan.todo if step.name in outcomes and outcomes[step.name].outdone]
+    outdone = [step for step in plan.todo if step.name in endings and endings[step.name].outdone]
     if not_ok:
         print(f"{len(not_ok)} of {len(names)} cells are not ok; the same command runs them again")
     if outdone:
@@ -74,17 +74,17 @@ def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
     return [batch for batch in (baselines, rest) if batch]
 
 
-def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str, Outcome], str | None]:
+def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str, Ending], str | None]:
     """Run cells in children of this process, one to a GPU where there are several.
 
-    Returns the outcomes by cell, and why the sweep must stop.
+    Returns what became of each cell, and why the sweep must stop.
     """
-    outcomes: dict[str, Outcome] = {}
+    endings: dict[str, Ending] = {}
     on_cuda = any(step.cell.device == "cuda" for _, step in batch)
     gpus = machine.gpus() if on_cuda else []
     free: list[str | None] = [*gpus] if len(gpus) > 1 else [None]
     stop = threading.Event()  # ends the children
-    running: dict[Future[Outcome], tuple[str, str | None]] = {}  # which cell, on which GPU
+    running: dict[Future[Ending], tuple[str, str | None]] = {}  # which cell, on which GPU
     with ThreadPoolExecutor(len(free)) as pool:
         try:
             while batch or running:
@@ -96,20 +96,18 @@ def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str
                 for finished in wait(running, return_when=FIRST_COMPLETED).done:
                     name, gpu = running.pop(finished)
                     free.append(gpu)
-                    outcomes[name] = outcome = finished.result()
-                    if outcome.unstored:
-                        return outcomes, outcome.unstored
-                    if outcome.row["status"] != "ok" and options.on_failure == "stop":
-                        return outcomes, _STOPPED
+                    endings[name] = ending = finished.result()
+                    if ending.unstored:
+                        return endings, ending.unstored
+                    if ending.row["status"] != "ok" and options.on_failure == "stop":
+                        return endings, _STOPPED
         finally:  # nothing is running unless the sweep is interrupted or stops
             stop.set()
-    return outcomes, None
+    return endings, None
 
 
-def _run_there(
-    batch: list[tuple[str, Step]], options: Options, launch: Launch
-) -> tuple[dict[str, Outcome], str | None]:
-    """Hand cells to an engine. Returns the outcomes by cell, and why the sweep must stop.
+def _run_there(batch: list[tuple[str, Step]], options: Options, launch: Launch) -> tuple[dict[str, Ending], str | None]:
+    """Hand cells to an engine. Returns what became of each cell, and why the sweep must stop.
 
     What the engine loses (a worker killed, a job cancelled) is handed over once more, and else becomes a row that says
     so: no cell is waited for in vain, and none goes without a row.
@@ -118,7 +116,7 @@ def _run_there(
         print(f"[{number}] {step.cell.label()}", flush=True)
     steps = [step for _, step in batch]
     before = store.read_rows(options.results, [step.name for step in steps])
-    outcomes: dict[str, Outcome] = {}
+    endings: dict[str, Ending] = {}
     lost, gave_up = steps, list[Exception]()
     for tries in range(2):
         if tries:
@@ -128,29 +126,29 @@ def _run_there(
             )
         became = dict(zip([step.name for step in lost], _launched(launch, lost), strict=True))
         found = store.read_rows(options.results, list(became))
-        for name, outcome in became.items():
+        for name, ending in became.items():
             if _started(found, name) != _started(before, name):  # also by a job that died afterwards
-                outcomes[name] = Outcome(found[name])
-            elif isinstance(outcome, Outcome) and (outcome.outdone or outcome.unstored):
-                outcomes[name] = outcome
-        lost = [step for step in lost if step.name not in outcomes]
+                endings[name] = Ending(found[name])
+            elif isinstance(ending, Ending) and (ending.outdone or ending.unstored):
+                endings[name] = ending
+        lost = [step for step in lost if step.name not in endings]
         gave_up = [error for step in lost if isinstance(error := became[step.name], Exception)]
         if not gave_up:
             break
     for step in lost:
-        outcome = became[step.name]
-        problem = _words(outcome) if isinstance(outcome, Exception) else "its job ended without leaving a row here"
-        described = _described(step.cell, step.overrides)
-        outcomes[step.name] = isolate.record(described, options.results, "crashed", f"lost by the launcher: {problem}")
+        ending = became[step.name]
+        problem = _words(ending) if isinstance(ending, Exception) else "its job ended without leaving a row here"
+        known = _known(step.cell, step.overrides)
+        endings[step.name] = isolate.record(known, options.results, "crashed", f"lost by the launcher: {problem}")
     for _, step in batch:
-        if outcomes[step.name].row["status"] != "ok":
-            print(f"      {step.cell.label()}: {_told(outcomes[step.name])}")
-    unstored = next((outcome.unstored for outcome in outcomes.values() if outcome.unstored), None)
-    failed = any(outcome.row["status"] != "ok" for outcome in outcomes.values())
-    return outcomes, unstored or (_STOPPED if failed and options.on_failure == "stop" else None)
+        if endings[step.name].row["status"] != "ok":
+            print(f"      {step.cell.label()}: {_told(endings[step.name])}")
+    unstored = next((ending.unstored for ending in endings.values() if ending.unstored), None)
+    failed = any(ending.row["status"] != "ok" for ending in endings.values())
+    return endings, unstored or (_STOPPED if failed and options.on_failure == "stop" else None)
 
 
-def _launched(launch: Launch, steps: list[Step]) -> Sequence[Outcome | Exception]:
+def _launched(launch: Launch, steps: list[Step]) -> Sequence[Ending | Exception]:
     """What became of each step; an engine that gives up as a whole has lost them all."""
     try:
         return launch(steps)
@@ -174,43 +172,41 @@ def run_one(
     stop: threading.Event | None = None,
     *,
     beside_others: bool = False,
-) -> Outcome:
-    """Run a cell in a child process, print one line of its outcome, and return it.
+) -> Ending:
+    """Run a cell in a child process, print one line of what became of it, and return that.
 
     gpu            the only CUDA device that the cell shall see
     stop           ends the child when set; this then raises KeyboardInterrupt
     beside_others  the line says which cell it is of
     """
-    described = _described(cell, overrides) | {"cuda_visible_devices": gpu or os.environ.get("CUDA_VISIBLE_DEVICES")}
+    known = _known(cell, overrides) | {"cuda_visible_devices": gpu or os.environ.get("CUDA_VISIBLE_DEVICES")}
     limits = isolate.Limits(options.timeout, memory_bytes(options.memory_limit))
-    checkpoint = options.checkpoint(cell.method, described["cell"])
-    outcome = isolate.run(cell, described, options.results, limits, gpu, stop, checkpoint)
-    print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{_told(outcome)}", flush=True)
-    return outcome
+    checkpoint = options.checkpoint(cell.method, known["cell"])
+    ending = isolate.run(cell, known, options.results, limits, gpu, stop, checkpoint)
+    print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{_told(ending)}", flush=True)
+    return ending
 
 
-def _described(cell: Cell, overrides: Iterable[str]) -> dict[str, Any]:
-    return provenance.describe(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
+def _known(cell: Cell, overrides: Iterable[str]) -> dict[str, Any]:
+    return provenance.columns(cell, command=shlex.join(["python", "-m", "sweep", *overrides]))
 
 
-def _told(outcome: Outcome) -> str:
+def _told(ending: Ending) -> str:
     """One line, and for a row that no file keeps all of its error."""
-    if not outcome.outdone:
-        return headline(outcome.row)
-    error = textwrap.indent(outcome.row["error"] or "", "      ")
-    return f"{headline(outcome.row)}. The row of its earlier run, which is ok, stands; the whole error is:\n{error}"
+    if not ending.outdone:
+        return headline(ending.row)
+    error = textwrap.indent(ending.row["error"] or "", "      ")
+    return f"{headline(ending.row)}. The row of its earlier run, which is ok, stands; the whole error is:\n{error}"
 
 
-def headline(outcome: dict[str, Any]) -> str:
+def headline(row: dict[str, Any]) -> str:
     """One line of a row: its first metrics, or why there are none."""
-    if outcome["status"] != "ok":
-        return f"{outcome['status']}: {(outcome['error'] or 'no reason known').strip().splitlines()[-1]}"
-    metrics = [f"{name} {value:.4g}" for name, value in _metrics(outcome).items()][:3]
-    if outcome.get("decode_speedup") is not None:  # else nothing was timed
-        metrics.append(
-            f"decode {outcome['decode_ms_per_token_p50']:.1f} ms a token ({outcome['decode_speedup']:.2f}x dense)"
-        )
-    return ", ".join([*metrics, f"{outcome['cell_seconds']:.0f} s"])
+    if row["status"] != "ok":
+        return f"{row['status']}: {(row['error'] or 'no reason known').strip().splitlines()[-1]}"
+    metrics = [f"{name} {value:.4g}" for name, value in _metrics(row).items()][:3]
+    if row.get("decode_speedup") is not None:  # else nothing was timed
+        metrics.append(f"decode {row['decode_ms_per_token_p50']:.1f} ms a token ({row['decode_speedup']:.2f}x dense)")
+    return ", ".join([*metrics, f"{row['cell_seconds']:.0f} s"])
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -236,7 +232,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
 
 
-def _metrics(outcome: dict[str, Any]) -> dict[str, float]:
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
     """The task metrics of a row that a person reads first."""
-    measured = [name for name, value in outcome.items() if "/" in name and value is not None and not math.isnan(value)]
-    return {name: outcome[name] for name in columns.main_metrics(measured)}
+    measured = [name for name, value in row.items() if "/" in name and value is not None and not math.isnan(value)]
+    return {name: row[name] for name in columns.main_metrics(measured)}

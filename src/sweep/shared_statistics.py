@@ -26,7 +26,7 @@ _FORMAT = 2  # raise when what lies in an entry changes
 
 
 class SharedStatistics:
-    """A `Share` through the cache, for one cell.
+    """A `Memo` through the cache, for one cell.
 
     tokens  (sequences, length) calibration text
     meter   of the cell's model, while it is pruned

@@ -97,7 +97,7 @@ def read_bytes(now: Stock, batch_size: int = 1) -> float:
     return sum((1 - (1 - piece.share) ** batch_size) * piece.held_bytes for piece in now.pieces.values())
 
 
-def layers(before: Stock, now: Stock) -> pd.DataFrame:
+def matrices(before: Stock, now: Stock) -> pd.DataFrame:
     """One line a matrix of a block: block (its number in the unpruned model), matrix, weights, zeros.
 
     zeros  weights that are zero or not there any more, those of removed neurons, heads and blocks among them

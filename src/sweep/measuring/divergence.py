@@ -22,7 +22,7 @@ from sweep.models import origin
 from sweep.texts import embedded, text
 
 if TYPE_CHECKING:
-    from sweep.measuring.scorer import Probe
+    from sweep.measuring.scorer import Alternatives
 
 TASK = "pydoc"
 TOP = 64  # tokens that are kept of a distribution
@@ -77,18 +77,18 @@ def _measure(cell: Cell, folder: Path) -> None:
     lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (page,), i) for i, page in enumerate(pages)])
     arrays: dict[str, Any] = {}
     for i, page in enumerate(pages):
-        probe = lm.probes[page]
-        arrays |= {f"ids{i}": probe.ids.astype(np.int32), f"log_probs{i}": probe.log_probs}
+        found = lm.alternatives[page]
+        arrays |= {f"ids{i}": found.ids.astype(np.int32), f"log_probs{i}": found.log_probs}
     np.savez(folder / "top.npz", **arrays)
 
 
-def kl(dense: NDArray[np.floating], probe: Probe) -> NDArray[np.float64]:
+def kl(dense: NDArray[np.floating], other: Alternatives) -> NDArray[np.float64]:
     """KL(dense || other) of each position in nats, over the kept tokens and the rest as one outcome.
 
     dense  (T, TOP) log-probabilities of the dense model
-    probe  the other model's log-probabilities of the same tokens
+    other  the other model's log-probabilities of the same tokens
     """
-    p, q = dense.astype(np.float64), probe.log_probs.astype(np.float64)
+    p, q = dense.astype(np.float64), other.log_probs.astype(np.float64)
     rest_p, rest_q = (1 - np.exp(x).sum(1) for x in (p, q))
     rest_p, rest_q = np.maximum(rest_p, 0), np.maximum(rest_q, 1e-12)  # rounding may leave less than nothing
     with np.errstate(divide="ignore", invalid="ignore"):

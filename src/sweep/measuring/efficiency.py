@@ -1,6 +1,6 @@
 """What a model costs, measured: milliseconds, peak memory, joules. What can be counted is in counting.py.
 
-Latency is measured for the dense and the pruned model in turn, because the speed of a shared machine drifts by more than
+Latency is measured for the dense and the pruned model alternately, because the speed of a shared machine drifts by more than
 pruning gains; the ratio within a pair survives the drift.
 """
 
@@ -27,7 +27,7 @@ from sweep.measuring import energy
 
 # How often timing looks, at most, at what it has found so far.
 _LOOKS = 8
-# How many times the turns of one look it has taken by the next.
+# How many times the repeats of one look there are by the next.
 _GROWTH = 1.5
 _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
 
@@ -35,7 +35,7 @@ _ENERGY_SECONDS = 2.0  # of decoding, over which energy is counted
 def latency(
     pruned: PreTrainedModel, dense: PreTrainedModel, settings: Efficiency
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Prefill and decode latency of both models, measured in turn, and the dense model's once more as a control.
+    """Prefill and decode latency of both models, measured alternately, and the dense model's once more as a control.
 
     pruned, dense  may be one object: then the speed-up is the noise floor of the machine, and so is the control's always
     returns        columns of the row, and every timed repeat: model, phase, repeat, milliseconds (decode: per token)
@@ -47,28 +47,28 @@ def latency(
     prompt = torch.randint(
         readable, (settings.batch_size, settings.prompt_tokens), generator=torch.Generator().manual_seed(0)
     ).to(pruned.device)
-    turns = [("dense", dense), ("pruned", pruned), ("control", dense)]
+    timed = [("dense", dense), ("pruned", pruned), ("control", dense)]
     repeats: list[tuple[str, str, int, float]] = []
     for _ in range(settings.warmup):
-        for _, model in turns[:2]:
+        for _, model in timed[:2]:
             _time_once(model, prompt, settings.output_tokens)
     speedups: list[float] = []  # of decoding
     started, ended_by = time.perf_counter(), None
-    with tqdm(total=settings.repeats, desc="timing", unit="turn", leave=False) as progress:
+    with tqdm(total=settings.repeats, desc="timing", unit="repeat", leave=False) as progress:
         while ended_by is None:
             repeat, decode = len(speedups), {}
-            for name, model in turns[repeat % 3 :] + turns[: repeat % 3]:
+            for name, model in timed[repeat % 3 :] + timed[: repeat % 3]:
                 prefill, decode[name] = _time_once(model, prompt, settings.output_tokens)
                 repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode[name])]
             speedups.append(decode["dense"] / decode["pruned"])
             ended_by = _ended_by(speedups, time.perf_counter() - started, settings)
-            progress.update()  # between turns: nothing is drawn while something is timed
+            progress.update()  # between repeats: nothing is drawn while something is timed
     frame = pd.DataFrame(repeats, columns=["model", "phase", "repeat", "milliseconds"])
     return summary(frame, settings) | {"timing_ended_by": ended_by}, frame
 
 
 def _ended_by(speedups: Sequence[float], seconds: float, settings: Efficiency) -> str | None:
-    """Why timing ends after these turns, or None when it goes on.
+    """Why timing ends after these repeats, or None when it goes on.
 
     Timing that stops as soon as an interval looks narrow stops on the luckiest of many. So few are looked at: after the
     repeats, after half as many again, and so on, eight times at most, the last time where the seconds are spent. Each

@@ -244,7 +244,7 @@ def _divergence(lm: Scorer, page: str, dense: Distributions) -> float:
     """KL from the dense model, summed over the page's positions, nats."""
     from sweep.measuring import divergence
 
-    return float(divergence.kl(dense.log_probs[page], lm.probes[page])[lm.texts[(page,)].told].sum())
+    return float(divergence.kl(dense.log_probs[page], lm.alternatives[page])[lm.texts[(page,)].told].sum())
 
 
 def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:

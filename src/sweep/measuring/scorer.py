@@ -65,7 +65,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Alternatives:
     """Of several tokens at each scored position of one request: T positions, k tokens."""
 
     ids: np.ndarray  # (T, k)
@@ -143,15 +143,15 @@ def score(
     rows: Rows | None = None,
     top: int = 0,
     ids: Sequence[np.ndarray] | None = None,
-    probes: list[Probe] | None = None,
+    alternatives: list[Alternatives] | None = None,
 ) -> list[Scores]:
     """The scores of each request, in order.
 
     budget  tokens in a batch, padding included
     widest  tokens of a tree; by default as many as the model can read, and 0 shares nothing
     rows    of a vocabulary that may have been pruned; None = it was not
-    top     also the likeliest so many tokens at each scored position, appended to `probes` request by request
-    ids     also these tokens, (T, k) for each request, appended to `probes`
+    top     also the likeliest so many tokens at each scored position, appended to `alternatives` request by request
+    ids     also these tokens, (T, k) for each request, appended to `alternatives`
     """
     tail = Tail(model)
     widest = widest_tree(model) if widest is None else widest
@@ -160,7 +160,7 @@ def score(
     for i, tokens in enumerate(inputs):
         ends.setdefault(tokens, []).append(i)
     found: dict[int, Scores] = {}
-    probed: dict[int, Probe] = {}
+    beside: dict[int, Alternatives] = {}
     planned = list(batches(forest(inputs, widest), budget))
     for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False):
         wanted = [
@@ -179,14 +179,14 @@ def score(
         cuts = np.flatnonzero(np.diff(owner)) + 1
         owners = [int(i) for i in owner[[0, *cuts]]]
         asked = None if ids is None else torch.from_numpy(np.concatenate([ids[i] for i in owners]))
-        scores, probe = _read(tail, _states(tail, batch, positions), at, targets, rows, top, asked)
+        scores, others = _read(tail, _states(tail, batch, positions), at, targets, rows, top, asked)
         for i, a, b in zip(owners, np.split(scores.log_probs, cuts), np.split(scores.greedy, cuts), strict=True):
             found[i] = Scores(a, b)
-        if probe is not None:
-            for i, a, b in zip(owners, np.split(probe.ids, cuts), np.split(probe.log_probs, cuts), strict=True):
-                probed[i] = Probe(a, b)
-    if probes is not None:
-        probes += [probed[i] for i in range(len(requests))]
+        if others is not None:
+            for i, a, b in zip(owners, np.split(others.ids, cuts), np.split(others.log_probs, cuts), strict=True):
+                beside[i] = Alternatives(a, b)
+    if alternatives is not None:
+        alternatives += [beside[i] for i in range(len(requests))]
     return [found[i] for i in range(len(requests))]
 
 
@@ -200,14 +200,14 @@ def _log_probs(logits: Tensor, rows: Rows | None) -> Tensor:
 
 def _read(
     tail: Tail, states: Tensor, at: Tensor, targets: Tensor, rows: Rows | None, top: int, ids: Tensor | None
-) -> tuple[Scores, Probe | None]:
+) -> tuple[Scores, Alternatives | None]:
     """What the model says of the tokens `targets` at places `at` of the states (K, d), N of them.
 
-    top, ids  the likeliest so many tokens there, or these tokens (N, k), are the probe; None where neither is asked for
+    top, ids  the likeliest so many tokens there, or these tokens (N, k), are the others; None where neither is asked for
     """
     count = ids.shape[1] if ids is not None else top
     log_probs, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
-    probe_ids, probe_log_probs = torch.empty(len(at), count, dtype=torch.long), torch.empty(len(at), count)
+    other_ids, other_log_probs = torch.empty(len(at), count, dtype=torch.long), torch.empty(len(at), count)
     for piece in tail.pieces(states):
         some = _log_probs(tail.logits(states[piece]), rows)
         here = (at >= piece.start) & (at < piece.start + len(some))
@@ -216,11 +216,11 @@ def _read(
         greedy[here] = (some.argmax(-1)[place] == target).cpu()
         if count:
             tokens = some.topk(top).indices[place] if ids is None else ids[here].to(some.device)
-            probe_ids[here], probe_log_probs[here] = tokens.cpu(), some[place[:, None], tokens].cpu()
+            other_ids[here], other_log_probs[here] = tokens.cpu(), some[place[:, None], tokens].cpu()
     if rows is not None and rows.candidates > 1:
         greedy &= targets != rows.unknown
-    probe = Probe(probe_ids.numpy(), probe_log_probs.numpy()) if count else None
-    return Scores(log_probs.numpy(), greedy.numpy()), probe
+    others = Alternatives(other_ids.numpy(), other_log_probs.numpy()) if count else None
+    return Scores(log_probs.numpy(), greedy.numpy()), others
 
 
 def _states(tail: Tail, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
@@ -316,9 +316,9 @@ class Scorer(HFLM):
         self.before, self.after = reading.around(tokenizer)
         self.special = reading.special(tokenizer)
         self.texts: dict[tuple[str, ...], Text] = {}
-        self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `probes`
+        self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `alternatives`
         self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
-        self.probes: dict[str, Probe] = {}  # (T, k); ids of the whole vocabulary
+        self.alternatives: dict[str, Alternatives] = {}  # (T, k); ids of the whole vocabulary
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """`tok_encode` of each text, all at once: the tokenizer then works in parallel."""
@@ -406,8 +406,8 @@ class Scorer(HFLM):
         own = reading.own(self.whole, texts, beginning)
         ours = [self._windows(ids, beginning) for ids in own]
         theirs = [self._windows(ids, [self.prefix]) for ids in self.encode(texts)]
-        probed = {i for i, text in enumerate(texts) if self.top or text in self.ids}
-        scored = self._rolled(texts, ours, probed)
+        wanted = {i for i, text in enumerate(texts) if self.top or text in self.ids}
+        scored = self._rolled(texts, ours, wanted)
         for text, ids, scores in zip(texts, own, scored, strict=True):
             self.texts[(text,)] = self._text(ids, scores)
         apart = [i for i in range(len(texts)) if theirs[i] != ours[i]]
@@ -427,11 +427,11 @@ class Scorer(HFLM):
             for i, (window, count) in enumerate(windows)
         ]
 
-    def _rolled(self, texts: Sequence[str], windows: Sequence[Sequence[Request]], probed: set[int]) -> list[Scores]:
-        """The scores of each text from those of its windows; of `probed` ones, what is asked goes into `probes`."""
+    def _rolled(self, texts: Sequence[str], windows: Sequence[Sequence[Request]], wanted: set[int]) -> list[Scores]:
+        """The scores of each text from those of its windows; of `wanted` ones, what is asked goes into `alternatives`."""
         parts: list[list[Scores]] = [[] for _ in windows]
         for looked_at in (False, True):
-            mine = [(i, window) for i in range(len(windows)) if (i in probed) == looked_at for window in windows[i]]
+            mine = [(i, window) for i in range(len(windows)) if (i in wanted) == looked_at for window in windows[i]]
             for (i, _), scores in zip(mine, self._scored(texts, mine, looked_at), strict=True):
                 parts[i].append(scores)
         return [
@@ -444,23 +444,29 @@ class Scorer(HFLM):
             for scored in parts
         ]
 
-    def _scored(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], probed: bool) -> list[Scores]:
-        """The scores of windows of texts; where `probed`, what is asked of their positions goes into `probes`."""
+    def _scored(self, texts: Sequence[str], windows: Sequence[tuple[int, Request]], wanted: bool) -> list[Scores]:
+        """The scores of windows of texts; where `wanted`, what is asked of their positions goes into `alternatives`."""
         requests = [window for _, window in windows]
-        if not probed:
+        if not wanted:
             return score(self.model, requests, self.budget, rows=self.rows)
         ids, done = [], dict.fromkeys([i for i, _ in windows], 0)
         for i, (_, count) in windows:
             ids.append(self.rows(self.ids[texts[i]][done[i] : done[i] + count]) if self.ids else np.zeros(0))
             done[i] += count
-        found: list[Probe] = []
+        found: list[Alternatives] = []
         scores = score(
-            self.model, requests, self.budget, rows=self.rows, top=self.top, ids=ids if self.ids else None, probes=found
+            self.model,
+            requests,
+            self.budget,
+            rows=self.rows,
+            top=self.top,
+            ids=ids if self.ids else None,
+            alternatives=found,
         )
         for i in done:
-            mine = [probe for (j, _), probe in zip(windows, found, strict=True) if j == i]
-            probe = Probe(*(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs")))
-            self.probes[texts[i]] = Probe(self.rows.ids[probe.ids], probe.log_probs)
+            mine = [others for (j, _), others in zip(windows, found, strict=True) if j == i]
+            others = Alternatives(*(np.concatenate([getattr(p, n) for p in mine]) for n in ("ids", "log_probs")))
+            self.alternatives[texts[i]] = Alternatives(self.rows.ids[others.ids], others.log_probs)
         return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

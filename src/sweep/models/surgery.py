@@ -83,7 +83,7 @@ def set_head_counts(attention: anatomy.Attention) -> None:
             setattr(attention.module, name, getattr(attention, what))
 
 
-def remove_layers(model: PreTrainedModel, keep: Sequence[bool]) -> None:
+def remove_blocks(model: PreTrainedModel, keep: Sequence[bool]) -> None:
     """Remove the blocks where `keep` is False. The others are renumbered, as the key-value cache goes by number."""
     blocks = anatomy.blocks(model)
     kept = [index for index, stays in enumerate(keep) if stays]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep.models import anatomy, surgery
 from sweep.pruning import drop, select, sharing, unit_scores, unit_statistics
 from sweep.pruning.families import Layer
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 
 
 def prune(
@@ -24,8 +24,8 @@ def prune(
     tokens: Tensor | None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    share: sharing.Share = sharing.alone,
-) -> Outcome:
+    memo: sharing.Memo = sharing.unshared,
+) -> Pruned:
     """Remove the least important blocks in place, in `method.steps` rounds of measuring and removing.
 
     Raises ValueError when the request leaves no block.
@@ -39,7 +39,7 @@ def prune(
     for step in range(1, method.steps + 1):
         open_ = [block for block in left if block in costs]
         places = [left.index(block) for block in open_]
-        scores = _scores(model, method, tokens, generator, tokenizer, share if step == 1 else sharing.alone, places)
+        scores = _scores(model, method, tokens, generator, tokenizer, memo if step == 1 else sharing.unshared, places)
         if method.criterion == "drop":
             tables.append(pd.DataFrame({"block": open_, "unit": 0, "importance": scores.tolist(), "measured": True}))
         budget = sum(costs.values()) * sparsity * step / method.steps - sum(
@@ -52,13 +52,13 @@ def prune(
             at_least=int(len(open_) == len(left)),
         )[0]
         gone = {block for block, stays in zip(open_, keep.tolist(), strict=True) if not stays}
-        surgery.remove_layers(model, [block not in gone for block in left])
+        surgery.remove_blocks(model, [block not in gone for block in left])
         left = [block for block in left if block not in gone]
     targets = sum(sizes[block] for block in candidates)
     removed = targets - sum(sizes[block] for block in candidates if block in left)
     if sum(p.numel() for block in anatomy.blocks(model) for p in block.parameters()) != sum(sizes) - removed:
         raise RuntimeError("the blocks that are left do not have the parameters that they should")
-    return Outcome(
+    return Pruned(
         targets=targets,
         removed=removed,
         calibration_tokens=0 if tokens is None else tokens.numel(),
@@ -74,7 +74,7 @@ def _scores(
     tokens: Tensor | None,
     generator: torch.Generator,
     tokenizer: PreTrainedTokenizerBase | None,
-    share: sharing.Share,
+    memo: sharing.Memo,
     wanted: list[int],
 ) -> Tensor:
     """(wanted,) float, higher = keep: of the blocks in these places."""
@@ -86,7 +86,7 @@ def _scores(
             return _drops(model, drop.probe(method.drop, tokens, tokenizer), method, wanted)
         case "block_influence":
             assert tokens is not None
-            found = share(
+            found = memo(
                 "block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)}
             )
             return block_influence(found["cosines"].cpu())[wanted]

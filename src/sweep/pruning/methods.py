@@ -16,7 +16,7 @@ from sweep.config import Cell
 from sweep.models import anatomy, reading
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 
 
 def prune(
@@ -28,16 +28,16 @@ def prune(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequential: bool = True,
-    share: sharing.Share = sharing.alone,
+    memo: sharing.Memo = sharing.unshared,
     device: torch.device | str | None = None,
-) -> Outcome:
+) -> Pruned:
     """Prune the model in place and report what was removed.
 
     tokens     (sequences, length) calibration text for methods that read one, else None
     seed       of criteria that draw numbers
     tokenizer  for methods that change the vocabulary or measure on a task
     sequential weight methods calibrate a block on what the pruned blocks before it put out
-    share      where statistics of the unpruned model come from: by default they are measured
+    memo       where statistics of the unpruned model come from: by default they are measured
     device     where a weight method works, one block at a time; None = where the model lies
     Raises RuntimeError when the removed count is not the requested one, RequestError when the text has a token that the
     model has no row for.
@@ -46,18 +46,18 @@ def prune(
         reading.refuse(tokens[tokens >= reading.embedded(model)].cpu().numpy(), tokenizer)
     match method:
         case Dense():
-            return Outcome(
+            return Pruned(
                 targets=sum(w.numel() for block in anatomy.blocks(model) for w in anatomy.matrices(block).values()),
                 removed=0,
             )
         case Weight():
             return weights.prune(
-                model, method, sparsity, tokens, seed=seed, sequential=sequential, device=device, share=share
+                model, method, sparsity, tokens, seed=seed, sequential=sequential, device=device, memo=memo
             )
         case Neuron() | Head():
-            return units.prune(model, method, sparsity, tokens, seed, tokenizer, share)
+            return units.prune(model, method, sparsity, tokens, seed, tokenizer, memo)
         case Layer():
-            return depth.prune(model, method, sparsity, tokens, seed, tokenizer, share)
+            return depth.prune(model, method, sparsity, tokens, seed, tokenizer, memo)
         case Vocab():
             assert tokenizer is not None
             return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)
@@ -69,9 +69,9 @@ def prune_as(
     tokenizer: PreTrainedTokenizerBase,
     tokens: Tensor | None,
     *,
-    share: sharing.Share = sharing.alone,
+    memo: sharing.Memo = sharing.unshared,
     device: torch.device | str | None = None,
-) -> Outcome:
+) -> Pruned:
     """`prune`, as a cell asks for it: from the command line and from Python alike."""
     return prune(
         model,
@@ -81,7 +81,7 @@ def prune_as(
         seed=cell.seed,
         tokenizer=tokenizer,
         sequential=cell.calibration is None or cell.calibration.sequential,
-        share=share,
+        memo=memo,
         device=device,
     )
 

@@ -20,7 +20,7 @@ _MOST_DAMPING = 1e3  # of the mean of the diagonal; with more, H says nothing
 _ITERATIONS = 300  # of ADMM, at most
 # rho rises by this factor after so many iterations: two thirds of the time of the paper's schedule, 1 % more error
 _STEADY, _RISE = 2, 1.3
-_REFIT = 12  # iterations of conjugate gradients
+_SOLVE_STEPS = 12  # iterations of conjugate gradients
 
 
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
@@ -152,8 +152,8 @@ def alps(
             earlier = keep
             rho *= _RISE
     del multiplier, values, inverse
-    refitted = refit(split, keep, target, scaled) / scale
-    return list(zip(refitted.split(sizes), keep.split(sizes), strict=True)), damping
+    solved = solve_on_support(split, keep, target, scaled) / scale
+    return list(zip(solved.split(sizes), keep.split(sizes), strict=True)), damping
 
 
 def _inverse(hessian: Tensor, rho: float) -> Tensor:
@@ -179,7 +179,7 @@ def _inverse_of_lower(factor: Tensor) -> Tensor:
     return inverse
 
 
-def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+def solve_on_support(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
     """The values on the support `keep` that minimise tr W H W^T / 2 - tr W target^T, by conjugate gradients from `values`.
 
     values, keep, target  (R, in)
@@ -189,7 +189,7 @@ def refit(values: Tensor, keep: Tensor, target: Tensor, hessian: Tensor) -> Tens
     residual = (target - values @ hessian).masked_fill_(gone, 0)
     direction, size = residual.clone(), (residual**2).sum(1, keepdim=True)
     solved = 1e-10 * size  # a row this near is left alone: what remains is rounding error
-    for _ in range(_REFIT):
+    for _ in range(_SOLVE_STEPS):
         moved = (direction @ hessian).masked_fill_(gone, 0)
         curvature = (direction * moved).sum(1, keepdim=True)
         going = (size > solved) & (curvature > 0)

@@ -1,7 +1,7 @@
 """Selection: scores to boolean keep-masks. True = keep. Counts are exact.
 
-Exactly the asked number of entries is dropped, those of the lowest scores. Of equal scores the one with the lower
-index is dropped first: a threshold alone would drop every tie, and bfloat16 weights are full of ties.
+exactly the asked number of entries is removed, those of the lowest scores. Of equal scores the one with the lower
+index is removed first: a threshold alone would remove every tie, and bfloat16 weights are full of ties.
 
 Matrices are (out, in). n:m is as in the literature: of each m neighbours along the input, the n highest are kept.
 """
@@ -22,38 +22,38 @@ def count(n: int, sparsity: float) -> int:
     return round(sparsity * n)
 
 
-def lowest(scores: Tensor, drop: int) -> Tensor:
-    """Keep-mask of the shape of `scores` that drops exactly the `drop` lowest.
+def lowest(scores: Tensor, removed: int) -> Tensor:
+    """Keep-mask of the shape of `scores` that removes exactly the `removed` lowest.
 
-    Raises ValueError when a score is NaN, or `drop` is not in 0..n.
+    Raises ValueError when a score is NaN, or `removed` is not in 0..n.
     """
     flat = scores.flatten()
     if flat.dtype != torch.float64:
         flat = flat.to(torch.float32 if flat.is_floating_point() else torch.float64)
-    if not 0 <= drop <= flat.numel():
-        raise ValueError(f"cannot drop {drop} of {flat.numel()} entries")
+    if not 0 <= removed <= flat.numel():
+        raise ValueError(f"cannot remove {removed} of {flat.numel()} entries")
     _refuse_nan(flat)
-    if drop == 0:
+    if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _kth_lowest(flat[None], drop)[0]
+    threshold = _kth_lowest(flat[None], removed)[0]
     keep = flat > threshold
-    surplus = flat.numel() - drop - int(keep.sum())  # ties at the threshold that stay, the last of them
+    surplus = flat.numel() - removed - int(keep.sum())  # ties at the threshold that stay, the last of them
     if surplus:
         ties = (flat == threshold).nonzero().squeeze(1)
         keep[ties[len(ties) - surplus :]] = True
     return keep.view_as(scores)
 
 
-def lowest_by_row(scores: Tensor, drop: int) -> Tensor:
-    """Keep-mask that drops the lowest of each row: `drop` in all, as many in each row, the first rows one more.
+def lowest_by_row(scores: Tensor, removed: int) -> Tensor:
+    """Keep-mask that removes the lowest of each row: `removed` in all, as many in each row, the first rows one more.
 
     Raises ValueError as `lowest` does.
     """
     rows, columns = scores.shape
-    if not 0 <= drop <= scores.numel():
-        raise ValueError(f"cannot drop {drop} of {scores.numel()} entries")
+    if not 0 <= removed <= scores.numel():
+        raise ValueError(f"cannot remove {removed} of {scores.numel()} entries")
     _refuse_nan(scores)
-    each, more = divmod(drop, rows)
+    each, more = divmod(removed, rows)
     keep = torch.ones_like(scores, dtype=torch.bool)
     for part, number in ((slice(0, more), each + 1), (slice(more, rows), each)):
         if number == 0 or scores[part].numel() == 0:
@@ -78,34 +78,34 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     _refuse_nan(scores)
     groups = scores.reshape(-1, m).t().contiguous()  # (m, groups)
     keep = torch.empty_like(groups, dtype=torch.bool)
-    for j in range(m):  # the rank of an entry is how many are dropped before it: m is small, and sorting slower
+    for j in range(m):  # the rank of an entry is how many are removed before it: m is small, and sorting slower
         rank = (groups[:j] <= groups[j]).sum(0) + (groups[j + 1 :] < groups[j]).sum(0)
         keep[j] = rank >= m - n
     return keep.t().reshape(scores.shape)
 
 
-def lowest_across(scores: Sequence[Tensor], drop: int, at_least: int = 0) -> list[Tensor]:
-    """Keep-masks that drop exactly the `drop` lowest of all tensors together.
+def lowest_across(scores: Sequence[Tensor], removed: int, at_least: int = 0) -> list[Tensor]:
+    """Keep-masks that remove exactly the `removed` lowest of all tensors together.
 
     at_least  entries that every tensor keeps, its highest ones, whatever the others score
-    Raises ValueError when `drop` leaves less than `at_least` in each.
+    Raises ValueError when `removed` leaves less than `at_least` in each.
     """
     protected = [s.clone() for s in scores]
     for s in protected:
         if at_least:
             s[s.topk(min(at_least, s.numel())).indices] = torch.inf
     joined = torch.cat(protected)
-    if drop > joined.numel() - at_least * len(scores):
-        raise ValueError(f"dropping {drop} of {joined.numel()} leaves less than {at_least} in each of {len(scores)}")
-    return list(lowest(joined, drop).split([s.numel() for s in scores]))
+    if removed > joined.numel() - at_least * len(scores):
+        raise ValueError(f"removing {removed} of {joined.numel()} leaves less than {at_least} in each of {len(scores)}")
+    return list(lowest(joined, removed).split([s.numel() for s in scores]))
 
 
 def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at_least: int = 0) -> list[Tensor]:
-    """Keep-masks that drop the lowest entries of all tensors together, as many as cost nearest to `budget`.
+    """Keep-masks that remove the lowest entries of all tensors together, as many as cost nearest to `budget`.
 
     costs     what each entry costs, in the shape of its score; with equal costs the count is the nearest possible
     at_least  entries that every tensor keeps, its highest ones, whatever the others score
-    Raises ValueError when a score is NaN, or the budget exceeds what may be dropped by more than one entry's cost.
+    Raises ValueError when a score is NaN, or the budget exceeds what may be removed by more than one entry's cost.
     """
     protected = [s.double().clone() for s in scores]
     for s in protected:
@@ -120,24 +120,24 @@ def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at
     spent = torch.cat([torch.zeros(1, dtype=torch.double), price.cumsum(0)])
     if budget > spent[-1] + (price[-1] if len(price) else 0):
         raise ValueError(
-            f"a budget of {budget:g} is more than can be dropped ({spent[-1]:g}) when each of "
+            f"a budget of {budget:g} is more than can be removed ({spent[-1]:g}) when each of "
             f"{len(scores)} keeps {at_least}"
         )
-    drop = int((spent - budget).abs().argmin())
+    removed = int((spent - budget).abs().argmin())
     keep = torch.ones(joined.numel(), dtype=torch.bool)
-    keep[order[:drop]] = False
+    keep[order[:removed]] = False
     return list(keep.split([s.numel() for s in scores]))
 
 
-def counts_across(scores: Callable[[], Iterable[Tensor]], drop: int) -> list[int]:
-    """How many each tensor loses when the `drop` lowest of all together go: with `lowest`, the same as a global rank.
+def counts_across(scores: Callable[[], Iterable[Tensor]], removed: int) -> list[int]:
+    """How many each tensor loses when the `removed` lowest of all together go: with `lowest`, the same as a global rank.
 
     scores  yields the tensors anew at each call; they are read one at a time and never held together
     """
-    if drop == 0:
+    if removed == 0:
         return [0 for _ in scores()]
-    threshold, below = _threshold(scores, drop)
-    losses, ties_left = [], drop - below
+    threshold, below = _threshold(scores, removed)
+    losses, ties_left = [], removed - below
     for s in scores():
         ties = min(ties_left, int((s == threshold).sum()))
         ties_left -= ties
@@ -174,16 +174,16 @@ def _refuse_nan(scores: Tensor) -> None:
         raise ValueError(f"{int(nan.sum())} of {scores.numel()} scores are NaN")
 
 
-def _threshold(scores: Callable[[], Iterable[Tensor]], drop: int) -> tuple[Tensor, int]:
-    """(the drop-th lowest score, how many are lower than it), by counting and without sorting.
+def _threshold(scores: Callable[[], Iterable[Tensor]], removed: int) -> tuple[Tensor, int]:
+    """(the removed-th lowest score, how many are lower than it), by counting and without sorting.
 
     Two histograms of 65,536 places find it in time proportional to n: the first over the upper 16 bits of each score,
     the second over the lower 16 of those that share the place. Read as integers, floats are ordered as their values
     are, once the negative ones are turned round.
     """
-    high, before = _place((_ordered(s) >> 16 for s in scores()), drop, offset=_HALF // 2)
+    high, before = _place((_ordered(s) >> 16 for s in scores()), removed, offset=_HALF // 2)
     low, before_low = _place(
-        (key[(key >> 16) == high] & (_HALF - 1) for key in map(_ordered, scores())), drop - before, offset=0
+        (key[(key >> 16) == high] & (_HALF - 1) for key in map(_ordered, scores())), removed - before, offset=0
     )
     key = torch.tensor((high << 16) | low, dtype=torch.int64)
     bits = torch.where(key < 0, key ^ 0x7FFFFFFF, key).to(torch.int32)
@@ -196,12 +196,12 @@ def _ordered(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _place(values: Iterable[Tensor], drop: int, offset: int) -> tuple[int, int]:
-    """(the place of the drop-th lowest value, how many are in lower places)."""
+def _place(values: Iterable[Tensor], removed: int, offset: int) -> tuple[int, int]:
+    """(the place of the removed-th lowest value, how many are in lower places)."""
     histogram: Tensor | int = 0
     for value in values:
         histogram = histogram + torch.bincount(value + offset, minlength=_HALF)
     assert isinstance(histogram, Tensor)
     upto = histogram.cumsum(0)
-    place = int(torch.searchsorted(upto, drop))
+    place = int(torch.searchsorted(upto, removed))
     return place - offset, int(upto[place] - histogram[place])

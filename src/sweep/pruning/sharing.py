@@ -7,21 +7,21 @@ from collections.abc import Callable
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-Share = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it
+Memo = Callable[[str, Callable[[], Tensors]], Tensors]  # (what, how to measure it) -> it, measured now or before
 
 
-def alone(what: str, measure: Callable[[], Tensors]) -> Tensors:
-    """For those who share with nobody."""
+def unshared(what: str, measure: Callable[[], Tensors]) -> Tensors:
+    """For those who share with nobody: measured now."""
     return measure()
 
 
-def once(share: Share) -> Share:
+def once(memo: Memo) -> Memo:
     """The same, and asked once at most for each thing."""
     known: dict[str, Tensors] = {}
 
     def ask(what: str, measure: Callable[[], Tensors]) -> Tensors:
         if what not in known:
-            known[what] = share(what, measure)
+            known[what] = memo(what, measure)
         return known[what]
 
     return ask

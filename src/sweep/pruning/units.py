@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep.models import anatomy, surgery
 from sweep.pruning import drop, repair, select, sharing, unit_requests, unit_scores, unit_statistics
 from sweep.pruning.families import LABELS, Head, Neuron
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 from sweep.pruning.unit_scores import Statistics
 from sweep.settings import RequestError
 
@@ -92,13 +92,13 @@ def prune(
     tokens: Tensor | None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    share: sharing.Share = sharing.alone,
-) -> Outcome:
+    memo: sharing.Memo = sharing.unshared,
+) -> Pruned:
     """Prune the model in place, in `method.steps` rounds of measuring and removing.
 
     tokens     (sequences, length) calibration text, for criteria and repairs that read one
     tokenizer  for a drop that is measured on a task
-    share      where statistics of the unpruned model come from
+    memo       where statistics of the unpruned model come from
     Raises RequestError, before anything is measured, when the request leaves a part without a unit; RuntimeError when the
     matrices are not left with the weights that the choice leaves them.
     """
@@ -118,7 +118,7 @@ def prune(
             scores, bundles = measured.scores, measured.groups
             tables.append(drop.numbered(measured.table, {p.block: n for p, n in zip(now, numbers, strict=True)}))
         else:
-            seen = _statistics(model, method, now, tokens, seed, share if step == 1 else sharing.alone)
+            seen = _statistics(model, method, now, tokens, seed, memo if step == 1 else sharing.unshared)
             scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
@@ -130,7 +130,7 @@ def prune(
     left = sum(p.weights for p in after)
     if left != expected:
         raise RuntimeError(f"removal of units left {left} weights, {expected} expected")
-    return Outcome(
+    return Pruned(
         targets=weights,
         removed=weights - left,
         calibration_tokens=0 if tokens is None else tokens.numel(),
@@ -224,8 +224,8 @@ def choose(
     if method.scope == "global":
         kept = select.nearest(values, costs, budget, at_least=1)
     else:
-        share = [budget * size / sum(left) for size in left]
-        kept = [select.nearest([v], [c], b, at_least=1)[0] for v, c, b in zip(values, costs, share, strict=True)]
+        budgets = [budget * size / sum(left) for size in left]
+        kept = [select.nearest([v], [c], b, at_least=1)[0] for v, c, b in zip(values, costs, budgets, strict=True)]
     masks = []
     for part, inside, stays in zip(parts, bundles, kept, strict=True):
         mask = torch.ones(part.units, dtype=torch.bool)
@@ -378,7 +378,7 @@ def _statistics(
     parts: list[Part],
     tokens: Tensor | None,
     seed: int = 0,
-    share: sharing.Share = sharing.alone,
+    memo: sharing.Memo = sharing.unshared,
 ) -> list[Statistics] | list[None]:
     if method.criterion in ("random", "l2"):
         return [None] * len(parts)
@@ -392,7 +392,7 @@ def _statistics(
         return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
 
     where = [(part.block, part.size) for part in parts]
-    found = share(f"{method.family} statistics {names} of {where}, {labels=}, {seed=}", measure)
+    found = memo(f"{method.family} statistics {names} of {where}, {labels=}, {seed=}", measure)
     return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep.models import remapping, surgery
 from sweep.pruning import select, unit_requests, unit_scores
 from sweep.pruning.families import Vocab
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
 
 
@@ -28,8 +28,8 @@ def prune(
     sparsity: float,
     tokens: Tensor | None,
     seed: int = 0,
-) -> Outcome:
-    """Remove the rows of the least important tokens in place; the outcome carries the new tokenizer.
+) -> Pruned:
+    """Remove the rows of the least important tokens in place; what is returned carries the new tokenizer.
 
     tokens  token ids of text, of any shape, for criterion=frequency
     Raises RequestError when the tokenizer has no token to stand for the removed ones, or when the request would
@@ -38,10 +38,10 @@ def prune(
     size = model.get_input_embeddings().weight.shape[0]
     unknown = remapping.unknown_id(tokenizer, size)
     protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
-    drop = select.count(size, sparsity)
-    if drop > size - len(protected):
+    gone = select.count(size, sparsity)
+    if gone > size - len(protected):
         raise RequestError(
-            f"sparsity={sparsity:g} removes {drop} of {size} tokens, special ones among them: "
+            f"sparsity={sparsity:g} removes {gone} of {size} tokens, special ones among them: "
             f"{unit_requests.at_most(1 - len(protected) / size)}"
         )
     if method.criterion == "random":
@@ -52,16 +52,16 @@ def prune(
     else:
         raise ValueError(f"method.criterion={method.criterion} scores no tokens: it needs its line in vocabulary.py")
     scores[sorted(protected)] = torch.inf
-    kept = select.lowest(scores, drop).nonzero().squeeze(1)
+    kept = select.lowest(scores, gone).nonzero().squeeze(1)
     parameters = sum(p.numel() for p in model.parameters())
     surgery.remove_tokens(model, kept)
     removed = parameters - sum(p.numel() for p in model.parameters())
-    return Outcome(
-        targets=removed * size // drop if drop else size * model.get_input_embeddings().weight.shape[1],
+    return Pruned(
+        targets=removed * size // gone if gone else size * model.get_input_embeddings().weight.shape[1],
         removed=removed,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
-        units_removed=drop,
+        units_removed=gone,
         tokenizer=remapping.remapped(tokenizer, kept.tolist(), size),
     )
 

@@ -22,7 +22,7 @@ from sweep.models import anatomy, surgery
 from sweep.pruning import calibrate, rebuild, scores, select, sharing
 from sweep.pruning.calibrate import Inputs
 from sweep.pruning.families import CALIBRATED, REBUILDING, Weight, checked_weight, groups
-from sweep.pruning.outcome import Outcome
+from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages of one pruning share."""
+    """What the stages of one pruning have in common."""
 
     model: PreTrainedModel
     method: Weight
@@ -47,7 +47,7 @@ class Job:
     sequential: bool  # blocks are calibrated on what the pruned blocks before them put out
     device: torch.device | None  # where blocks are calibrated and pruned, one at a time; None = where they lie
     shapes: dict[str, torch.Size]  # of the targets, in order
-    share: sharing.Share  # where the norms of what the dense model's layers read come from
+    memo: sharing.Memo  # where the norms of what the dense model's layers read come from
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
 
     def weights(self) -> Weights:
@@ -95,8 +95,8 @@ def prune(
     seed: int = 0,
     sequential: bool = True,
     device: torch.device | str | None = None,
-    share: sharing.Share = sharing.alone,
-) -> Outcome:
+    memo: sharing.Memo = sharing.unshared,
+) -> Pruned:
     """Prune the model in place. The arguments are those of `Job`.
 
     Raises RequestError for what the model cannot meet, before anything is changed; ValueError that names the layer when
@@ -107,7 +107,7 @@ def prune(
     _check_finite(found)
     shapes = {name: weight.shape for name, weight in found.items()}
     del found
-    job = Job(model, method, tokens, seed, sequential, None if device is None else torch.device(device), shapes, share)
+    job = Job(model, method, tokens, seed, sequential, None if device is None else torch.device(device), shapes, memo)
     size = sum(shape.numel() for shape in shapes.values())
     removed, dampings = 0, []
     for step in range(1, method.steps + 1):
@@ -120,7 +120,7 @@ def prune(
     )
     if removed != expected:
         raise RuntimeError(f"{removed} of {size} weights were removed, {expected} asked")
-    return Outcome(
+    return Pruned(
         size, removed, 0 if tokens is None else tokens.numel(), damping=max(filter(None, dampings), default=None)
     )
 
@@ -276,14 +276,14 @@ def dense_norms(job: Job) -> dict[str, Tensor]:
         read = read_blocks(replace(job, sequential=False), hessian=False)
         return {name: inputs[name].norm for _, weights, inputs in read for name in weights if name in inputs}
 
-    return job.share(f"input norms of {list(job.shapes)}", measure)
+    return job.memo(f"input norms of {list(job.shapes)}", measure)
 
 
 # ---- selection within a matrix ----
 
 
-def keep_mask(method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
-    """Which weights of one matrix stay: exactly `drop` go.
+def keep_mask(method: Weight, weight: Tensor, importance: Tensor, removed: int) -> Tensor:
+    """Which weights of one matrix stay: exactly `removed` go.
 
     The lowest in score, or, with `skip_lowest`, the next ones above so many that stay; with `among_smallest` those of
     larger magnitude stay whatever they score. So a band of a criterion's order can be removed alone.
@@ -293,22 +293,22 @@ def keep_mask(method: Weight, weight: Tensor, importance: Tensor, drop: int) -> 
     lowest = select.lowest_by_row if method.scope == "row" else select.lowest
     skip = select.count(weight.numel(), method.skip_lowest)
     if method.among_smallest < 1:
-        may_go = max(select.count(weight.numel(), method.among_smallest), skip + drop)  # both are rounded
+        may_go = max(select.count(weight.numel(), method.among_smallest), skip + removed)  # both are rounded
         importance = importance.masked_fill(lowest(scores.magnitude(weight), may_go), torch.inf)
-    keep = lowest(importance, skip + drop)
+    keep = lowest(importance, skip + removed)
     return keep | ~lowest(importance, skip) if skip else keep
 
 
-def _choose(method: Weight, drop: int) -> rebuild.Choose:
-    """`keep_mask` for some columns of a matrix at a time, such that all together lose exactly `drop`."""
+def _choose(method: Weight, removed: int) -> rebuild.Choose:
+    """`keep_mask` for some columns of a matrix at a time, such that all together lose exactly `removed`."""
 
     def choose(importance: Tensor, before: float, upto: float) -> Tensor:
         if method.pattern:
             return select.n_of_m(importance, *groups(method.pattern))
         if method.scope != "row":
-            return select.lowest(importance, round(drop * upto) - round(drop * before))
+            return select.lowest(importance, round(removed * upto) - round(removed * before))
         rows = len(importance)
-        each, more = divmod(drop, rows)
+        each, more = divmod(removed, rows)
         parts = [(importance[:more], each + 1), (importance[more:], each)]
         return torch.cat(
             [
@@ -326,7 +326,7 @@ def _choose(method: Weight, drop: int) -> rebuild.Choose:
 
 def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
     """(how many weights were removed, the largest damping of a Hessian or None)."""
-    job = replace(job, share=sharing.once(sharing.alone if job.gone else job.share))  # a later step's model is its own
+    job = replace(job, memo=sharing.once(sharing.unshared if job.gone else job.memo))  # a later step's model is its own
     counts = allocate(job, sparsity)
     removed, dampings = 0, []
     if job.method.criterion in REBUILDING:
@@ -450,19 +450,19 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
     return removed, most
 
 
-def _mask(name: str, method: Weight, weight: Tensor, importance: Tensor, drop: int) -> Tensor:
+def _mask(name: str, method: Weight, weight: Tensor, importance: Tensor, removed: int) -> Tensor:
     try:
-        return keep_mask(method, weight, importance, drop)
+        return keep_mask(method, weight, importance, removed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _zero(name: str, weight: Tensor, keep: Tensor, drop: int) -> int:
-    """Zero what is not kept, and return how many that are. Raises RuntimeError unless they are `drop`, and zero."""
+def _zero(name: str, weight: Tensor, keep: Tensor, asked: int) -> int:
+    """Zero what is not kept, and return how many that are. Raises RuntimeError unless they are `asked`, and zero."""
     surgery.zero_weights(weight, keep)
     removed = keep.numel() - int(keep.sum())
-    if removed != drop:
-        raise RuntimeError(f"{name}: {removed} weights removed, {drop} asked")
-    if torch.count_nonzero(weight) > keep.numel() - drop:
+    if removed != asked:
+        raise RuntimeError(f"{name}: {removed} weights removed, {asked} asked")
+    if torch.count_nonzero(weight) > keep.numel() - asked:
         raise RuntimeError(f"{name}: more weights are left than the mask keeps")
     return removed

@@ -182,7 +182,7 @@ def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """(machine, its rows) where there are several, else all rows under no name.
 
     A dense cell is measured once, on one of the machines. For the others its row lends what is no measurement of the
-    machine, and the dense model's time is that of the turns that it took there with the pruned ones.
+    machine, and the dense model's time is that of the repeats in which it was timed there with the pruned ones.
     """
     machines = rows.machine.unique()
     if len(machines) == 1:

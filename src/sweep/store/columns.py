@@ -158,8 +158,8 @@ MEANINGS: dict[str, tuple[str, str]] = {
         MEASURED,
         "median time of one generated token; compare between cells through `decode_speedup` only",
     ),
-    "dense_prefill_ms_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
-    "dense_decode_ms_per_token_p50": (MEASURED, "the same for the dense model, timed in turn with this one"),
+    "dense_prefill_ms_p50": (MEASURED, "the same for the dense model, timed alternately with this one"),
+    "dense_decode_ms_per_token_p50": (MEASURED, "the same for the dense model, timed alternately with this one"),
     **{
         f"{phase}_speedup{end}": (MEASURED, text)
         for phase in ("prefill", "decode")

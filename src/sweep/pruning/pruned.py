@@ -9,7 +9,7 @@ import pandas as pd
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Pruned:
     targets: int  # weights that could have been removed
     removed: int  # weights that were
     calibration_tokens: int = 0
