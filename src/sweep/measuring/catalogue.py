@@ -22,7 +22,8 @@ import numpy as np
 
 from sweep import cache
 from sweep.config import Benchmarks
-from sweep.measuring import task_identity
+from sweep.measuring import lm_eval_private, task_identity
+from sweep.measuring.lm_eval_private import Known
 from sweep.measuring.task_identity import TASK_FOLDER
 from sweep.settings import RequestError, did_you_mean
 from sweep.texts import corpora, embedded, text
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 _INDEX = 1  # raise when what is kept of a task changes
 _YAML = (".yaml", ".yml")
 _RESERVED = {"calibration", "embedding", "head"}  # columns and fingerprints that are no task's
-Known = dict[str, dict[str, Any]]  # by name: kind, path and tags
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any
             )
     loaded = load(settings, data_root)
     fingerprints = {}
-    with corpora.data_folder(data_root):
-        for name, task in loaded["tasks"].items():
-            shown = shots(task, settings)
-            if settings.num_fewshot and not shown:
-                log.warning("%s shows no examples, whatever benchmarks.num_fewshot is: it says so itself", name)
-            _check_examples(name, task, shown, settings)
-            fingerprints[name] = task_identity.of_task(task, shown, settings.fewshot_seed)
-        fingerprints |= {f"group {name}": task_identity.of_group(group) for name, group in loaded["groups"].items()}
+    for name, task in loaded["tasks"].items():
+        shown = shots(task, settings)
+        if settings.num_fewshot and not shown:
+            log.warning("%s shows no examples, whatever benchmarks.num_fewshot is: it says so itself", name)
+        _check_examples(name, task, shown, settings)
+        fingerprints[name] = task_identity.of_task(task, shown, settings.fewshot_seed)
+    fingerprints |= {f"group {name}": task_identity.of_group(group) for name, group in loaded["groups"].items()}
     return fingerprints
 
 
@@ -156,14 +155,11 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
     folder = Path(settings.include_path).expanduser().resolve() if settings.include_path else None
     if not asked and folder is None:
         return {}, [*settings.tasks], []
-    from lm_eval.tasks._index import TaskIndex
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     theirs, mine, called, unreadable = index(), Known(), dict[Path, str](), list[str]()
-    inside = (path.resolve() for path in TaskIndex._iter_yaml_files(folder)) if folder else ()
+    inside = (path.resolve() for path in lm_eval_private.yaml_files(folder)) if folder else ()
     for path in sorted({*asked.values(), *inside}):
         try:
-            config = load_yaml(path, resolve_func=False)
+            config = lm_eval_private.read_yaml(path)
             name = _checked_name(config.get("group") or config.get("task"))
         except Exception as error:  # whatever the YAML leads the loader to
             reason = " ".join(str(error).split())
@@ -178,14 +174,12 @@ def _own(settings: Benchmarks) -> tuple[Known, list[str], list[str]]:
                 f"{path} calls its task '{name}', as does {other or 'a tag of lm-eval'}: give it a name of its own"
             )
         called[path] = name
-        entries: dict[str, Any] = {}
-        TaskIndex.process_cfg(config, path, entries)
-        for tag, entry in entries.items():  # the task itself, and its tags
+        for tag, entry in lm_eval_private.declared(config, path).items():  # the task itself, and its tags
             if tag == name:
-                mine[name] = {"kind": entry.kind.name, "path": str(path), "tags": sorted(entry.tags)}
+                mine[name] = entry
             elif tag not in theirs:
-                known = mine.setdefault(tag, {"kind": "TAG", "path": None, "tags": []})
-                known["tags"] = sorted({*known["tags"], *entry.tags})
+                before = mine.get(tag, entry)
+                mine[tag] = before | {"tags": sorted({*before["tags"], *entry["tags"]})}
     return mine, [called[asked[task]] if task in asked else task for task in settings.tasks], unreadable
 
 
@@ -198,7 +192,7 @@ def _checked_name(name: Any) -> str:
     return name
 
 
-def _leaves(name: str, known: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _leaves(name: str, known: Known) -> Iterator[str]:
     """The YAML files of a task, or of all tasks of a group or tag."""
     entry = known.get(name)
     if entry is None:  # defined within its group
@@ -217,26 +211,14 @@ def _leaves(name: str, known: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def _declared(path: str, key: str) -> Any:
     """What a task's YAML says under a key; none of its functions is imported."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return load_yaml(Path(path), resolve_func=False, recursive=True).get(key) or []
+    return lm_eval_private.read_yaml(Path(path)).get(key) or []
 
 
-def index() -> dict[str, dict[str, Any]]:
-    """Every task, group and tag of the installed lm-eval: {name: {kind, path, tags}}."""
+def index() -> Known:
+    """Every task, group and tag of the installed lm-eval."""
 
     def search(folder: Path) -> None:
-        from lm_eval.tasks import TaskManager
-
-        entries = {
-            name: {
-                "kind": entry.kind.name,
-                "path": entry.yaml_path and str(entry.yaml_path),
-                "tags": sorted(entry.tags),
-            }
-            for name, entry in TaskManager().task_index.items()
-        }
-        (folder / "index.json").write_text(json.dumps(entries))
+        (folder / "index.json").write_text(json.dumps(lm_eval_private.installed()))
 
     import lm_eval
 
@@ -249,19 +231,14 @@ def load(settings: Benchmarks, data_root: str | None = None) -> dict[str, Any]:
 
     Raises RequestError for data that cannot be found, a user's task that cannot be built, and one that is asked for twice.
     """
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._index import Entry, Kind
-
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    manager, asked = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False), find(settings)
-    for name, entry in asked.known.items():
-        path = Path(entry["path"]) if entry["path"] else None
-        manager.task_index.setdefault(name, Entry(name, Kind[entry["kind"]], path, None, set(entry["tags"])))
+    asked = find(settings)
+    manager = lm_eval_private.manager(TASK_FOLDER, asked.known)
     random.seed(0)  # as lm-eval does: a task may shuffle its documents or choices
     np.random.seed(1234)  # noqa: NPY002
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    with corpora.data_folder(data_root):
+    with lm_eval_private.data_found_in(data_root):
         for name in dict.fromkeys(asked.names):
             found = _build(manager, name, asked.mine, data_root)
             if twice := sorted(loaded["tasks"].keys() & found["tasks"].keys()):
@@ -272,7 +249,7 @@ def load(settings: Benchmarks, data_root: str | None = None) -> dict[str, Any]:
 
 
 def _build(manager: Any, name: str, mine: Known, data_root: str | None) -> dict[str, Any]:
-    """The task, or all tasks of a group or tag; run inside `hub.data_folder`."""
+    """The task, or all tasks of a group or tag; run where its data are found."""
     try:
         return manager.load([name])
     except OSError as error:  # ConnectionError is one

@@ -8,23 +8,18 @@ lm-eval and torch are imported when something is evaluated.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from sweep.config import Benchmarks
-from sweep.measuring import catalogue, classification, words
-from sweep.texts import corpora
+from sweep.measuring import catalogue, classification, lm_eval_private, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,24 +49,12 @@ def evaluate(
     """
     if not settings.tasks:
         return {}, _frame([])
-    tasks = catalogue.load(settings, data_root)
-    with corpora.data_folder(data_root):
-        return _evaluate(model, tokenizer, settings, tasks, dense)
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Benchmarks,
-    tasks: dict[str, Any],
-    dense: Distributions | None,
-) -> tuple[dict[str, Any], Samples]:
-    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would start a pool of processes for each standard error
     import lm_eval
     import torch
 
     from sweep.measuring.scorer import Scorer
 
+    tasks = catalogue.load(settings, data_root)
     for task in tasks["tasks"].values():
         task.set_config(key="num_fewshot", value=catalogue.shots(task, settings))
         task.set_fewshot_seed(settings.fewshot_seed)
@@ -79,7 +62,7 @@ def _evaluate(
     lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
     if dense is not None:
         lm.ids = dense.ids
-    with _lm_eval_silent(), _overflow_is_infinite():
+    with lm_eval_private.alone_and_silent(), lm_eval_private.overflow_is_infinite():
         results = lm_eval.evaluate(
             lm,
             tasks,
@@ -272,47 +255,6 @@ def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[di
         for name in ("precision", "recall", "f1"):
             found.pop(name, None)
     return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
-
-
-@contextlib.contextmanager
-def _lm_eval_silent() -> Iterator[None]:
-    """Without lm-eval's own lines and progress bars, which it draws even into a log file; the scorer draws one."""
-    import lm_eval.api.task
-    import tqdm
-
-    def bare(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
-        return iterable
-
-    places = [(tqdm, tqdm.tqdm), (lm_eval.api.task, lm_eval.api.task.tqdm)]
-    try:
-        for module, _ in places:
-            module.tqdm = bare
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for module, bar in places:
-            module.tqdm = bar
-
-
-@contextlib.contextmanager
-def _overflow_is_infinite() -> Iterator[None]:
-    """A perplexity or standard error beyond what a float holds is infinite, where lm-eval raises and all is lost."""
-    from lm_eval.api import metrics
-
-    deviation = metrics.sample_stddev
-
-    def unbounded(values: Sequence[float]) -> float:
-        try:
-            return math.inf if any(map(math.isinf, values)) else deviation(values)
-        except OverflowError:  # Python's floats raise it when they are squared
-            return math.inf
-
-    try:
-        metrics.math = SimpleNamespace(**vars(math) | {"exp": words.exp})
-        metrics.sample_stddev = unbounded
-        yield
-    finally:
-        metrics.math, metrics.sample_stddev = math, deviation
 
 
 def _keyed(metric: str, filter_name: str) -> str:

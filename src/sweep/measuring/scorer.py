@@ -27,7 +27,6 @@ import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -325,10 +324,11 @@ class Scorer(HFLM):
         prefix = self.whole.decode(self.prefix)
         found: dict[str, list[int]] = {}
         for begun in (False, True):
-            options = _add_special_kwargs(add_special_tokens, self.add_bos_token)
+            adds = self.add_bos_token if add_special_tokens is None else add_special_tokens
             if add_special_tokens is None and begun:
-                options["add_special_tokens"] = False  # the text begins with the special token itself
-            some = [t for t in dict.fromkeys(texts) if bool(has_bos_prefix(t, prefix)) == begun]
+                adds = False  # the text begins with the special token itself
+            options = {} if adds is None else {"add_special_tokens": adds}  # else as the tokenizer does by itself
+            some = [t for t in dict.fromkeys(texts) if t.startswith(prefix) == begun]
             if some:
                 found |= dict(zip(some, self.whole(some, verbose=False, **options)["input_ids"], strict=True))
         return [found[text] for text in texts]

@@ -53,9 +53,11 @@ def joined(corpus: Corpus, data_root: str | None, asked: str) -> str:
     import datasets
 
     files = {corpus.split: corpus.file} if corpus.file else None
+    place = Path(data_root).expanduser().absolute() / corpus.dataset if data_root else None
+    found, kept = (str(place), copies()) if place and place.is_dir() else (corpus.dataset, None)
     try:
-        with data_folder(data_root):
-            rows = datasets.load_dataset(corpus.dataset, corpus.subset, data_files=files, split=corpus.split)
+        with without_bars() if kept else contextlib.nullcontext():
+            rows = datasets.load_dataset(found, corpus.subset, data_files=files, split=corpus.split, cache_dir=kept)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise RequestError(missing(asked, data_root, error)) from error
     if corpus.column not in rows.column_names:
@@ -79,23 +81,20 @@ def missing(asked: str, data_root: str | None, error: Exception) -> str:
     )
 
 
+def copies() -> Path:
+    """Where datasets keeps what it makes of the files in a `data_root`: the user's own cache may not be writable."""
+    return cache.folder().absolute() / "datasets"
+
+
 @contextlib.contextmanager
-def data_folder(data_root: str | None) -> Iterator[None]:
-    """Work in `data_root`, where datasets finds `org/name` before it asks the hub, and keep its copies in our cache."""
-    if data_root is None:
-        yield
-        return
+def without_bars() -> Iterator[None]:
+    """While open, datasets draws no progress bars: what lies on a disk is soon read."""
     import datasets
 
-    before, kept = Path.cwd(), datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = cache.folder() / "datasets"  # the user's own may not be writable
-    bars = datasets.are_progress_bars_disabled()
+    disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    os.chdir(Path(data_root).expanduser())
     try:
         yield
     finally:
-        os.chdir(before)
-        datasets.config.HF_DATASETS_CACHE = kept
-        if not bars:
+        if not disabled:
             datasets.enable_progress_bars()
