@@ -9,10 +9,8 @@ passes through the parent, which keeps its end: what C code said before it died 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import functools
-import multiprocessing
 import os
 import re
 import signal
@@ -21,21 +19,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sweep import locks, machine, store, turns
+from sweep import forkserver, locks, machine, store, turns
 from sweep.config import Cell
 
 T = TypeVar("T")
 
 # None of them starts CUDA. The last is what a child imports first, being the program that its parent runs.
 _PRELOAD = ["sweep.run", "lm_eval.models.huggingface", "lm_eval.tasks", "pandas", "pyarrow.parquet", "sweep.__main__"]
-_PR_SET_PDEATHSIG = 1
 _POLL = 0.05  # seconds between looks at a child's memory: what it may take beyond the limit before it is ended
 _GRACE = 20.0  # seconds from the report of a row to the end of the process
 _TAIL = 4000  # characters of standard error that a row keeps
@@ -146,24 +142,10 @@ def _cause(exitcode: int | None, ooms: int) -> tuple[Status, str]:
 
 
 def _context() -> ForkServerContext:
-    if (
-        multiprocessing.get_start_method(allow_none=True) == "loky"
-    ):  # a worker of joblib; its children know no such method
-        multiprocessing.set_start_method("forkserver", force=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # a progress bar in a log file is noise; tqdm reads this when it is imported
     os.environ.update(machine.thread_settings())  # read when the server loads torch
-    # Ctrl-C is the parent's matter. What the server blocks, its children block from their first moment on; before it,
-    # the resource tracker is started, since that would unblock the signal here.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return forkserver.started(_PRELOAD)
 
 
 def _child(
@@ -179,7 +161,7 @@ def _child(
     errors.close()  # so that its end is seen when this process ends
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    _die_with_the_sweep()
+    forkserver.end_with_the_parent()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     locks.on_wait(reports.send)
@@ -201,22 +183,6 @@ def _run_cell(cell: Cell, save_model: str | None, command: str) -> tuple[dict[st
     from sweep.run import run_cell  # here, so that the parent loads no torch
 
     return run_cell(cell, save_model, command)
-
-
-def _die_with_the_sweep() -> None:
-    """No cell outlives its sweep: a killed parent ends the forkserver, and that ends this process.
-
-    The forkserver ends when nobody holds the other end of its pipe any more, and hands that end to every child, which
-    would so keep it alive. This child starts no others, and gives it up.
-    """
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # the kernel, short of memory, is to choose the cell and not the sweep
-            Path("/proc/self/oom_score_adj").write_text("500")
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it died before the line above
-        os._exit(1)
 
 
 def record(known: dict[str, Any], results: str, status: Status, error: str) -> Ending:
@@ -329,7 +295,7 @@ def ask(question: Callable[..., T], *arguments: Any) -> T:
 
 
 def _answer(question: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
-    _die_with_the_sweep()
+    forkserver.end_with_the_parent()
     try:
         with turns.working():  # it may read a whole checkpoint: not beside a cell that is timed
             answer.send((question(*arguments), None))
