@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from conftest import random_tokens, tiny_model
 from sweep import cache
 from sweep.models import anatomy
-from sweep.pruning import drop, methods, unit_requests, units
+from sweep.pruning import drop, drop_file, methods, unit_requests, units
 from sweep.pruning.families import Drop, Head, Layer, Neuron
 from sweep.settings import RequestError
 
@@ -188,13 +189,12 @@ def test_a_measurement_that_is_killed_counts_nothing_that_it_did_not_measure(cac
     assert len(left) == 2 and all(cache.damage(entry.path) is None for entry in cache.entries())
 
 
-def test_a_measurement_that_is_saved_now_and_then_loses_little(
+def test_a_killed_measurement_keeps_every_unit_that_was_measured(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
     ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
     monkeypatch.setattr(drop, "TOKENS_AT_ONCE", 48)  # two units at a time
-    monkeypatch.setattr(drop, "_SAVED_EVERY", 0.0)
     measured, original = list[int](), drop.Resumed.ablated
 
     def ablated(self: drop.Resumed, ablation: drop.Ablation, wanted: Sequence[int], stop: int = 6) -> Iterator:
@@ -202,7 +202,7 @@ def test_a_measurement_that_is_saved_now_and_then_loses_little(
             measured.extend(indices)
             yield indices, values
             if len(measured) == stop:
-                os._exit(9)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
     if not child:
@@ -219,13 +219,35 @@ def test_what_is_damaged_is_measured_again(cache_folder: Path) -> None:
     ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
     _, expected = drop.likelihoods(model, probe, [ablation])
     (whole,) = cache.entries()
-    part = whole.path.with_name(f".{whole.path.name}.part")
-    for damaged in (b"", (whole.path / "measured.npz").read_bytes()[:-9], bytes(100)):
+    part, file = whole.path.with_name(f".{whole.path.name}.part"), whole.path / drop_file.LAYOUT[0]
+    for damaged in (b"", file.read_bytes()[:-9], bytes(100), file.read_bytes().replace(b"seconds", b"minutes")):
         whole.path.rename(part)
-        (part / "measured.npz").write_bytes(damaged)
+        (part / file.name).write_bytes(damaged)
         np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
-        (whole.path / "measured.npz").write_bytes(damaged)
+        file.write_bytes(damaged)
         np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
+
+
+def test_a_row_that_was_half_put_is_measured_again(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = tiny_model("llama"), drop.probe_of_text(random_tokens(3, 9))
+    ablation = drop.Ablation(0, units.parts(model, Neuron())[0].output, list(torch.arange(8).view(-1, 1)))
+    _, expected = drop.likelihoods(model, probe, [ablation])
+    (whole,) = cache.entries()
+    part = whole.path.with_name(f".{whole.path.name}.part")
+    measured, original = list[int](), drop.Resumed.ablated
+
+    def ablated(self: drop.Resumed, ablation: drop.Ablation, wanted: Sequence[int]) -> Iterator:
+        measured.extend(wanted)
+        return original(self, ablation, wanted)
+
+    monkeypatch.setattr(drop.Resumed, "ablated", ablated)
+    for field in drop_file.whole(whole.path).dtype.names:
+        rows = drop_file.begun(whole.path, 8, len(probe.options))
+        rows[field][3] = np.nan
+        whole.path.rename(part)
+        np.testing.assert_array_equal(drop.likelihoods(model, probe, [ablation])[1], expected)
+        assert measured == [3]
+        measured.clear()
 
 
 def test_answers_that_begin_alike_share_a_row() -> None:

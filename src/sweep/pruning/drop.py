@@ -13,13 +13,9 @@ answer of a question). An option's log-likelihood is the sum over its scored tok
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep import cache, confusion, cost, versions
 from sweep.models import anatomy, reading
 from sweep.models.logits import Tail, descend, given
-from sweep.pruning import normaliser
+from sweep.pruning import drop_file, normaliser
 from sweep.pruning.calibrate import exact_device, inputs_observed
 from sweep.pruning.families import Drop
 from sweep.pruning.unit_requests import HIGHER_IS_WORSE
@@ -46,9 +42,6 @@ from sweep.texts import embedded, text
 log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 1024  # C * R * T in one pass through the later blocks
-_TABLE = "measured.npz"  # of a block, in the cache, with what it cost
-_COLUMNS = ["log_likelihoods", *(f.name for f in dataclasses.fields(cost.Cost))]  # of a table
-_SAVED_EVERY = 10.0  # seconds; what a killed measurement loses at most
 TOLERANCE = 1e-4  # nats: the most that a position's log-normaliser may be off, by proof; by experience a hundredth
 PAYS = 2  # sparing the head costs as much as d heads: so many times d units and it pays
 EXPANSION_BYTES = 2**30  # of covariances, (d, d) a position; the head is not spared at further positions
@@ -236,91 +229,63 @@ def likelihoods(
         with progress as bar, cost.Meter(model) as meter:
             for ablation in ablations:
                 measure = functools.partial(_measure, run, ablation, bar=bar, meter=meter, spare_head=spare_head)
+                shape = len(ablation.columns), len(base)
                 if resume:
-                    name = text.fingerprint(
-                        [*key, _COLUMNS, spare_head, ablation.block, [c.tolist() for c in ablation.columns]]
-                    )
-                    found.append(_kept(name, measure))
+                    columns = [c.tolist() for c in ablation.columns]
+                    name = text.fingerprint([*key, drop_file.LAYOUT, spare_head, ablation.block, columns])
+                    rows = _kept(name, shape, measure)
                 else:
-                    found.append(measure(None))
+                    measure(rows := drop_file.blank(*shape))
+                found.append(rows["log_likelihoods"][:-1])
                 done += (depth - ablation.block) * len(ablation.columns)
                 bar.update(done - bar.n)  # what lay in the cache
         return base, found
 
 
-def _kept(name: str, measure: Callable[[Path], object]) -> np.ndarray:
-    """A block's table from the cache: measured when it is not there, and again when it is damaged."""
-    here: list[object] = []  # else another has measured it, and what it spent is to be counted
+def _kept(name: str, shape: tuple[int, int], measure: Callable[[np.ndarray], object]) -> np.ndarray:
+    """A block's rows from the cache: measured when they are not there, and again when they are damaged.
 
-    def make(half: Path) -> None:
-        here.append(measure(half / _TABLE))
+    shape  (units, O)
+    """
+    here: list[Path] = []  # else another has measured them, and what it spent is to be counted
 
-    folder = cache.entry("drops", name, make, resumable=True)
+    def made(half: Path) -> None:
+        here.append(half)
+        measure(drop_file.begun(half, *shape))
+
+    folder = cache.entry("drops", name, made, resumable=True)
     if problem := cache.damage(folder):
         log.warning("%s in the cached measurement %s; measuring again", problem, folder)
         cache.discard(folder)
-        folder = cache.entry("drops", name, make, resumable=True)
-    table, spent = _read(folder / _TABLE)
+        folder = cache.entry("drops", name, made, resumable=True)
+    rows = drop_file.whole(folder)
     if not here:
-        cost.charge(spent)
-    return table
+        cost.charge(drop_file.cost(rows))
+    return rows
 
 
 def _measure(
-    run: Resumed, ablation: Ablation, file: Path | None, *, bar: Any, meter: cost.Meter, spare_head: bool
-) -> np.ndarray:
-    """(units, O) log-likelihoods with one unit left out; what `file` holds of them is measured, and the rest goes there.
-
-    A part of a table is kept with what its units cost, a whole one also with the preparations, which whoever goes on
-    from a part makes again: so nothing is counted twice, nor left out.
-    """
-    table, earlier = _begun(file, (len(ablation.columns), len(run.probe.options)))
-    cost.charge(earlier)
-    missing = np.flatnonzero(np.isnan(table).any(1)).tolist()
+    run: Resumed, ablation: Ablation, rows: np.ndarray, *, bar: Any, meter: cost.Meter, spare_head: bool
+) -> None:
+    """Fill the rows of the units that are not measured, and count what those that are have cost."""
+    measured = drop_file.is_measured(rows)
+    missing = np.flatnonzero(~measured[:-1]).tolist()
+    measured[-1] &= not missing  # the preparations of another, which are made again
+    cost.charge(drop_file.cost(rows[measured]))
     depth = len(run.blocks) - ablation.block
-    bar.update(depth * (len(table) - len(missing)))
+    bar.update(depth * (len(ablation.columns) - len(missing)))
     if not missing:
-        return table
+        return
     before = meter.spent()
     if spare_head:
         run.spare_head()
     batches = run.ablated(ablation, missing)
-    begun, saved, spent = meter.spent(), time.monotonic(), earlier
-    try:
-        for indices, values in batches:
-            table[indices] = values
-            spent = earlier + meter.since(begun)
-            bar.update(depth * len(indices))
-            if file is not None and time.monotonic() > saved + _SAVED_EVERY and np.isnan(table).any():
-                _save(file, table, spent)
-                saved = time.monotonic()
-        spent = earlier + meter.since(before)
-    finally:
-        if file is not None:
-            _save(file, table, spent)
-    return table
-
-
-def _begun(file: Path | None, shape: tuple[int, int]) -> tuple[np.ndarray, cost.Cost]:
-    """What is measured of a table (units, O), NaN where nothing is: nothing of a file that is not there or damaged."""
-    damage = (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
-    if file is not None:
-        with contextlib.suppress(*damage):
-            table, spent = _read(file)
-            if table.shape == shape:
-                return table, spent
-    return np.full(shape, np.nan), cost.Cost()
-
-
-def _read(file: Path) -> tuple[np.ndarray, cost.Cost]:
-    with np.load(file) as stored:  # which compares checksums
-        table, *spent = (stored[name] for name in _COLUMNS)
-    return table, cost.Cost(*(number.item() for number in spent))
-
-
-def _save(file: Path, table: np.ndarray, spent: cost.Cost) -> None:
-    columns = dict(zip(_COLUMNS, (table, *dataclasses.astuple(spent)), strict=True))
-    cache.write(file, lambda handle: np.savez(handle, **columns))
+    drop_file.put(rows, [-1], run.whole()[None], meter.since(before))
+    before = meter.spent()
+    for units, values in batches:
+        drop_file.put(rows, units, values, meter.since(before))
+        before = meter.spent()
+        bar.update(depth * len(units))
 
 
 def first_order(model: PreTrainedModel, probe: Probe, outputs: Sequence[anatomy.Linear]) -> list[Tensor]:
