@@ -1,8 +1,10 @@
-"""The diagnostic: its rank correlation is scipy's, its sample is what was asked for, and its files are written."""
+"""The diagnostic of the study neuron_importance: its rank correlation is scipy's, its sample is what was asked for, and its files are written."""
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,26 +13,38 @@ import torch
 from scipy.stats import spearmanr
 
 from conftest import random_tokens, tiny_model
-from sweep import importance
 from sweep.models import anatomy
 from sweep.pruning import families, units
 from sweep.pruning.families import Neuron
 from sweep.settings import RequestError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "neuron_importance" / "diagnose.py"
+diagnose = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:
     draw = np.random.default_rng(0)
     x = draw.integers(0, 9, 40).astype(float)
     y = x + draw.normal(size=40)
-    assert importance.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert np.isnan(importance.spearman(x, np.ones(40)))
-    low, high = importance.interval(x, y, draws=500)
-    assert low < importance.spearman(x, y) < high
+    assert diagnose.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert np.isnan(diagnose.spearman(x, np.ones(40)))
+
+
+def test_the_interval_is_seeded_and_holds_what_it_is_of() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 9, 40).astype(float)
+    y = x + draw.normal(size=40)
+    low, high = diagnose.interval(x, y)
+    assert low < diagnose.spearman(x, y) < high and (low, high) == diagnose.interval(x, y)
+    assert (low, high) != diagnose.interval(x, y, seed=1)
+    assert np.isnan(diagnose.interval(x, np.ones(40))).all()
+    seldom = np.array([0.0, 0.0, 0.0, 1.0])  # of a third of the draws nothing can be said
+    assert np.isfinite(diagnose.interval(seldom, np.arange(4.0))).all()
 
 
 def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) -> None:
     model, tokens = tiny_model("llama"), random_tokens(4, 9)
-    frame = importance.measure(model, tokens, 12, seed=3)
+    frame = diagnose.measure(model, tokens, 12, seed=3)
     assert len(frame) == 12 and not frame.duplicated(["block", "unit"]).any()
     row = frame.iloc[-1]
     with torch.no_grad():
@@ -46,7 +60,7 @@ def test_drops_and_proxies_are_those_of_the_sampled_units(cache_folder: Path) ->
     for name in families.PROXIES:
         assert frame[name].notna().all()
     # to first order the drop of one of 48 small neurons is its signed Taylor term
-    summary = importance.summarise(frame).set_index("criterion")
+    summary = diagnose.summarise(frame).set_index("criterion")
     assert summary.with_drop["drop"] == 1.0 and summary.with_drop["taylor"] > 0.9
 
 
@@ -64,7 +78,7 @@ def test_the_command_writes_tables_and_figure(tiny_checkpoint: Path, tmp_path: P
         "--tokens",
         "16",
     ]
-    importance.main(arguments)
+    diagnose.main(arguments)
     summary = pd.read_parquet(tmp_path / "out" / "summary.parquet")
     assert set(summary.criterion) == {"drop", *families.PROXIES}
     assert (summary.with_drop_low <= summary.with_drop_high).all()
@@ -82,9 +96,9 @@ def test_the_command_writes_tables_and_figure(tiny_checkpoint: Path, tmp_path: P
 )
 def test_a_wrong_request_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=message):
-        importance.main([str(tmp_path), *arguments])
+        diagnose.main([str(tmp_path), *arguments])
 
 
 def test_a_sample_larger_than_the_model_is_refused(cache_folder: Path) -> None:
     with pytest.raises(RequestError, match="--units must be 2 to 48, the neurons of the model; got 49"):
-        importance.measure(tiny_model("llama"), random_tokens(2, 6), 49, 0)
+        diagnose.measure(tiny_model("llama"), random_tokens(2, 6), 49, 0)

@@ -1,4 +1,4 @@
-"""How far each proxy of importance is from the truth: `python -m sweep.importance FOLDER`.
+"""How far each proxy of importance is from the truth: `python experiments/neuron_importance/diagnose.py FOLDER`.
 
 For a random sample of FFN neurons, the exact increase of the loss when one is removed, and what every proxy says of it
 on the same text, so that a difference is the proxy's and not the text's. Written to FOLDER: `units.parquet` (one row a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from scipy.stats import rankdata
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,21 +35,23 @@ from sweep.texts import text
 _DRAWS = 2000
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation; ties get their mean rank. NaN where one of the two is constant."""
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm > 0 else float("nan")
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+    """Rank correlation, which is Pearson's of the ranks; ties get their mean rank. NaN where one of the two is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return stats.pearsonr(*(stats.rankdata(values, axis=axis) for values in (x, y)), axis=axis).statistic
 
 
-def interval(x: np.ndarray, y: np.ndarray, draws: int = _DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the rank correlation, by drawing pairs with replacement."""
-    draw = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        chosen = draw.integers(len(x), size=len(x))
-        values.append(spearman(x[chosen], y[chosen]))
-    low, high = np.nanquantile(values, [0.025, 0.975])
+def interval(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the rank correlation, by drawing pairs with replacement.
+
+    Draws in which one of the two is constant say nothing, and are left out.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        drawn = stats.bootstrap((x, y), spearman, paired=True, n_resamples=_DRAWS, method="percentile", rng=seed)
+    known = drawn.bootstrap_distribution[~np.isnan(drawn.bootstrap_distribution)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 
@@ -93,7 +96,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         halves = frame[f"{name}_half_0"].to_numpy(), frame[f"{name}_half_1"].to_numpy()
         row: dict[str, Any] = {"criterion": name, "units": len(frame)}
         for column, pair in (("with_drop", (score, exact)), ("with_size", (score, abs(exact))), ("halves", halves)):
-            row[column] = spearman(*pair)
+            row[column] = float(spearman(*pair))
             row[f"{column}_low"], row[f"{column}_high"] = interval(*pair)
         rows.append(row)
     return pd.DataFrame(rows).sort_values("with_drop", ascending=False, ignore_index=True)
@@ -144,9 +147,7 @@ def find_model(name: str, path: str | None) -> Model:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, and print the summary."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sweep.importance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="receives the tables and the figure")
     parser.add_argument("--model", default="smollm2", help="a name in conf/model")
     parser.add_argument("--path", help="checkpoint folder of --model local")
