@@ -26,9 +26,9 @@ def test_every_family_with_a_record_is_tested() -> None:
 def test_the_parts_of_a_family_are_all_matrices_of_its_blocks(family: str) -> None:
     model = tiny_model(family)
     found = zip(anatomy.blocks(model), anatomy.ffns(model), anatomy.attentions(model), strict=True)
-    for block, *parts in found:
+    for block, ffn, attention in found:
         held = {id(parameter) for parameter in block.parameters() if parameter.ndim == 2}
-        assert {id(linear.weight) for part in parts for linear in (*part.inputs, part.output)} == held
+        assert {id(m.weight) for m in (*ffn.inputs, ffn.output, *attention.inputs, attention.output)} == held
     assert len(anatomy.linears(model)) == sum(p.ndim == 2 for b in anatomy.blocks(model) for p in b.parameters())
 
 

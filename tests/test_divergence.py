@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
 from sweep.measuring import divergence, quality, scorer
-from sweep.models import remapping, surgery
+from sweep.models import cut_tokenizer, surgery
 from sweep.pruning.families import Dense
 from sweep.texts import embedded
 
@@ -92,7 +92,7 @@ def test_a_smaller_vocabulary_keeps_its_probabilities(tiny_checkpoint: Path, cac
     kept = [i for i in range(len(tokenizer)) if i not in unused]
     surgery.remove_tokens(model, torch.tensor(kept))
     found, _ = quality.evaluate(
-        model, remapping.remapped(tokenizer, kept), cell.benchmarks, None, divergence.of_dense(cell)
+        model, cut_tokenizer.remapped(tokenizer, kept), cell.benchmarks, None, divergence.of_dense(cell)
     )
     assert np.isfinite(found["pydoc/kl_from_dense"]) and 0 <= found["pydoc/kl_from_dense"] < 0.5
 

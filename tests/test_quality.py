@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sweep.config import Benchmarks, Perplexity
 from sweep.measuring import classification, perplexity, quality, words
-from sweep.models import remapping, surgery
+from sweep.models import cut_tokenizer, surgery
 from sweep.texts import embedded
 from test_identity import write_task
 
@@ -114,7 +114,7 @@ def without(loaded: Loaded, lost: str) -> Loaded:
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in set(lost)]
     surgery.remove_tokens(model, torch.tensor(kept))
-    return model, remapping.remapped(tokenizer, kept)
+    return model, cut_tokenizer.remapped(tokenizer, kept)
 
 
 def literal(loaded: Loaded, context: list[int], text: str, lost: str) -> float:
@@ -177,7 +177,7 @@ def test_a_model_without_letters_is_no_better_for_it(loaded: Loaded) -> None:
 def test_rows_of_tokens_by_band_are_those_of_the_dense_model(loaded: Loaded) -> None:
     model, tokenizer = loaded
     kept = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) not in ("a", "b")]
-    found = quality.rows_by_band(quality.token_rows(model), tokenizer, remapping.remapped(tokenizer, kept))
+    found = quality.rows_by_band(quality.token_rows(model), tokenizer, cut_tokenizer.remapped(tokenizer, kept))
     bands = words.of_vocabulary(tokenizer, range(len(tokenizer)))
     for matrix, weight in (("embedding", model.get_input_embeddings().weight), ("head", model.lm_head.weight)):
         for i, name in enumerate(words.BANDS):

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import config, plan, saving, settings
-from sweep.models import checkpoint, remapping
+from sweep.models import checkpoint, cut_tokenizer
 from sweep.pruning import families, methods
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
@@ -90,7 +90,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     tokenizer  of a cut vocabulary, the one that `prune` returned
     Raises RequestError for a folder that holds anything else.
     """
-    rows, kept = model.get_input_embeddings().weight.shape[0], remapping.kept_ids(tokenizer)
+    rows, kept = model.get_input_embeddings().weight.shape[0], cut_tokenizer.kept_ids(tokenizer)
     if tokenizer.vocab_size > rows or (kept is not None and len(kept) != rows):
         raise RequestError(
             f"the model knows {rows} tokens and the tokenizer {tokenizer.vocab_size}: after a vocabulary was cut, "

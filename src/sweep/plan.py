@@ -132,7 +132,7 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
     convert  GGUF files that were never converted are converted, where cells run that would do it
     Raises RequestError.
     """
-    from sweep.models import loading, remapping
+    from sweep.models import cut_tokenizer, loading
 
     loading.quiet()
     tokenizers = {model: loading.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
@@ -141,7 +141,7 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
             if cell.benchmarks.tasks:
                 loading.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
             if isinstance(cell.method, Vocab):
-                remapping.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
+                cut_tokenizer.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
 
 
 def _check_calibration(asked: Calibration, data_root: str | None) -> None:

@@ -73,9 +73,9 @@ def measure(
     if settings.source is None:
         return {}, pd.DataFrame()
     from sweep.measuring import scorer
-    from sweep.models import reading
+    from sweep.models import token_ids
 
-    stream = reading.stream(tokenizer, joined(settings.source, data_root))
+    stream = token_ids.stream(tokenizer, joined(settings.source, data_root))
     count = len(stream) // settings.seqlen
     if settings.source == "c4":
         count = min(count, _C4_WINDOWS)
@@ -86,8 +86,8 @@ def measure(
         )
     count = min(count, settings.windows or count)
     windows = np.array(stream[: count * settings.seqlen]).reshape(count, settings.seqlen)
-    told = ~np.isin(windows[:, 1:], reading.special(tokenizer))
-    rows = reading.Rows.of(tokenizer, reading.embedded(model))
+    told = ~np.isin(windows[:, 1:], token_ids.special(tokenizer))
+    rows = token_ids.Rows.of(tokenizer, token_ids.embedded(model))
     scored = scorer.score(
         model,
         [(window, settings.seqlen - 1) for window in rows(windows).tolist()],

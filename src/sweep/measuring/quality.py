@@ -142,13 +142,13 @@ def rows_by_band(
     rows    `token_rows` of the dense model; rows of no token are left out, as are tokens without a row
     pruned  the tokenizer of the pruned model, which knows the ids that it kept
     """
-    from sweep.models import reading, remapping
+    from sweep.models import cut_tokenizer, token_ids
 
-    ids = reading.known(dense)
-    bands = words.of_vocabulary(remapping.original(dense), ids)
+    ids = token_ids.known(dense)
+    bands = words.of_vocabulary(cut_tokenizer.original(dense), ids)
     found: dict[str, float] = {}
     for matrix, norms in rows.items():
-        before, after = (reading.Rows.of(tokenizer, len(norms)) for tokenizer in (dense, pruned))
+        before, after = (token_ids.Rows.of(tokenizer, len(norms)) for tokenizer in (dense, pruned))
         here = (before.table[ids] >= 0) & ~before.removed[ids]
         kept = np.flatnonzero(~after.removed[ids[here]])
         by_band = words.rows_by_band(bands[here], norms[before.table[ids[here]]], kept)

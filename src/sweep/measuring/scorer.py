@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.models import reading, remapping
+from sweep.models import cut_tokenizer, token_ids
 from sweep.models.logits import Tail
-from sweep.models.reading import Rows
+from sweep.models.token_ids import Rows
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def widest_tree(model: PreTrainedModel) -> int:
     if config._attn_implementation not in ("sdpa", "eager"):
         return 0
     shared, own = 8, 4  # tokens
-    pairs = np.random.default_rng(0).integers(0, reading.embedded(model), (4, shared + 2 * own)).tolist()
+    pairs = np.random.default_rng(0).integers(0, token_ids.embedded(model), (4, shared + 2 * own)).tolist()
     trees, chains = [], []
     for pair in pairs:
         paths = tuple(pair[: shared + own]), (*pair[:shared], *pair[shared + own :])
@@ -309,11 +309,11 @@ class Scorer(HFLM):
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
         )
         self.budget = batch_size * TOKENS_PER_ROW
-        self.whole = remapping.original(tokenizer)  # all ids here are its
-        self.rows = reading.Rows.of(tokenizer, reading.embedded(model))
+        self.whole = cut_tokenizer.original(tokenizer)  # all ids here are its
+        self.rows = token_ids.Rows.of(tokenizer, token_ids.embedded(model))
         self.prefix = int(self.whole.eos_token_id if self.whole.bos_token_id is None else self.whole.bos_token_id)
-        self.before, self.after = reading.around(tokenizer)
-        self.special = reading.special(tokenizer)
+        self.before, self.after = token_ids.around(tokenizer)
+        self.special = token_ids.special(tokenizer)
         self.texts: dict[tuple[str, ...], Text] = {}
         self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `alternatives`
         self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
@@ -336,14 +336,14 @@ class Scorer(HFLM):
     def unended(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Each text with what the tokenizer puts before it, once, and without what it puts behind it."""
         before = self.before if add_special_tokens else []
-        return [before + ids for ids in reading.own(self.whole, texts, before)]
+        return [before + ids for ids in token_ids.own(self.whole, texts, before)]
 
     def offsets(self, text: str) -> list[tuple[int, int]] | None:
         """Where each of the text's own tokens stands in it; None when the tokenizer cannot tell."""
         if not self.whole.is_fast:
             return None
         encoded = self.whole(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoded["offset_mapping"][reading.begun(encoded["input_ids"], self.before or [self.prefix]) :]
+        return encoded["offset_mapping"][token_ids.begun(encoded["input_ids"], self.before or [self.prefix]) :]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
@@ -403,7 +403,7 @@ class Scorer(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [str(request.args[0]) for request in requests]
         beginning = self.before or [self.prefix]
-        own = reading.own(self.whole, texts, beginning)
+        own = token_ids.own(self.whole, texts, beginning)
         ours = [self._windows(ids, beginning) for ids in own]
         theirs = [self._windows(ids, [self.prefix]) for ids in self.encode(texts)]
         wanted = {i for i, text in enumerate(texts) if self.top or text in self.ids}

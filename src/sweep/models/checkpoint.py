@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from sweep.formats import bitmap
-from sweep.models import anatomy, headers, origin, remapping, stored, surgery
+from sweep.models import anatomy, cut_tokenizer, headers, origin, pretrained, surgery
 from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
@@ -41,18 +41,18 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:  # whatever the configuration said
         model.config.tie_word_embeddings = False
-    kept = None if tokenizer is None else remapping.kept_ids(tokenizer)
+    kept = None if tokenizer is None else cut_tokenizer.kept_ids(tokenizer)
     plain = kept is None and is_plain(model)
     # else under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
     type(model).save_pretrained(model, folder, save_original_format=plain)
     if tokenizer is not None:
-        remapping.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
+        cut_tokenizer.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
     (folder / FILE).unlink(missing_ok=True)  # of a model that was saved there before
     if plain:
         return
     facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
     if kept is not None:
-        facts["token_rows"] = remapping.rows_before(tokenizer)
+        facts["token_rows"] = cut_tokenizer.rows_before(tokenizer)
     compressed = {name: m.in_features for name, m in model.named_modules() if isinstance(m, bitmap.BitmapLinear)}
     facts |= {"format": COMPRESSED_FORMAT, "bitmap_columns": compressed} if compressed else {}
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
@@ -92,7 +92,7 @@ def load_model(
         raise RequestError(f"{folder} is no checkpoint: there is no config.json in it")
     kind = getattr(torch, dtype) if dtype else "auto"
     facts = _facts(path)
-    model = _load_own(path, facts, kind, **options) if facts else stored.load(path, kind, **options)
+    model = _load_own(path, facts, kind, **options) if facts else pretrained.load(path, kind, **options)
     return model.to(device).eval(), _tokenizer(path, facts, **options)
 
 
@@ -104,7 +104,7 @@ def check(folder: Path) -> PreTrainedTokenizerBase | None:
     facts = _facts(folder)
     if not facts.get("bitmap_columns"):
         _load_own(folder, facts, "auto", place="meta")
-    stored.check_finite(folder)
+    pretrained.check_finite(folder)
     return _tokenizer(folder, facts)
 
 
@@ -127,14 +127,14 @@ def _tokenizer(path: Path, facts: dict[str, Any], **options: Any) -> PreTrainedT
     if not headers.has_tokenizer(place):
         return None
     tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    return tokenizer if kept is None else remapping.remapped(tokenizer, kept, facts.get("token_rows"))
+    return tokenizer if kept is None else cut_tokenizer.remapped(tokenizer, kept, facts.get("token_rows"))
 
 
 def _load_own(
     path: Path, facts: dict[str, Any], dtype: torch.dtype | str, place: str = "cpu", **options: Any
 ) -> PreTrainedModel:
     """The model of a folder with `sweep.json`; on the device "meta" without its numbers."""
-    weights = stored.tensors(path, place)
+    weights = pretrained.tensors(path, place)
     config = AutoConfig.from_pretrained(path, **options)
     with torch.device(place):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
@@ -153,7 +153,7 @@ def _load_own(
             if name in weights and weights[name].shape != shape
         ],
     }
-    stored.refuse(told, str(path))
+    pretrained.refuse(told, str(path))
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     return model

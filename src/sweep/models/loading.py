@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sweep import cache
 from sweep.config import Model
-from sweep.models import checkpoint, headers, origin, stored
+from sweep.models import checkpoint, headers, origin, pretrained
 from sweep.models.decoders import DECODERS
 from sweep.settings import RequestError
 
@@ -58,7 +58,7 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
             loaded, tokenizer = checkpoint.load_model(place, dtype, **options)
         else:
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            loaded = stored.load(place, getattr(torch, dtype), **options)
+            loaded = pretrained.load(place, getattr(torch, dtype), **options)
     except RequestError:
         raise
     except (OSError, ValueError) as error:
@@ -66,7 +66,7 @@ def load(model: Model, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     if tokenizer is None:
         raise RequestError(f"model {model.name}: {place} holds no tokenizer: save the model with sweep.save")
     loaded = loaded.to(device).eval()
-    if wrong := stored.not_finite(loaded.named_parameters()):
+    if wrong := pretrained.not_finite(loaded.named_parameters()):
         advice = "try dtype=bfloat16 or float32" if dtype == "float16" else "the checkpoint is damaged"
         raise RequestError(
             f"{place} has NaN or infinite numbers in {len(wrong)} of its tensors ({headers.some(wrong)}) as "
@@ -101,7 +101,7 @@ def check(model: Model, *, convert: bool = False) -> PreTrainedTokenizerBase | N
         if (folder / headers.SWEEP_FILE).is_file():
             return checkpoint.check(folder)
         if model.source == "local" or headers.is_whole(folder):
-            stored.check(folder)
+            pretrained.check(folder)
         return AutoTokenizer.from_pretrained(place, **options)
     except RequestError:
         raise
@@ -199,7 +199,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model, told = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )
-        stored.refuse(told, str(gguf))
+        pretrained.refuse(told, str(gguf))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except RequestError:
         raise

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import cache, confusion, cost, versions
-from sweep.models import anatomy, reading
+from sweep.models import anatomy, token_ids
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning import drop_file, normaliser
 from sweep.pruning.calibrate import exact_device, inputs_observed
@@ -139,13 +139,13 @@ def probe_of_task(task: str, documents: int | None, tokenizer: PreTrainedTokeniz
     """The last `documents` questions of an embedded task; an evaluation with a limit takes the first ones."""
     chosen = embedded.EMBEDDED[task]()[-(documents or 0) :]
     triples = [embedded.QUESTIONS[task](document) for document in chosen]
-    before, _ = reading.around(tokenizer)
-    rows = reading.Rows.of(tokenizer)
+    before, _ = token_ids.around(tokenizer)
+    rows = token_ids.Rows.of(tokenizer)
     prompts = [
-        rows(before + ids).tolist() for ids in reading.own(tokenizer, [prompt for prompt, _, _ in triples], before)
+        rows(before + ids).tolist() for ids in token_ids.own(tokenizer, [prompt for prompt, _, _ in triples], before)
     ]
     answers = [
-        [rows(ids).tolist() for ids in reading.own(tokenizer, [f" {answer}" for answer in choices], [])]
+        [rows(ids).tolist() for ids in token_ids.own(tokenizer, [f" {answer}" for answer in choices], [])]
         for _, choices, _ in triples
     ]
     return probe_of_questions(prompts, answers, [truth for _, _, truth in triples])

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Cell
-from sweep.models import anatomy, reading
+from sweep.models import anatomy, token_ids
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.pruned import Pruned
@@ -43,7 +43,7 @@ def prune(
     model has no row for.
     """
     if tokens is not None and tokenizer is not None:
-        reading.refuse(tokens[tokens >= reading.embedded(model)].cpu().numpy(), tokenizer)
+        token_ids.refuse(tokens[tokens >= token_ids.embedded(model)].cpu().numpy(), tokenizer)
     match method:
         case Dense():
             return Pruned(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.models import remapping, surgery
+from sweep.models import cut_tokenizer, surgery
 from sweep.pruning import select, unit_requests, unit_scores
 from sweep.pruning.families import Vocab
 from sweep.pruning.pruned import Pruned
@@ -36,7 +36,7 @@ def prune(
     remove special tokens.
     """
     size = model.get_input_embeddings().weight.shape[0]
-    unknown = remapping.unknown_id(tokenizer, size)
+    unknown = cut_tokenizer.unknown_id(tokenizer, size)
     protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
     gone = select.count(size, sparsity)
     if gone > size - len(protected):
@@ -62,7 +62,7 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
         units_removed=gone,
-        tokenizer=remapping.remapped(tokenizer, kept.tolist(), size),
+        tokenizer=cut_tokenizer.remapped(tokenizer, kept.tolist(), size),
     )
 
 

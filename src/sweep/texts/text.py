@@ -150,7 +150,7 @@ def calibration_stream(
     """The whole calibration text, (tokens,) int64."""
     import torch
 
-    from sweep.models import reading
+    from sweep.models import token_ids
 
-    stream = reading.stream(tokenizer, calibration_text(settings, data_root))
-    return torch.from_numpy(reading.Rows.of(tokenizer)(stream))
+    stream = token_ids.stream(tokenizer, calibration_text(settings, data_root))
+    return torch.from_numpy(token_ids.Rows.of(tokenizer)(stream))

@@ -30,7 +30,7 @@ from transformers import (
 from conftest import random_tokens, tiny_model
 from sweep import plan, saving
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
-from sweep.models import anatomy, headers, loading, stored
+from sweep.models import anatomy, headers, loading, pretrained
 from sweep.pruning import methods
 from sweep.pruning.families import Neuron, Vocab, Weight
 from sweep.settings import RequestError
@@ -152,8 +152,8 @@ def test_wrappers_around_names_are_read(family: str, tmp_path: Path) -> None:
         file = "pytorch_model.bin" if i % 2 else "model.safetensors"
         state = {name: tensor.clone() for name, tensor in edit(model.state_dict()).items()}
         torch.save(state, place / file) if i % 2 else save_file(state, place / file, {"format": "pt"})
-        stored.check(place)
-        assert torch.equal(logits(stored.load(place, torch.float32)), logits(model))
+        pretrained.check(place)
+        assert torch.equal(logits(pretrained.load(place, torch.float32)), logits(model))
 
 
 class Mask(nn.Module):
@@ -181,8 +181,8 @@ def test_pairs_of_torch_pruning_are_their_product(family: str, how: str, tmp_pat
     save_file(
         {name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    stored.check(tmp_path)
-    loaded = stored.load(tmp_path, torch.float32)
+    pretrained.check(tmp_path)
+    loaded = pretrained.load(tmp_path, torch.float32)
     assert torch.equal(logits(loaded), logits(model))
     assert any((module.weight == 0).float().mean() > 0.4 for module in anatomy.linears(loaded).values())
 
@@ -209,8 +209,8 @@ def test_what_modules_make_anew_is_harmless(family: str, names: list[str], dtype
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     edited(tmp_path, lambda state: state | {name: torch.ones(4, 4, dtype=dtype) for name in names})
-    stored.check(tmp_path)
-    assert torch.equal(logits(stored.load(tmp_path, torch.float32)), logits(model))
+    pretrained.check(tmp_path)
+    assert torch.equal(logits(pretrained.load(tmp_path, torch.float32)), logits(model))
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -238,8 +238,8 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    stored.check(tmp_path)
-    assert torch.equal(logits(stored.load(tmp_path, torch.float32)), logits(model))
+    pretrained.check(tmp_path)
+    assert torch.equal(logits(pretrained.load(tmp_path, torch.float32)), logits(model))
 
 
 def cut(file: Path, size: int = -64) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.models import remapping
+from sweep.models import cut_tokenizer
 from sweep.settings import RequestError
 
 
 def known(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """Every id of the whole vocabulary, ascending."""
-    return np.unique(np.fromiter(remapping.original(tokenizer).get_vocab().values(), dtype=np.int64))
+    return np.unique(np.fromiter(cut_tokenizer.original(tokenizer).get_vocab().values(), dtype=np.int64))
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
@@ -33,7 +33,7 @@ def special(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     The unknown token is not among them where it stands for text, which shows in a character that no vocabulary has:
     tokenizers of bytes name one as well and never give it.
     """
-    whole = remapping.original(tokenizer)
+    whole = cut_tokenizer.original(tokenizer)
     ids = {i for i, token in whole.added_tokens_decoder.items() if token.special} | set(whole.all_special_ids)
     spelt = {whole.unk_token_id} & set(whole("\ue000", add_special_tokens=False, verbose=False).input_ids)
     return np.array(sorted(ids - spelt), dtype=np.int64)
@@ -41,7 +41,7 @@ def special(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
 
 def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts (before, after) a text: mostly one BOS or none, and none."""
-    whole = remapping.original(tokenizer)
+    whole = cut_tokenizer.original(tokenizer)
     full, bare = (whole("a", add_special_tokens=added).input_ids for added in (True, False))
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     return ([], []) if start is None else (full[:start], full[start + len(bare) :])
@@ -52,7 +52,7 @@ def own(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], beginning: Seq
 
     beginning  what the model will read before it, which the text may begin with as well, and does not repeat
     """
-    whole = remapping.original(tokenizer)
+    whole = cut_tokenizer.original(tokenizer)
     found = whole(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return [ids[begun(ids, beginning) :] for ids in found]
 
@@ -93,8 +93,8 @@ class Rows:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Rows:
         """rows  of the model that this is the tokenizer of; None = one for every id"""
-        ids, kept = known(tokenizer), remapping.kept_ids(tokenizer)
-        before = remapping.rows_before(tokenizer) or rows or int(ids.max()) + 1
+        ids, kept = known(tokenizer), cut_tokenizer.kept_ids(tokenizer)
+        before = cut_tokenizer.rows_before(tokenizer) or rows or int(ids.max()) + 1
         table = np.full(max(before, int(ids.max()) + 1), -1)
         removed = np.zeros(len(table), dtype=bool)
         if kept is None:
@@ -122,7 +122,7 @@ def refuse(missing: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> No
     """Raise RequestError that names the first of these ids, for which a model has no row; none are fine."""
     if len(missing):
         first = int(missing[0])
-        token = remapping.original(tokenizer).convert_ids_to_tokens(first)
+        token = cut_tokenizer.original(tokenizer).convert_ids_to_tokens(first)
         raise RequestError(
             f"the text has the token {token!r} ({first}), for which the model's embedding has no row: it was "
             "added to the tokenizer alone. Take it out of the text, or resize the model's embeddings and "

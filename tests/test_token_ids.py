@@ -24,7 +24,7 @@ from transformers import (
 from sweep import run, saving
 from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, Model, Perplexity
 from sweep.measuring import divergence, perplexity, quality, scorer
-from sweep.models import checkpoint, loading, reading, remapping
+from sweep.models import checkpoint, cut_tokenizer, loading, token_ids
 from sweep.pruning import vocabulary
 from sweep.pruning.families import Dense, Neuron, Vocab, Weight
 from sweep.settings import RequestError
@@ -67,7 +67,7 @@ def test_no_special_token_is_told_and_none_is_doubled(
     """written  how many of the special tokens before a text stand in it already"""
     model, tokenizer = loaded[0], framing(tiny_checkpoint, template)
     before, after = TEMPLATES[template]
-    assert reading.around(tokenizer) == (before, after)
+    assert token_ids.around(tokenizer) == (before, after)
     lm = scorer.Scorer(model, tokenizer, batch_size=1, max_length=64)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=64)
     page, bare = "A page, longer than one window of the model. " * 3, loaded[1]
@@ -140,11 +140,11 @@ def test_a_special_token_that_stands_in_a_text_is_read_and_not_told(loaded: tupl
 
 def test_the_unknown_token_is_told_where_it_stands_for_text(tiny_checkpoint: Path) -> None:
     of_bytes = AutoTokenizer.from_pretrained(tiny_checkpoint, unk_token="<pad>")
-    assert reading.special(of_bytes).tolist() == [PAD, BOS, EOS]  # every character has its bytes
+    assert token_ids.special(of_bytes).tolist() == [PAD, BOS, EOS]  # every character has its bytes
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "one": 2}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     of_words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
-    assert of_words("one <s> two").input_ids == [2, 1, 0] and reading.special(of_words).tolist() == [1]
+    assert of_words("one <s> two").input_ids == [2, 1, 0] and token_ids.special(of_words).tolist() == [1]
 
 
 @pytest.mark.parametrize("template", ["$A", *TEMPLATES])
@@ -234,7 +234,7 @@ def test_rows_tokens_and_ids_may_be_of_different_numbers(
         assert row["pydoc/kl_from_dense"] == pytest.approx(0, abs=1e-6)
     if isinstance(method, Dense | Vocab):
         model, tokenizer = loading.load(uneven, "float32", "cpu")
-        with_rows = [i for i in tokenizer.get_vocab().values() if i < reading.embedded(model)]
+        with_rows = [i for i in tokenizer.get_vocab().values() if i < token_ids.embedded(model)]
         counted = sum(v for name, v in row.items() if name.startswith("embedding/rows_band"))
         assert counted == len(with_rows)
     model, tokenizer = checkpoint.load_model(tmp_path / "saved")
@@ -248,8 +248,8 @@ def test_rows_of_no_token_go_first(tiny_checkpoint: Path) -> None:
     model.resize_token_embeddings(len(tokenizer) + EXTRA)
     ids = torch.tensor(tokenizer("some text").input_ids)
     outcome = vocabulary.prune(model, tokenizer, Vocab("vocab", "frequency"), (EXTRA + 1) / 264, ids)
-    assert max(remapping.kept_ids(outcome.tokenizer)) < len(tokenizer)
-    rows = reading.Rows.of(outcome.tokenizer, reading.embedded(model))
+    assert max(cut_tokenizer.kept_ids(outcome.tokenizer)) < len(tokenizer)
+    rows = token_ids.Rows.of(outcome.tokenizer, token_ids.embedded(model))
     assert rows.candidates == 2 and rows.removed.sum() == EXTRA + 1  # the unknown token, and the one that went
 
 
@@ -280,9 +280,11 @@ def test_a_vocabulary_that_was_cut_is_cut_again(loaded: tuple, tmp_path: Path) -
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     once = vocabulary.prune(model, tokenizer, Vocab("vocab", "random"), 0.3, None, seed=0).tokenizer
     twice = vocabulary.prune(model, once, Vocab("vocab", "random"), 0.3, None, seed=1).tokenizer
-    assert set(remapping.kept_ids(twice)) < set(remapping.kept_ids(once)) and len(twice) == reading.embedded(model)
+    assert set(cut_tokenizer.kept_ids(twice)) < set(cut_tokenizer.kept_ids(once)) and len(twice) == token_ids.embedded(
+        model
+    )
     page = "some text of one's own"
-    rows = reading.Rows.of(twice, reading.embedded(model))
+    rows = token_ids.Rows.of(twice, token_ids.embedded(model))
     assert twice(page).input_ids == rows(tokenizer(page).input_ids).tolist()
     saving.save(model, twice, tmp_path / "twice", {"method": {}})
     assert checkpoint.load_model(tmp_path / "twice")[1](page).input_ids == twice(page).input_ids
