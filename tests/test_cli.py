@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import sweep
-from sweep import messages
+from sweep import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -245,7 +245,7 @@ def test_a_path_of_any_characters_is_read_when_it_is_quoted_as_the_message_says(
     folder: str, more: list[str], tmp_path: Path, tiny_checkpoint: Path, tiny: list[str]
 ) -> None:
     (tmp_path / folder).symlink_to(tiny_checkpoint)
-    word = shlex.split(messages._quoted(f"model.path={folder}"))
+    word = shlex.split(command_line._quoted(f"model.path={folder}"))
     settings = [setting for setting in tiny if not setting.startswith("model.path=")]
     assert "2 to run" in run(*more, "+method=weight", *settings, *word, "plan=true", cwd=tmp_path)
 
@@ -299,6 +299,7 @@ def test_an_interrupt_during_imports_leaves_no_traceback(tmp_path: Path) -> None
     )
     for name in (
         "sweep.messages",
+        "sweep.command_line",
         "sweep.config",
         "hydra",
         "hydra.core.hydra_config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweep import config, messages, settings
+from sweep import command_line, config, settings
 from sweep.settings import RequestError
 
 MODEL = {"name": "m", "source": "local", "path": "x"}
@@ -115,9 +115,9 @@ def test_a_renamed_key_is_accepted_and_told(caplog: pytest.LogCaptureFixture) ->
 def test_a_renamed_key_on_the_command_line_is_accepted_and_told(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["+method=wanda", "method.head=true", "++method.head=false", "sparsity=0.5"]
     now = ["+method=wanda", "method.lm_head=true", "++method.lm_head=false", "sparsity=0.5"]
-    assert messages.under_present_names(words) == now
+    assert command_line.under_present_names(words) == now
     assert "method.head is now called method.lm_head: use that" in capsys.readouterr().err
-    assert messages.under_present_names(now) == now and not capsys.readouterr().err
+    assert command_line.under_present_names(now) == now and not capsys.readouterr().err
 
 
 def test_settings_of_a_part_are_typed_as_if_they_were_the_holders() -> None:
@@ -134,5 +134,5 @@ def test_the_importance_of_a_neuron_is_its_criterion() -> None:
 
 
 def test_every_key_is_known_by_the_name_that_is_typed() -> None:
-    keys = messages.known_keys()
+    keys = command_line.known_keys()
     assert {"sparsity", "benchmarks.limit", "method.criterion", "results", "efficiency.repeats"} <= set(keys)

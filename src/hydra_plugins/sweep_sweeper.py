@@ -87,14 +87,14 @@ class SweepSweeper(Sweeper):
 
     def _grid(self, arguments: list[str]) -> list[list[str]]:
         """The command line words of every cell. Refuses grids larger than max_cells before any of them is composed."""
-        from sweep import messages
+        from sweep import command_line
         from sweep.settings import RequestError
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parts = []
         for own in self.grids:
             asked = [f"{key}={'null' if value is None else value}" for key, value in {**self.params, **own}.items()]
-            overrides = parser.parse_overrides([*messages.under_present_names(asked), *arguments])
+            overrides = parser.parse_overrides([*command_line.under_present_names(asked), *arguments])
             parts.append(list({o.get_key_element(): o for o in overrides}.values()))  # of equal keys the last counts
         size = sum(math.prod(_count(o) for o in part if o.is_sweep_override()) for part in parts)
         limit = OmegaConf.select(self.config, "max_cells")

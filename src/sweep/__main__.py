@@ -25,7 +25,7 @@ def task(cfg: DictConfig) -> Any:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from sweep import messages, plan, runner
+    from sweep import command_line, messages, plan, runner
 
     words = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as they were typed
     assert isinstance(words, list)
@@ -37,7 +37,7 @@ def task(cfg: DictConfig) -> Any:
         cell, options = plan.prepare(compose(cfg))
         return runner.run_plan(plan.make([(cell, words)], options), options)
 
-    sys.exit(messages.guard(run))  # an exception left to Hydra would be announced as a failed job
+    sys.exit(messages.guard(run, command_line.explain))  # an exception left to Hydra would be announced as a failed job
 
 
 def conf_folder() -> Path:
@@ -49,18 +49,18 @@ def conf_folder() -> Path:
 def main() -> None:
     """Entry point of `python -m sweep` and of the console script. Exits 1 when a cell failed, 2 for a wrong request."""
     try:
-        from sweep import messages
+        from sweep import command_line, messages
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(messages.guard(_main))
+    sys.exit(messages.guard(_main, command_line.explain))
 
 
 def _main() -> Any:
     import hydra
 
-    from sweep import messages
+    from sweep import command_line
 
-    sys.argv[1:] = messages.under_present_names(sys.argv[1:])
+    sys.argv[1:] = command_line.under_present_names(sys.argv[1:])
     return hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
 
 

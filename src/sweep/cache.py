@@ -27,6 +27,7 @@ from typing import IO
 import platformdirs
 from tabulate import tabulate
 
+from sweep import messages
 from sweep.locks import is_held, lock
 from sweep.settings import RequestError, byte_size
 
@@ -199,8 +200,6 @@ def _contents(path: Path) -> dict[str, list[int | str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exits 1 when an entry was damaged, 2 for a wrong request."""
-    from sweep import messages
-
     parser = argparse.ArgumentParser(prog="python -m sweep.cache", description=f"Care for the cache in {folder()}.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what is there, how large, and when it was last used")
@@ -234,6 +233,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sweep import messages
-
     sys.exit(messages.guard(main))

@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sweep import messages
 from sweep.settings import RequestError
 from sweep.store.columns import COLUMNS, SCHEMA_VERSION
 from sweep.store.storage import Folder
@@ -526,8 +527,6 @@ def _bytes(content: pa.Table) -> memoryview:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exits 2 for a wrong request."""
-    from sweep import messages
-
     parser = argparse.ArgumentParser(prog="python -m sweep.store", description="Care for results folders.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("compact", help="put the rows of finished cells into one file")
@@ -548,6 +547,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sweep import messages
-
     sys.exit(messages.guard(main))
