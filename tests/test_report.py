@@ -302,7 +302,7 @@ def test_several_folders_are_one_and_a_cell_counts_once(tmp_path: Path) -> None:
         (["--filter", "method=head"], "leaves no pruned row"),
         (["--facet", "colour"], "--facet colour: the rows have no such column"),
         (["--max-drop", "two"], "--max-drop must be a share such as 2%"),
-        (["--max-bytes", "3 apples"], "--max-bytes must be a number with B, kB, MB"),
+        (["--max-bytes", "3 apples"], "--max-bytes must be a size such as 12GiB, 800MB"),
         (["--against", "nowhere.csv"], "--against: there is no file nowhere.csv"),
     ],
 )

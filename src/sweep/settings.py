@@ -38,7 +38,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def byte_size(name: str, text: str) -> int:
     """`12GiB`, `800MB` or a number of bytes as bytes. Raises RequestError, which names `name`, for what is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in _BYTES:
         raise RequestError(f"{name} must be a size such as 12GiB, 800MB or a number of bytes; got {text!r}")
     return int(float(found[1]) * _BYTES[found[2].upper()])

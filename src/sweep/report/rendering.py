@@ -18,7 +18,7 @@ import pandas as pd
 from sweep import messages, store
 from sweep.report import advice, frontier, page, paired, plot, published, tables, variants
 from sweep.report.evidence import Evidence
-from sweep.settings import RequestError, did_you_mean
+from sweep.settings import RequestError, byte_size, did_you_mean
 from sweep.store import columns
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -32,7 +32,6 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
 _MARKS = "Bold: the best at its sparsity. ~: within noise of it."
 _SAMPLED = 500  # more cells than this, and their tables are not read
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -375,13 +374,6 @@ def _drop(text: str) -> tuple[float, bool]:
     return (value / 100, True) if match[2] else (value, False)
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise RequestError(f"--max-bytes must be a number with B, kB, MB, GB, KiB, MiB or GiB; got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
 def _file_name(text: object) -> str:
     return re.sub(r"[^\w.]+", "-", str(text)).strip("-")
 
@@ -402,7 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
             width=options.width,
             max_drop=options.max_drop,
             max_ms=options.max_ms,
-            max_bytes=None if options.max_bytes is None else _bytes(options.max_bytes),
+            max_bytes=None if options.max_bytes is None else byte_size("--max-bytes", options.max_bytes),
             html=not options.no_html,
             formats=_formats(options.formats),
         )
