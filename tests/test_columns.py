@@ -11,6 +11,7 @@ import pytest
 import frames
 from sweep import runner, store
 from sweep.measuring import catalogue
+from sweep.metrics import BANDS, HIGH, LM_EVAL_LOSSES, LOW, METRICS, Metric, main_metrics, pooled, record, stderr
 from sweep.report import advice, paired, plot, rendering
 from sweep.settings import RequestError
 from sweep.store import columns
@@ -54,44 +55,65 @@ def test_the_table_for_older_rows_is_lm_evals_own() -> None:
                     said.setdefault(str(metric["metric"]), []).append(metric["higher_is_better"])
     assert len(said) > 100
     most = {name: sum(better) * 2 >= len(better) for name, better in said.items()}
-    assert {name for name, better in most.items() if not better} == columns.LM_EVAL_LOSSES
+    assert {name for name, better in most.items() if not better} == LM_EVAL_LOSSES
     assert [name for name, better in most.items() if columns.is_loss(f"a/{name}") == better] == []
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        "decode_ms_paired",
-        "prefill_ms_p50",
-        "peak_memory_bytes",
-        "stored_bytes",
-        "nonzero_macs_per_token",
-        "parameters",
-        "energy_joules_per_token",
-        "prune_seconds",
-        "prune_forward_passes",
-    ],
-)
-def test_costs_are_better_low(column: str) -> None:
-    assert columns.is_loss(column)
+DECLARED = {**columns.COLUMNS, **columns.MADE}
+COSTS = {"bytes", "seconds", "milliseconds", "joules", "MACs", "parameters", "passes"}
+
+
+@pytest.mark.parametrize("column", DECLARED.values(), ids=DECLARED)
+def test_a_column_says_what_it_is(column: columns.Column) -> None:
+    assert column.kind in (columns.ASKED, columns.COUNTED, columns.MEASURED, columns.ORIGIN) and column.meaning
+    assert (column.better == LOW) == (column.unit in COSTS) == columns.is_loss(column.name)
+    assert column.kind != columns.MEASURED or columns.is_measured(column.name)
+    for ending, unit in columns._ENDINGS.items():  # the unit that a name ends in is the one that is meant
+        assert not column.name.endswith(ending) or column.unit == unit
+
+
+def test_what_is_typed_after_x_means_one_column() -> None:
+    assert plot.AXES["latency"] == "decode_ms_paired" and plot.AXES["sparsity"] == "sparsity"
+    assert len(plot.AXES) == len([column for column in DECLARED.values() if column.short])
 
 
 @pytest.mark.parametrize(
-    "column",
+    ("column", "label", "scale"),
     [
-        "sparsity",
-        "sparsity_all_parameters",
-        "sparsity_block_parameters",
-        "decode_speedup",
-        "counted_speedup",
-        "tokens_per_second",
-        "memory_bytes_per_second",
-        "matrix_macs_per_second",
-        "decode_bound_reached",
+        ("peak_memory_bytes", "peak resident memory (MB)", 1e6),
+        ("kv_cache_bytes", "kv cache (MB)", 1e6),
+        ("macs_per_token", "MACs per token (millions, counted)", 1e6),
+        ("decode_macs_per_byte", "decode macs per byte", 1),
+        ("prune_seconds", "prune seconds", 1),
+        ("of_the_readers_own_bytes", "of the readers own (MB)", 1e6),
+        ("of_the_readers_own", "of the readers own", 1),
+        ("gsm8k/exact_match,strict-match", "exact match (strict-match) on gsm8k", 1),
+        ("continents/f1_macro", "macro F1 on continents", 1),
+        ("pydoc/loss_band_zipf0to3", "loss band zipf0to3 on pydoc", 1),
     ],
 )
-def test_gains_are_better_high(column: str) -> None:
-    assert not columns.is_loss(column)
+def test_an_axis_has_its_unit(column: str, label: str, scale: float) -> None:
+    assert (columns.label(column), columns.scale(column)) == (label, scale)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_a_metric_of_ours_points_as_it_says(metric: Metric) -> None:
+    assert metric.better in (LOW, HIGH, None) and bool(metric.meaning) != metric.by_lm_eval
+    for band in BANDS:
+        column = f"task/{metric.name.format(band=band)},some-filter"
+        assert record(column) is metric
+        assert columns.is_loss(column) == (metric.better == LOW)
+    assert not metric.by_lm_eval or metric.name in LM_EVAL_LOSSES
+
+
+def test_a_pooled_metric_is_the_mean_that_comparisons_take() -> None:
+    outcomes = pd.DataFrame({"kl_from_dense": [1.0, 8.0, 2.0], "tokens": [10.0, 20.0, 30.0]})
+    found = pooled(outcomes.to_dict("records"))
+    assert found["kl_from_dense"] == pytest.approx(11 / 60) == paired.estimate(outcomes, "kl_from_dense").value
+    residuals = paired.estimate(outcomes, "kl_from_dense").residuals
+    assert found["kl_from_dense_stderr"] == pytest.approx((3 / 2 * (residuals**2).sum()) ** 0.5)
+    assert pooled([{"kl_from_dense": 1.0, "tokens": 2.0}]) == {"kl_from_dense": 0.5, "kl_from_dense_stderr": None}
+    assert pooled([{"tokens": 2.0}]) == {}
 
 
 def told(better: bool) -> pd.DataFrame:
@@ -151,7 +173,7 @@ def filtered(seeds: int = 1) -> pd.DataFrame:
     rows = frames.rows(seeds=seeds, methods=frames.METHODS[:1], sparsities=(0.5,))
     rows = rows[[c for c in rows if "/" not in c]]
     for name, values in ((STRICT, [0.4, 0.1]), (FLEXIBLE, [0.3, 0.5])):
-        rows[name], rows[columns.stderr(name)] = values, 0.02
+        rows[name], rows[stderr(name)] = values, 0.02
     return rows
 
 
@@ -176,7 +198,7 @@ def written(path: Path, rows: pd.DataFrame, names: tuple[str, str]) -> str:
 
 
 def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert columns.stderr(STRICT) == "gsm8k/exact_match_stderr,strict-match"
+    assert stderr(STRICT) == "gsm8k/exact_match_stderr,strict-match"
     place = written(tmp_path / "rows", filtered(), ("exact_match,strict-match", "exact_match,flexible-extract"))
     rendering.main([place, "--formats", "png"])
     files = {path.stem for path in (tmp_path / "rows" / "report").iterdir()}
@@ -189,7 +211,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     table = pd.read_csv(tmp_path / "rows" / "report" / "table.csv")
     assert table[f"{STRICT}_high"].tolist() == pytest.approx([0.4392, 0.1392])  # its own standard error
     page = (tmp_path / "rows" / "report" / "report.html").read_text()
-    assert f'"errors":{{"{STRICT}":"{columns.stderr(STRICT)}"' in page
+    assert f'"errors":{{"{STRICT}":"{stderr(STRICT)}"' in page
     rendering.main(
         [
             place,
@@ -224,7 +246,7 @@ def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clea
         RequestError, match="have no exact_match,strict-match. Older versions wrote answers under several filters"
     ):
         paired.compare(both, [STRICT])
-    one = filtered().drop(columns=[FLEXIBLE, columns.stderr(FLEXIBLE)])
+    one = filtered().drop(columns=[FLEXIBLE, stderr(FLEXIBLE)])
     for row in measured(one):
         samples = pd.DataFrame(
             {
@@ -244,9 +266,9 @@ def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clea
         (["a/acc_norm", "a/acc", "a/acc_stderr", "a/f1"], ["a/acc"]),
         (["a/bleu", "a/ter", "a/bleu_stderr"], ["a/bleu"]),
         (["a/word_perplexity", "a/token_perplexity"], ["a/token_perplexity"]),
-        (["a/rows_band_x", "b/kl_from_dense"], []),
+        (["a/rows_band_no_word", "b/kl_from_dense"], []),
         (["a/wer_stderr,x", "a/wer,x", "a/wer,y"], ["a/wer,x", "a/wer,y"]),
     ],
 )
 def test_the_metric_that_is_read_first(found: list[str], first: list[str]) -> None:
-    assert columns.main_metrics(found) == first
+    assert main_metrics(found) == first

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import frames
-from sweep import config, settings, store
+from sweep import config, settings
 from sweep.measuring import catalogue
 from sweep.pruning import families
 from sweep.report import published, rendering
@@ -38,24 +38,8 @@ def commands() -> list[str]:
 
 
 def test_the_column_reference_is_made_from_the_schema() -> None:
-    assert set(columns.MEANINGS) == set(store.COLUMNS)
     page = (ROOT / "docs/metrics.md").read_text()
     assert page == columns.markdown(), "stale: python -m sweep.store.columns > docs/metrics.md"
-
-
-@pytest.mark.parametrize(
-    ("column", "unit"),
-    [
-        ("weights_bytes", "bytes"),
-        ("prune_seconds", "seconds"),
-        ("decode_ms_per_token_p50", "milliseconds"),
-        ("sparsity_all_parameters", "fraction"),
-        ("decode_speedup_low", "ratio"),
-        ("cell", ""),
-    ],
-)
-def test_units_are_read_from_names(column: str, unit: str) -> None:
-    assert columns.unit(column) == unit
 
 
 def test_the_table_of_methods_has_every_criterion_and_no_other() -> None:

@@ -17,8 +17,8 @@ from tabulate import tabulate
 from sweep import cache, isolate, machine, provenance, store, turns
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Ending
+from sweep.metrics import main_metrics
 from sweep.plan import Plan, Step, check_models
-from sweep.store import columns
 
 _STOPPED = "a cell failed (on_failure=stop)"
 Launch = Callable[[list[Step]], list[Ending | Exception]]  # hands cells to an engine; returns what became of each
@@ -235,4 +235,4 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
     """The task metrics of a row that a person reads first."""
     measured = [name for name, value in row.items() if "/" in name and value is not None and not math.isnan(value)]
-    return {name: row[name] for name in columns.main_metrics(measured)}
+    return {name: row[name] for name in main_metrics(measured)}

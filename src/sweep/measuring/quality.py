@@ -20,6 +20,7 @@ import pandas as pd
 
 from sweep.config import Benchmarks
 from sweep.measuring import catalogue, classification, lm_eval_private, words
+from sweep.metrics import pooled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,9 +99,7 @@ def evaluate(
             )
             metrics[f"{task}/token_perplexity"] = words.exp(-log_likelihood / tokens)
             metrics |= {f"{task}/{name}": value for name, value in words.pooled(outcomes).items()}
-            if "kl_from_dense" in outcomes[0]:
-                mean, error = words.per_token([o["kl_from_dense"] for o in outcomes], [o["tokens"] for o in outcomes])
-                metrics |= {f"{task}/kl_from_dense": mean, f"{task}/kl_from_dense_stderr": error}
+            metrics |= {f"{task}/{name}": value for name, value in pooled(outcomes).items()}
         elif kind == "loglikelihood":
             for example, outcome in zip(examples, outcomes, strict=True):
                 outcome |= _ending_by_band(lm, *example["arguments"][0])

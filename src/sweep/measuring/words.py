@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BANDS = ("zipf5up", "zipf4to5", "zipf3to4", "zipf0to3", "no_word")  # from common to rare
+from sweep import metrics
+
+BANDS = tuple(metrics.BANDS)
 _EDGES = (5.0, 4.0, 3.0)  # lowest Zipf value of the first bands
 NO_WORD = len(BANDS) - 1
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
@@ -108,7 +110,7 @@ def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
             continue
         if any(f"removed_band_{name}" in t for t in texts):
             found[f"removed_share_band_{name}"] = float(sum(t.get(f"removed_band_{name}", 0.0) for t in texts) / total)
-        mean, error = per_token(losses, tokens)
+        mean, error = metrics.ratio(losses, tokens)
         found[f"loss_band_{name}"] = mean
         if error is not None:
             found[f"loss_band_{name}_stderr"] = error
@@ -118,16 +120,6 @@ def pooled(texts: Sequence[dict[str, float]]) -> dict[str, float]:
             found[f"word_loss_band_{name}"] = float(losses.sum() / words)
         found[f"tokens_band_{name}"] = float(total)
     return found
-
-
-def per_token(sums: Sequence[float] | NDArray, tokens: Sequence[float] | NDArray) -> tuple[float, float | None]:
-    """(mean a token, its standard error) from the sums and token counts of texts; None for a single text."""
-    values, counts = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
-    mean, n = float(values.sum() / counts.sum()), len(values)
-    if n < 2:
-        return mean, None
-    variance = ((values - mean * counts) ** 2).sum() * n / (n - 1)
-    return mean, float(math.sqrt(variance) / counts.sum())
 
 
 def exp(loss: float) -> float:

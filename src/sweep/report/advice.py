@@ -8,7 +8,7 @@ import pandas as pd
 from sweep.report import frontier, plot, tables
 from sweep.report.chance import LEVEL
 from sweep.report.evidence import NOTHING, Evidence
-from sweep.store.columns import is_loss
+from sweep.store.columns import is_loss, label, scale
 
 _DRAWS = 500  # resamplings of the knee
 
@@ -24,7 +24,7 @@ def cheapest_within(
     points = _named(rows, cost, metric)
     dense = points[points.method == "dense"]
     limit_text = f"{100 * max_drop:g} %" if relative else f"{max_drop:g}"
-    start = f"At most {limit_text} worse than dense on {plot.label(metric)}: "
+    start = f"At most {limit_text} worse than dense on {label(metric)}: "
     if dense.empty:
         return f"{start}cannot be told, since the rows hold no dense cell."
     sign = 1 if is_loss(metric, rows) else -1
@@ -53,11 +53,11 @@ def cheapest_within(
 def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float, evidence: Evidence = NOTHING) -> str:
     """The best metric among the cells whose cost is at most `limit` (in the column's unit), in a sentence."""
     points = _named(rows, cost, metric)
-    shown = f"{tables.number(limit / plot.scale(cost))}"
-    start = f"Best {plot.label(metric)} with {plot.label(cost)} at most {shown}: "
+    shown = f"{tables.number(limit / scale(cost))}"
+    start = f"Best {label(metric)} with {label(cost)} at most {shown}: "
     affordable = points[points.x <= limit].reset_index(drop=True)
     if affordable.empty:
-        cheapest = points.x.min() / plot.scale(cost)
+        cheapest = points.x.min() / scale(cost)
         return f"{start}no cell; the cheapest needs {tables.number(cheapest)}."
     best = affordable.sort_values("y", ascending=is_loss(metric, rows), kind="stable").iloc[0]
     others = affordable.index.drop(best.name).to_numpy()
@@ -80,7 +80,7 @@ def knee(rows: pd.DataFrame, cost: str, metric: str, evidence: Evidence = NOTHIN
     all of them together. The share of the draws with the same knee is said.
     """
     points = _named(rows, cost, metric).reset_index(drop=True)
-    start = f"Knee of {plot.label(metric)} against {plot.label(cost)}: "
+    start = f"Knee of {label(metric)} against {label(cost)}: "
     losses = {"x_is_loss": is_loss(cost, rows), "y_is_loss": is_loss(metric, rows)}
     at = _knee(points.x.to_numpy(), points.y.to_numpy(), **losses)
     if at is None:
@@ -143,12 +143,12 @@ def _knee(x: np.ndarray, y: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> 
 def _describe(point: pd.Series, cost: str, metric: str) -> str:
     at = f" at sparsity {point.sparsity:g}" if point.method != "dense" else ""
     return (
-        f"{point.name_}{at}, {plot.label(cost)} {_with_interval(point, 'x', cost)}, "
-        f"{plot.label(metric)} {_with_interval(point, 'y', metric)}"
+        f"{point.name_}{at}, {label(cost)} {_with_interval(point, 'x', cost)}, "
+        f"{label(metric)} {_with_interval(point, 'y', metric)}"
     )
 
 
 def _with_interval(point: pd.Series, axis: str, column: str) -> str:
-    value, low, high = (point[axis + end] / plot.scale(column) for end in ("", "_low", "_high"))
+    value, low, high = (point[axis + end] / scale(column) for end in ("", "_low", "_high"))
     text = tables.number(value)
     return f"{text} ({tables.number(low)} to {tables.number(high)})" if pd.notna(low) and high > low else text

@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from sweep.metrics import is_exp
 from sweep.report import chance, frontier, paired
-from sweep.store import columns
 
 _SCATTER = "seeds"  # the kind of interval that is over seeds
 
@@ -49,7 +49,7 @@ class Evidence:
         less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
         """
         shift = np.broadcast_to(np.asarray(less, dtype=float), len(one))
-        if columns.is_logarithm(metric):
+        if is_exp(metric):
             with np.errstate(divide="ignore", invalid="ignore"):
                 shift = np.log1p(shift / points.y.to_numpy()[other])
         even = _even(points, metric)
@@ -92,7 +92,7 @@ class Evidence:
             documents = chance.sign_flips(less.parts(), less.shares)[:2]
             seeds = _unpaired_interval(_over_seeds(even), one, other)  # NaN where neither has several
             ends = float(np.fmin(seeds[0], documents[0])), float(np.fmax(seeds[1], documents[1]))
-        if columns.is_logarithm(metric):
+        if is_exp(metric):
             low, high = (points.y.iloc[other] * np.expm1(end) for end in ends)
             return float(low), float(high)
         return ends
@@ -104,7 +104,7 @@ class Evidence:
         """
         even = _even(points, metric)
         y, free = even.y.to_numpy(), _spread(even)[0] * draw.standard_normal((times, len(points)))
-        back = np.exp if columns.is_logarithm(metric) else np.asarray
+        back = np.exp if is_exp(metric) else np.asarray
         estimates = [self._estimates(metric).get(point) for point in points.get("point", [None] * len(points))]
         if any(found is None or found[0] != estimates[0][0] for found in estimates):  # type: ignore[index]
             return back(y + free)
@@ -135,7 +135,7 @@ NOTHING = Evidence()
 
 def _even(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The points with y and its interval on the scale on which they scatter evenly: of perplexities the logarithm."""
-    if not columns.is_logarithm(metric):
+    if not is_exp(metric):
         return points
     with np.errstate(divide="ignore", invalid="ignore"):
         return points.assign(**{name: np.log(points[name]) for name in ("y", "y_low", "y_high")})

@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
+from sweep.metrics import is_exp, stderr
 from sweep.report import variants
-from sweep.store import columns
 
 _WORDS = ["variant", "setting", "version", "machine"]  # which sweep.report.variants adds
 # Rows that agree in these differ in the seed alone.
@@ -40,7 +40,7 @@ def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_words(rows: pd.DataFrame) -> pd.DataFrame:
-    """A copy of the rows with the words of `knobs.with_variant`, which are made where they are missing."""
+    """A copy of the rows with the words of `variants.with_variant`, which are made where they are missing."""
     return rows.copy() if set(_WORDS) <= set(rows) else variants.with_variant(rows)
 
 
@@ -115,13 +115,13 @@ def points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """
     rows = rows if "point" in rows else numbered(rows)
     ok = rows[(rows.status == "ok") & rows[x].notna() & rows[y].notna()]
-    error = columns.stderr(y)
+    error = stderr(y)
     bounds = [f"{x}_low", f"{x}_high", error, f"{y}_low", f"{y}_high"]
     wanted = pd.DataFrame({"x": ok[x], "y": ok[y]} | {name: ok.get(name, np.nan) for name in bounds}, index=ok.index)
     wanted = wanted.astype(float)
     grouped = wanted.groupby(ok.point)
     mean, seeds = grouped.mean(), grouped.size()
-    logarithm = columns.is_logarithm(y)
+    logarithm = is_exp(y)
     scatter = (np.log(wanted.y) if logarithm else wanted.y).groupby(ok.point)
     half = pd.Series(student.ppf(0.975, seeds.clip(lower=2) - 1), seeds.index) * scatter.std(ddof=1) / np.sqrt(seeds)
     several, documents = seeds > 1, mean[error].notna()

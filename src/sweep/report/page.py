@@ -13,8 +13,9 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sweep.metrics import bare, stderr
 from sweep.report import plot
-from sweep.store.columns import is_loss, metric, stderr
+from sweep.store import columns
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
@@ -44,7 +45,7 @@ def render(
         and ok[c].dtype != bool
         and ok[c].notna().any()
         and not c.endswith(("_low", "_high"))
-        and not metric(c).endswith("_stderr")
+        and not bare(c).endswith("_stderr")
         and c not in ("seed", "schema_version")
     ]
     first = [c for c in [*costs, "sparsity"] if c in numeric]
@@ -54,9 +55,9 @@ def render(
         "filters": [c for c in _FILTERS if c in ok and ok[c].nunique() > 1],
         "x": first + [c for c in numeric if c not in first],
         "y": list(metrics) + [c for c in numeric if c not in metrics],
-        "labels": {c: plot.label(c) for c in numeric},
-        "scales": {c: plot.scale(c) for c in numeric if plot.scale(c) != 1},
-        "losses": [c for c in numeric if is_loss(c, ok)],
+        "labels": {c: columns.label(c) for c in numeric},
+        "scales": {c: columns.scale(c) for c in numeric if columns.scale(c) != 1},
+        "losses": [c for c in numeric if columns.is_loss(c, ok)],
         "errors": {c: stderr(c) for c in numeric if stderr(c) in ok},
         "colours": plot.COLOURS,
     }

@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sweep import confusion, store
+from sweep.metrics import METRICS, bare, mean_of, record
 from sweep.report import chance, frontier
 from sweep.report.chance import LEVEL, holm, mcnemar
 from sweep.settings import RequestError, did_you_mean
@@ -29,8 +30,7 @@ log = logging.getLogger(__name__)
 Outcomes: TypeAlias = pd.DataFrame  # one line a document, one column a metric
 
 BETTER, WORSE, NOISE = "better", "worse", frontier.WITHIN_NOISE
-_LOSSES = ("loss", "token_perplexity", "perplexity")
-_SPREAD = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # what lm-eval makes of log-likelihoods and weights
+CHOICES = ("target", "chosen")  # of a document of several classes
 
 
 class Estimate(NamedTuple):
@@ -75,41 +75,23 @@ def estimate(found: Outcomes, metric: str) -> Estimate:
              other value of single documents (acc, exact_match, told), of which it is the mean
     Raises KeyError when the outcomes lack what the metric is made of: see `comparable`.
     """
-    if metric == "f1_macro":
-        return _f1(found["target"].to_numpy(int), found["chosen"].to_numpy(int))
-    terms = _terms(metric, found)
-    if terms is None:
+    known = record(metric)
+    if known is not None and known.classes is not None:
+        return _of_classes(known.classes, *(found[name].to_numpy(int) for name in CHOICES))
+    mean = mean_of(metric, found)
+    if mean is None:
         raise KeyError(metric)
-    sums, counts, unit = terms
-    n = np.ones(len(found)) if counts is None else found[counts].to_numpy(float)
+    n = np.ones(len(found)) if mean.over is None else found[mean.over].to_numpy(float)
     absent = np.isnan(n)  # not every document has words of every band
-    return _ratio(np.where(absent, 0, found[sums].to_numpy(float) / unit), np.where(absent, 0, n))
+    return _ratio(np.where(absent, 0, found[mean.of].to_numpy(float) / mean.unit), np.where(absent, 0, n))
 
 
 def comparable(found: Outcomes) -> list[str]:
     """The metrics that a task's outcomes are enough for."""
-    known = {m for m in (*found, *_LOSSES) if _terms(m, found) is not None}
-    return sorted(known | ({"f1_macro"} if {"target", "chosen"} <= set(found) else set()))
-
-
-def _terms(metric: str, found: Outcomes) -> tuple[str, str | None, float] | None:
-    """(column to sum, column of the counts to divide by, unit of the first): None for counts of 1, and for lack of them."""
-    weight, name = f"{metric}_weight", columns.metric(metric)
-    if weight in found:
-        terms: tuple[str, str | None, float] = metric, weight, -math.log(2) if name == "bits_per_byte" else -1
-    elif name in _SPREAD:
-        return None  # from before the weights were kept
-    elif metric.startswith("loss_band_"):
-        terms = metric, metric.replace("loss_", "tokens_", 1), 1
-    elif metric in _LOSSES and "tokens" in found:
-        terms = "log_likelihood", "tokens", -1
-    elif metric in _LOSSES and "loss" in found:  # of windows of one length
-        terms = "loss", None, 1
-    elif name == "perplexity":  # which lm-eval makes of log-likelihoods
-        terms = metric, None, -1
-    else:
-        terms = metric, "tokens" if metric == "kl_from_dense" else None, 1
-    return terms if {c for c in terms[:2] if c is not None} <= set(found) else None
+    declared = [known.name for known in METRICS if known.classes is None]
+    means = {name for name in (*found, *declared) if mean_of(name, found) is not None}
+    classes = [known.name for known in METRICS if known.classes is not None and set(CHOICES) <= set(found)]
+    return sorted(means.union(classes))
 
 
 def difference(before: Outcomes, after: Outcomes, metric: str) -> dict[str, Any]:
@@ -152,8 +134,8 @@ def _ratio(x: NDArray[np.float64], n: NDArray[np.float64]) -> Estimate:
         return Estimate(float(value), x / n.sum() - value * shares, shares)
 
 
-def _f1(truth: NDArray[np.int64], chosen: NDArray[np.int64]) -> Estimate:
-    """Macro F1; what a document does to it is told by leaving it out (the jackknife)."""
+def _of_classes(name: str, truth: NDArray[np.int64], chosen: NDArray[np.int64]) -> Estimate:
+    """A metric of confusion.macro; what a document does to it is told by leaving it out (the jackknife)."""
     documents = len(truth)
     if documents < 2:
         return Estimate(math.nan, np.full(documents, math.nan), np.full(documents, math.nan))
@@ -161,11 +143,11 @@ def _f1(truth: NDArray[np.int64], chosen: NDArray[np.int64]) -> Estimate:
     pairs = np.argwhere(counts)
     without = np.repeat(counts[None], len(pairs), axis=0)
     without[np.arange(len(pairs)), *pairs.T] -= 1
-    left = np.empty(counts.shape)  # F1 without a document of each pair; a choice of -1 is the last class
-    left[*pairs.T] = confusion.macro(without)["f1"]
+    left = np.empty(counts.shape)  # without a document of each pair; a choice of -1 is the last class
+    left[*pairs.T] = confusion.macro(without)[name]
     left = left[truth, chosen]
     residuals = (documents - 1) / documents * (left.mean() - left)
-    return Estimate(float(confusion.macro(counts)["f1"]), residuals, np.full(documents, 1 / documents))
+    return Estimate(float(confusion.macro(counts)[name]), residuals, np.full(documents, 1 / documents))
 
 
 def band_gap(before: Outcomes, after: Outcomes, one: str, other: str) -> dict[str, float]:
@@ -240,7 +222,7 @@ def flips(rows: pd.DataFrame, samples: pd.DataFrame, metric: str) -> pd.DataFram
     Rows without a dense row of their settings, or without samples, are left out.
     """
     task, _, truth = metric.partition("/")
-    samples = samples[(samples.task == task) & samples.metric.isin([truth, columns.metric(truth)])]
+    samples = samples[(samples.task == task) & samples.metric.isin([truth, bare(truth)])]
     samples = samples.drop_duplicates(["cell", "document"], keep=False)  # as in outcomes
     answers = {cell: mine.set_index("document").value for cell, mine in samples.groupby("cell")}
     answers = {cell: values for cell, values in answers.items() if _are_answers([values])}
@@ -275,7 +257,7 @@ def _say_what_cannot_be_told(found: pd.DataFrame) -> None:
 
 def _written(metric: str, found: Outcomes) -> str:
     """What a task's outcomes call a metric: older versions left the answer filter out."""
-    plain = columns.metric(metric)
+    plain = bare(metric)
     return plain if metric not in found and plain in found else metric
 
 

@@ -25,32 +25,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sweep.metrics import BANDS
 from sweep.report import frontier
 from sweep.report.evidence import NOTHING, Evidence
-from sweep.store.columns import is_loss
+from sweep.store import columns
+from sweep.store.columns import is_loss, label, scale
 
 AXES = {  # what is typed after --x, and the column it stands for
-    "latency": "decode_ms_paired",
-    "prefill": "prefill_ms_paired",
-    "memory": "peak_memory_bytes",
-    "device_memory": "peak_device_memory_bytes",
-    "weights": "weights_bytes",
-    "stored": "stored_bytes",
-    "macs": "nonzero_macs_per_token",
-    "energy": "energy_joules_per_token",
-    "sparsity": "sparsity",
-}
-LABELS = {
-    "decode_ms_paired": "decode latency (ms per token)",
-    "prefill_ms_paired": "prefill latency (ms)",
-    "peak_memory_bytes": "peak resident memory (MB)",
-    "peak_device_memory_bytes": "peak device memory (MB)",
-    "weights_bytes": "weights in memory (MB)",
-    "stored_bytes": "stored weights (MB)",
-    "nonzero_macs_per_token": "non-zero MACs per token (millions, counted)",
-    "macs_per_token": "MACs per token (millions, counted)",
-    "energy_joules_per_token": "energy (J per token)",
-    "sparsity": "sparsity requested (fraction removed)",
+    column.short: column.name for column in [*columns.MADE.values(), *columns.COLUMNS.values()] if column.short
 }
 WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
 FORMATS = ("png", "svg", "pdf")
@@ -69,7 +51,6 @@ _LABELLED = 24  # more points than this, and their sparsities are left to the ta
 _HEAT_LINES = 40
 _DARKEST_LOSS = 3.0  # nats a token
 _UNEVEN = 0.005  # standard deviation of the blocks' shares from which they are worth a figure
-_BANDS = {"zipf5up": "5 up", "zipf4to5": "4 to 5", "zipf3to4": "3 to 4", "zipf0to3": "below 3", "no_word": "none"}
 _SAVED: dict[str, dict[str, Any]] = {
     "png": {"pil_kwargs": {"compress_level": 1}},  # a fifth of the time, a tenth larger
     "svg": {"metadata": {"Date": None}},
@@ -89,21 +70,6 @@ _STYLE = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "sweep",
 }
-
-
-def label(column: str) -> str:
-    """What an axis is called, with its unit."""
-    if column in LABELS:
-        return LABELS[column]
-    task, _, metric = column.partition("/")
-    metric, comma, answer_filter = metric.replace("_", " ").partition(",")
-    metric += f" ({answer_filter})" if comma else ""
-    return f"{metric} on {task}" if metric else column.replace("_", " ")
-
-
-def scale(column: str) -> float:
-    """What a column is divided by to be in the unit of its label."""
-    return 1e6 if column.endswith("_bytes") or "macs" in column else 1.0
 
 
 def series(points: pd.DataFrame) -> pd.Series:
@@ -251,7 +217,7 @@ def heat_figure(
 
 def band_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure | None:
     """By how much the loss of a task rises for common and for rare words, or None where no row has it."""
-    metrics = {f"{task}/loss_band_{band}": words for band, words in _BANDS.items()}
+    metrics = {f"{task}/loss_band_{band}": words for band, words in BANDS.items()}
     known = [metric for metric in metrics if metric in rows and rows[metric].notna().any()]
     drops = drop_table(rows, known, relative=False)
     if not drops.notna().any(axis=None):

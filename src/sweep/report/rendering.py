@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sweep import messages, store
+from sweep.metrics import main_metrics, task_metrics
 from sweep.report import advice, frontier, page, paired, plot, published, tables, variants
 from sweep.report.evidence import Evidence
 from sweep.settings import RequestError, byte_size, did_you_mean
@@ -153,7 +154,7 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
 
 def quality_metrics(rows: pd.DataFrame) -> list[str]:
     """The task metrics worth a figure, of those that any row has."""
-    return columns.main_metrics(c for c in rows.columns if "/" in c and rows[c].notna().any())
+    return main_metrics(c for c in rows.columns if "/" in c and rows[c].notna().any())
 
 
 def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
@@ -284,7 +285,7 @@ def _advice(
 
 def _told_by(evidence: Evidence, metrics: Sequence[str]) -> str:
     """By what the marks are told, in a sentence."""
-    by_documents = [plot.label(metric) for metric in metrics if evidence.pairs(metric)]
+    by_documents = [columns.label(metric) for metric in metrics if evidence.pairs(metric)]
     if not by_documents:
         return "Told by their intervals."
     return f"Told by the documents that both answered for {', '.join(by_documents)}, else by their intervals."
@@ -347,7 +348,7 @@ def _split(texts: Sequence[str], known: Iterable[str]) -> list[str]:
 def _column(rows: pd.DataFrame, name: str, flag: str) -> str:
     if name not in rows:
         filtered = [c for c in rows.columns if c.startswith(f"{name},")]
-        shown = ", ".join(filtered or columns.metrics(rows.columns) or rows.columns[:15])
+        shown = ", ".join(filtered or task_metrics(rows.columns) or rows.columns[:15])
         near = " It is there under each of its answer filters." if filtered else did_you_mean(name, [*plot.AXES, *rows])
         raise RequestError(f"{flag} {name}: the rows have no such column.{near} Among them: {shown}")
     return name

@@ -10,6 +10,7 @@ import pandas as pd
 
 from sweep.report import frontier, plot
 from sweep.report.evidence import NOTHING, Evidence
+from sweep.store.columns import label, scale
 
 _OF_THE_LINE = ["name", "point", "seeds"]  # the same for all columns of a line
 _DECIMALS = 3  # significant digits of a measured number
@@ -75,7 +76,7 @@ def intervals(table: pd.DataFrame, columns: Sequence[str]) -> str:
     over: dict[str, list[str]] = {}
     for column in columns:
         for kind in table[f"{column}_over"].dropna().unique():
-            over.setdefault(kind, []).append(plot.label(column))
+            over.setdefault(kind, []).append(label(column))
     said = [f"over {kind} for {', '.join(labels)}" for kind, labels in sorted(over.items()) if kind != "none"]
     return f"±: half a 95 % interval, {'; '.join(said)}." if said else ""
 
@@ -85,7 +86,7 @@ def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str
 
     losses  the columns of which lower is better
     """
-    header = ["method", "sparsity", "seeds", *map(plot.label, columns)]
+    header = ["method", "sparsity", "seeds", *map(label, columns)]
     lines = [header, ["---"] * len(header)]
     texts = {
         column: _texts(table, column, column in losses, evidence, "**{}**", "{} ~", "{} ± {}") for column in columns
@@ -108,7 +109,7 @@ def latex(
         f"\\caption{{{_escape(caption)}}}",
         r"\begin{tabular}{lr" + "r" * len(columns) + "}",
         r"\toprule",
-        " & ".join(["method", "sparsity", *(_escape(plot.label(c)) for c in columns)]) + r" \\",
+        " & ".join(["method", "sparsity", *(_escape(label(c)) for c in columns)]) + r" \\",
         r"\midrule",
     ]
     texts = {
@@ -146,7 +147,7 @@ def _texts(
     table: pd.DataFrame, column: str, loss: bool, evidence: Evidence, bold: str, near: str, interval: str
 ) -> dict[int, str]:
     """Each line's number in the unit of its label, with half its interval, marked."""
-    unit = plot.scale(column)
+    unit = scale(column)
     numbers = (table[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
     found = {}
     for i, mark, value, low, high in zip(

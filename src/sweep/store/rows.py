@@ -206,7 +206,7 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, str]:
 
 def schema(metrics: Iterable[str]) -> pa.Schema:
     """The fixed columns, then the given task metrics."""
-    columns = [*COLUMNS.items(), *((name, pa.float64()) for name in metrics)]
+    columns = [*((name, column.type) for name, column in COLUMNS.items()), *((name, pa.float64()) for name in metrics)]
     return pa.schema(columns, metadata={_VERSION: str(SCHEMA_VERSION).encode()})
 
 
@@ -451,7 +451,9 @@ def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
     _refuse_newer(results, max(filter(None, merged["schema_version"].to_pylist()), default=1))
     metrics = [name for name in merged.column_names if name not in COLUMNS]
     missing = {
-        name: pa.nulls(merged.num_rows, kind) for name, kind in COLUMNS.items() if name not in merged.column_names
+        name: pa.nulls(merged.num_rows, column.type)
+        for name, column in COLUMNS.items()
+        if name not in merged.column_names
     }
     for name, nulls in missing.items():
         merged = merged.append_column(name, nulls)
@@ -468,7 +470,8 @@ def _unified(results: Where, tables: Mapping[str, pa.Table]) -> pa.Table:
 
 def _typed(found: pa.Table) -> pa.Table:
     """The columns in this version's types, whichever version or program wrote the file."""
-    wanted = [pa.field(f.name, COLUMNS.get(f.name, pa.float64() if "/" in f.name else f.type)) for f in found.schema]
+    ours = schema(_metrics(found.column_names))
+    wanted = [ours.field(f.name) if f.name in ours.names else f for f in found.schema]
     return found if [f.type for f in wanted] == found.schema.types else found.cast(pa.schema(wanted), safe=False)
 
 

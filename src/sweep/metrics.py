@@ -1,0 +1,262 @@
+"""The metrics of a row's tasks: one record each, of which their direction, label, pairing and page in the docs are made.
+
+The column of a metric is `task/metric`, that of its standard error `task/metric_stderr`; where a task filters answers by
+a named filter, `,FILTER` stands behind either. What lm-eval says of its own metrics stands in each row; here stands what it
+does not say, and what is ours. How documents are joined to a metric, in a row and in a comparison, is its `means`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LOW, HIGH = "low", "high"  # which way is better
+BANDS = {  # how rare a word is, from common to rare: the lowest Zipf value of the band, and what it is called
+    "zipf5up": "5 up",
+    "zipf4to5": "4 to 5",
+    "zipf3to4": "3 to 4",
+    "zipf0to3": "below 3",
+    "no_word": "none",
+}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A metric from its documents: the sum of one of their numbers over the sum of another.
+
+    In names, `{}` is the metric's own, and `{band}` its band.
+    """
+
+    of: str
+    over: str | None = None  # None: over the documents
+    unit: float = 1.0  # by which the sum is divided
+
+    def named(self, metric: str) -> Mean:
+        """This mean with the names of one metric."""
+        band = bare(metric).partition("_band_")[2]
+        of, over = (name and name.format(metric, band=band) for name in (self.of, self.over))
+        return Mean(str(of), over, self.unit)
+
+
+_SPREAD = Mean("{}", "{}_weight", -1)  # as lm-eval spreads log-likelihoods over words or bytes
+_BY_NUMBER = (_SPREAD, Mean("{}"))  # each document has the metric
+_LOSSES = (Mean("log_likelihood", "tokens", -1), Mean("loss"))  # of texts; of windows of one length
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a task. `{band}` in the name stands for each of BANDS."""
+
+    name: str
+    better: str | None  # LOW, HIGH, or None for what only describes
+    meaning: str
+    unit: str = ""
+    label: str | None = None  # on an axis; else the name
+    means: tuple[Mean, ...] = _BY_NUMBER  # of documents: the first whose numbers they have
+    pooled: bool = False  # the column is that mean, with its standard error: `pooled` makes both
+    is_exp: bool = False  # of a mean: its logarithm scatters evenly, as a loss does
+    classes: str | None = None  # made of all choices together: its name in confusion.macro
+    by_lm_eval: bool = False
+
+
+METRICS = (
+    Metric("loss", LOW, "mean loss of a token, in `samples`", "nats", means=_LOSSES),
+    Metric(
+        "token_perplexity",
+        LOW,
+        "exp of the mean negative log-likelihood a token, of tasks that score whole texts",
+        means=_LOSSES,
+        is_exp=True,
+    ),
+    Metric(
+        "perplexity",
+        LOW,
+        "the papers': exp of the mean loss of windows of one text",
+        means=(_SPREAD, *_LOSSES, Mean("{}", unit=-1)),  # the last as lm-eval makes its own
+        is_exp=True,
+    ),
+    Metric("word_perplexity", LOW, "", means=(_SPREAD,), is_exp=True, by_lm_eval=True),
+    Metric("byte_perplexity", LOW, "", means=(_SPREAD,), is_exp=True, by_lm_eval=True),
+    Metric("bits_per_byte", LOW, "", means=(Mean("{}", "{}_weight", -math.log(2)),), by_lm_eval=True),
+    Metric(
+        "kl_from_dense",
+        LOW,
+        "Kullback-Leibler divergence of the model's next-token distributions from the dense model's, a mean over tokens",
+        "nats",
+        label="KL divergence from dense (nats per token)",
+        means=(Mean("{}", "tokens"),),
+        pooled=True,
+    ),
+    Metric("told", HIGH, "whether the model's own choice is the word to be told, in `samples`"),
+    Metric("log_likelihood", HIGH, "of a text, or of the right answer, in `samples`", "nats"),
+    Metric("precision", HIGH, "of two classes, of class 1"),
+    Metric("recall", HIGH, "likewise"),
+    Metric("f1", HIGH, "likewise", label="F1"),
+    Metric("precision_macro", HIGH, "mean over the classes that occur or are chosen", label="macro precision"),
+    Metric("recall_macro", HIGH, "likewise", label="macro recall"),
+    Metric(
+        "f1_macro",
+        HIGH,
+        "likewise; its standard error is a bootstrap's over documents",
+        label="macro F1",
+        classes="f1",
+    ),
+    Metric("precision_weighted", HIGH, "mean over the documents' classes", label="weighted precision"),
+    Metric("recall_weighted", HIGH, "likewise", label="weighted recall"),
+    Metric("f1_weighted", HIGH, "likewise", label="weighted F1"),
+    Metric("matthews", HIGH, "Matthews correlation of choices and right answers", label="Matthews correlation"),
+    Metric("calibration_error", LOW, "mean gap between confidence and accuracy over 15 bins of confidence"),
+    Metric(
+        "loss_band_{band}", LOW, "mean loss of a token of the band", "nats", means=(Mean("{}", "tokens_band_{band}"),)
+    ),
+    Metric("perplexity_band_{band}", LOW, "its exp", is_exp=True),
+    Metric("word_loss_band_{band}", LOW, "mean loss of a word of the band: a rare word is made of more tokens", "nats"),
+    Metric("acc_band_{band}", HIGH, "share of the words of the band that the model tells"),
+    Metric("tokens_band_{band}", None, "tokens in the band", "tokens"),
+    Metric("examples_band_{band}", None, "words to be told in the band"),
+    Metric("removed_share_band_{band}", LOW, "of its tokens, those that the model's vocabulary has lost", "fraction"),
+    Metric("row_norm_band_{band}", None, "of `embedding` and `head`: mean L2 norm of the dense model's rows"),
+    Metric("share_pruned_band_{band}", None, "likewise: rows that were removed", "fraction"),
+    Metric("rows_band_{band}", None, "likewise: rows of the dense model"),
+)
+_RECORDS = {metric.name: metric for metric in METRICS}
+
+# Of rows from before lm-eval's word was kept: its metrics of which lower is better, by their exact names.
+LM_EVAL_LOSSES = {
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "brier_score",
+    "ter",
+    "wer",
+    "likelihood_diff",
+    "difference_male_female",
+    "pct_female_preferred",
+    "pct_male_preferred",
+    "pct_stereotype",
+    "pct_invalid",
+    "perspective_api_toxicity_score",
+    "bias_score_ambig",
+    "bias_score_disambig",
+    "age_bias",
+    "asian_bias",
+    "black_bias",
+    "female_bias",
+    "hispanic_bias",
+    "native_american_bias",
+    "non_binary_bias",
+    *(
+        f"{which}_bias_score{of}"
+        for which in ("amb", "disamb")
+        for of in (
+            "",
+            "_Age",
+            "_Disability_status",
+            "_Gender_identity",
+            "_Nationality",
+            "_Physical_appearance",
+            "_Race_ethnicity",
+            "_Race_x_SES",
+            "_Race_x_gender",
+            "_Religion",
+            "_SES",
+            "_Sexual_orientation",
+        )
+    ),
+}
+
+_FIRST = ("acc", "f1", "exact_match", "token_perplexity", "word_perplexity", "perplexity")
+
+
+def bare(column: str) -> str:
+    """The metric in a task's column, without the answer filter: `exact_match` of `gsm8k/exact_match,strict-match`."""
+    return column.rpartition("/")[2].partition(",")[0]
+
+
+def stderr(column: str) -> str:
+    """The column with the standard error of a metric: `gsm8k/exact_match_stderr,strict-match`."""
+    task, slash, name = column.rpartition("/")
+    plain, comma, answer_filter = name.partition(",")
+    return f"{task}{slash}{plain}_stderr{comma}{answer_filter}"
+
+
+def task_metrics(names: Iterable[str]) -> list[str]:
+    """The task metrics among the names of columns, without their standard errors."""
+    return [name for name in names if "/" in name and not bare(name).endswith("_stderr")]
+
+
+def record(column: str) -> Metric | None:
+    """The record of a metric, or of a task's column; None of what is lm-eval's alone."""
+    return _RECORDS.get(re.sub(r"(?<=_band_)\w+$", "{band}", bare(column)))
+
+
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """Of each task, the metric that a person reads first, under each of its answer filters.
+
+    An accuracy or F1 where a task has one, else its perplexity a token, else the first that lm-eval reports of it.
+    """
+    by_task: dict[str, dict[str, list[str]]] = {}
+    for name in task_metrics(names):
+        by_task.setdefault(name.partition("/")[0], {}).setdefault(bare(name), []).append(name)
+    chosen: list[str] = []
+    for found in by_task.values():
+        theirs = [name for name in found if (known := record(name)) is None or known.by_lm_eval]
+        first = next((name for name in (*_FIRST, *theirs) if name in found), None)
+        chosen += found[first] if first else []
+    return chosen
+
+
+def is_loss(metric: str) -> bool:
+    """Whether lower is better, where no row holds lm-eval's word: by the metric's exact name."""
+    known = record(metric)
+    return bare(metric) in LM_EVAL_LOSSES if known is None else known.better == LOW
+
+
+def is_exp(column: str) -> bool:
+    """Whether its logarithm is what scatters evenly about its mean, as a loss does: of perplexities."""
+    known = record(column)
+    return known is not None and known.is_exp
+
+
+def label(metric: str) -> str:
+    """What an axis calls a metric, its answer filter in brackets."""
+    known, (name, comma, answer_filter) = record(metric), metric.replace("_", " ").partition(",")
+    return (known.label if known and known.label else name) + (f" ({answer_filter})" if comma else "")
+
+
+def mean_of(metric: str, found: Iterable[str]) -> Mean | None:
+    """The mean of the documents' numbers that a metric is; None where `found`, their names, are not enough."""
+    known, names = record(metric), {None, *found}
+    means = [way.named(metric) for way in (_BY_NUMBER if known is None else known.means)]
+    return next((way for way in means if {way.of, way.over} <= names), None)
+
+
+def pooled(outcomes: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """The columns of a task that are means of what its documents have, with their standard errors."""
+    found: dict[str, float | None] = {}
+    for known in METRICS:
+        made = mean_of(known.name, outcomes[0]) if known.pooled and outcomes else None
+        if made is not None:
+            sums = [outcome[made.of] / made.unit for outcome in outcomes]
+            counts = np.ones(len(outcomes)) if made.over is None else [outcome[made.over] for outcome in outcomes]
+            found[known.name], found[stderr(known.name)] = ratio(sums, counts)
+    return found
+
+
+def ratio(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float | None]:
+    """(mean, its standard error) of documents' sums over their counts, such as nats over tokens; None for a single one.
+
+    Documents are the sampling unit, since the tokens of one depend on each other: the linearised variance of a ratio.
+    """
+    values, over = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    value, n = float(values.sum() / over.sum()), len(values)
+    if n < 2:
+        return value, None
+    variance = ((values - value * over) ** 2).sum() * n / (n - 1)
+    return value, float(math.sqrt(variance) / over.sum())
