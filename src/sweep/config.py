@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from sweep.pruning import families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method, Weight
@@ -111,14 +111,44 @@ class Cell(Named):
 
     def dense(self) -> Cell:
         """The unpruned model measured with this cell's settings: what the cell is compared with."""
-        return _normalised(replace(self, method=Dense()))
+        unchanged = {stage.group: stage.unused for stage in STAGES}
+        return _normalised(replace(self, **unchanged))
+
+    def stages(self) -> list[Stage]:
+        """Those that change its model, in order; none for a dense model."""
+        return [stage for stage in STAGES if getattr(self, stage.group) != stage.unused]
 
     def label(self) -> str:
         """The words by which a person recognises the cell in a list."""
         criterion = getattr(self.method, "criterion", None)
         words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
+        words += [stage.name for stage in self.stages() if stage.group != "method"]
         words.append(f"seed {self.seed}" if self.seed else None)
         return " ".join([word for word in words if word] + [f"({self.model.name})"])
+
+
+class Declared(Protocol):
+    """What the settings of a stage ask for: functions of the module that declares them, without torch."""
+
+    def reads_text(self, asked: Any, /) -> bool:
+        """Whether the numbers depend on the calibration text."""
+
+    def draws(self, asked: Any, /) -> bool:
+        """Whether numbers are drawn, text or not."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What may change a model between loading and measuring, as all but run.py need to know it."""
+
+    name: str  # of its columns of cost, such as prune_seconds
+    group: str  # of a cell's settings: what is asked of it
+    unused: Any  # the settings with which it does nothing, the default of its group
+    declared: Declared
+    version: int = 1  # raise when it does something else under the same settings; hashed where it is used, from 2 on
+
+
+STAGES = (Stage("prune", "method", Dense(), families),)  # in the order in which they change the model
 
 
 @dataclass(frozen=True)
@@ -143,11 +173,11 @@ class Options(Named):
             return self
         return replace(self, save_model=f"{self.save_model}/{{cell}}")
 
-    def checkpoint(self, method: Method, cell: str) -> str | None:
-        """The folder that the pruned model of a cell is saved to, if any; the dense model lies where it came from."""
-        if self.save_model is None or isinstance(method, Dense):
+    def checkpoint(self, cell: Cell, name: str) -> str | None:
+        """The folder that the model of the cell of this name is saved to, if any; a dense one lies where it came from."""
+        if self.save_model is None or not cell.stages():
             return None
-        return self.save_model.replace("{cell}", cell)
+        return self.save_model.replace("{cell}", name)
 
 
 def options(composed: Mapping[str, Any]) -> Options:
@@ -174,7 +204,7 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     if cell.dtype == "auto":  # the baseline, too, is measured in what the execution multiplies
         cell = replace(cell, dtype=_only_dtype(cell.execution))
     if asked.baseline:
-        cell = replace(cell, method=Dense())
+        cell = cell.dense()
     cell = _normalised(cell)
     if asked.save_model is not None and cell.execution.name in ("csr", "semi_structured"):
         raise RequestError(
@@ -205,21 +235,25 @@ def _normalised(cell: Cell) -> Cell:
     cell = replace(cell, efficiency=_checked_timing(cell.efficiency))
     if cell.perplexity.source is None:
         cell = replace(cell, perplexity=Perplexity())
-    if isinstance(method, Dense):
+    used = cell.stages()
+    if not used:
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution("dense"))
-    cell = replace(cell, sparsity=round(cell.sparsity, 6))  # range() yields 0.30000000000000004
-    method = families.normalised(method, cell.sparsity)
-    reads = families.reads_text(method)
-    calibration = cell.calibration if reads else None
-    seed = cell.seed if (reads and not families.reads_all_text(method)) or families.draws(method) else 0
+    sparsity = 0.0 if isinstance(method, Dense) else round(cell.sparsity, 6)  # range() yields 0.30000000000000004
+    cell = replace(cell, sparsity=sparsity, method=families.normalised(method, sparsity))
+    method = cell.method
+    readers = [stage for stage in used if stage.declared.reads_text(getattr(cell, stage.group))]
+    drawn = [stage for stage in used if stage.declared.draws(getattr(cell, stage.group))]
+    calibration = cell.calibration if readers else None
+    whole = families.reads_all_text(method) and len(readers) == 1
+    seed = cell.seed if drawn or (readers and not whole) else 0
     if calibration is not None:
-        if families.reads_all_text(method):
+        if whole:
             calibration = replace(calibration, sequences=Calibration.sequences, length=Calibration.length)
         if not families.reads_in_order(method):
             calibration = replace(calibration, sequential=True)
         if calibration.split is not None and calibration.column is None:
             calibration = replace(calibration, column="text")
-    cell = replace(cell, method=method, calibration=calibration, seed=seed)
+    cell = replace(cell, calibration=calibration, seed=seed)
     if method.removes_units:
         cell = replace(cell, execution=Execution("shrunk"))
     elif cell.execution.name == "shrunk":

@@ -155,13 +155,13 @@ class Bill(Meter):
     def add(self, read: Cost) -> None:
         self._read += read
 
-    def columns(self, tokens: int) -> dict[str, Any]:
-        """Of a row whose calibration text has so many tokens, after leaving."""
+    def columns(self, stage: str, tokens: int) -> dict[str, Any]:
+        """Of the row, of a stage that has read so many tokens of calibration text, after leaving."""
         total, peak = self._own + self._read, self._memory.peak
         return {
-            "prune_seconds": total.seconds,
-            "prune_forward_passes": self.passes.of(tokens, total.block_tokens),
-            "prune_peak_memory_bytes": None if peak is None else max(peak, self._read.peak_bytes),
+            f"{stage}_seconds": total.seconds,
+            f"{stage}_forward_passes": self.passes.of(tokens, total.block_tokens),
+            f"{stage}_peak_memory_bytes": None if peak is None else max(peak, self._read.peak_bytes),
         }
 
 

@@ -60,6 +60,9 @@ def _content(cell: Cell) -> dict[str, Any]:
         holder = content.get(group) if group else content
         if holder is not None:
             holder.pop(name, None)
+    versions_of_stages = {stage.name: stage.version for stage in cell.stages() if stage.version > 1}
+    if versions_of_stages:  # so that neither a new stage nor the first version of one renames a recorded row
+        content["stages"] = versions_of_stages
     return content | {
         "fingerprint": origin.fingerprint(cell.model),
         "data": data_fingerprints(cell),

@@ -215,7 +215,7 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
     left: list[Step] = []
     for step in ordered:
         found = status.get(step.name) if options.resume else None
-        folder = options.checkpoint(step.cell.method, step.name)
+        folder = options.checkpoint(step.cell, step.name)
         if found == "ok" and folder is not None and not saving.holds(folder, step.name):
             found = None  # it has its row and lacks its saved model
         to_run = found in (None, store.UNREADABLE) or (found != "ok" and options.retry in ("all", found))
@@ -259,6 +259,9 @@ def _kinds(cell: Mapping[str, Any], model: str | None) -> list[str]:
     }
     method = cell.get("method") or {}
     exact = setting | {"method": [method.get("family"), method.get("criterion")]}
+    for stage in config.STAGES:
+        if stage.group != "method" and cell.get(stage.group) not in (None, asdict(stage.unused)):
+            exact[stage.group] = cell[stage.group]
     return [json.dumps(kind, sort_keys=True) for kind in (exact, setting)]
 
 

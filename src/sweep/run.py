@@ -1,28 +1,66 @@
-"""One cell, straight down the page: load, calibrate, prune, measure quality, measure efficiency, return the row."""
+"""One cell, straight down the page: load, calibrate, prune and what may follow, verify, measure, return the row.
+
+What changes the model in between is a stage (config.STAGES): it takes the model and what is known of it, changes it in
+place, and returns what it did. What it costs is taken down here, and what has become of the model is counted here, without
+asking it. A new stage is one line in `WORK`.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from sweep import cost, execution, identity, machine, saving, turns
+from sweep import config, cost, execution, identity, machine, saving, turns
 from sweep.config import Cell
 from sweep.locks import working_seconds
 from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
+from sweep.measuring.counting import Stock
 from sweep.models import loading
 from sweep.pruning import methods, sharing
-from sweep.pruning.families import Dense
 from sweep.settings import plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text
 
+Tables = dict[str, pd.DataFrame]
 
-def run_cell(
-    cell: Cell, save_model: str | None = None, command: str | None = None
-) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+
+@dataclass(frozen=True)
+class Known:
+    """What a stage is told beside the cell and its model."""
+
+    tokenizer: Any
+    tokens: Tensor | None  # (sequences, length) calibration text
+    memo: sharing.Memo = (
+        sharing.unshared
+    )  # where statistics of the model come from, while it is the one that was loaded
+
+
+class Done(Protocol):
+    """What a stage says that it did."""
+
+    @property
+    def calibration_tokens(self) -> int: ...  # that it read
+    @property
+    def tokenizer(self) -> Any: ...  # the model's from now on, or None when it is the one that it was
+    @property
+    def columns(self) -> Mapping[str, Any]: ...  # of the row
+    @property
+    def tables(self) -> Mapping[str, pd.DataFrame]: ...  # stored beside it
+
+
+WORK: dict[str, Callable[[Cell, PreTrainedModel, Known], Done]] = {  # of each stage
+    "prune": lambda cell, model, known: methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo),
+}
+
+
+def run_cell(cell: Cell, save_model: str | None = None, command: str | None = None) -> tuple[dict[str, Any], Tables]:
     """(the measured columns of the row, its tables: `samples`, `layers`, and `latency` and `units` where there are any).
 
     cell        with its device and threads decided
@@ -42,60 +80,119 @@ def run_cell(
     if cell.benchmarks.tasks:
         loading.check_tokenizer(tokenizer, cell.model.name)
     can_generate = efficiency.fits(model, cell.efficiency)
-    tokens = text.for_cell(cell, tokenizer)
-    dense_tokenizer, token_rows = tokenizer, quality.token_rows(model)
-    unpruned, (units, removable) = counting.stock(model), methods.count_units(model, cell.method)
-    targets = methods.targets(model, cell.method)
-    with cost.Bill(model, cell.device) as bill:
-        memo = sharing.unshared if tokens is None else SharedStatistics(cell, tokens, bill)
-        pruned = methods.prune_as(cell, model, tokenizer, tokens, memo=memo)
-        tokenizer = pruned.tokenizer or tokenizer
-    row |= bill.columns(pruned.calibration_tokens)
-    row["calibration_tokens"] = pruned.calibration_tokens
-    row["damping"] = pruned.damping
-    if pruned.measured is not None:
-        row["units_measured"] = int(pruned.measured["measured"].sum())
-    if removable:
-        row["sparsity_units"] = (units - methods.count_units(model, cell.method)[0]) / removable
+    before = Before.of(cell, model, tokenizer)
+
+    known = Known(tokenizer, text.for_cell(cell, tokenizer))
+    tokenizer, columns, tables = changed(cell, model, known)
+    row |= columns | before.units_gone(cell, model)
     model, row["kernel"] = execution.prepare(model, cell.execution)
+
     held = counting.stock(model)
-    row |= counting.size(held) | counting.removed(unpruned, held, targets)
-    tables = {"layers": counting.matrices(unpruned, held)}
+    row |= counting.size(held) | counting.removed(before.stock, held, before.targets)
+    tables["layers"] = counting.matrices(before.stock, held)
     if save_model is not None:
-        asked = plain(cell)
-        facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
-        facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
-        facts["cell"] = identity.cell_name(cell)
-        facts |= {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
-        saving.save(model, tokenizer, save_model, facts)
+        saving.save(model, tokenizer, save_model, _card(cell, command, row))
 
-    if can_generate:
-        with cost.PeakMemory(cell.device) as memory:
-            row["kv_cache_bytes"] = efficiency.generate_once(model, cell.efficiency)
-        row["base_memory_bytes"], row["peak_memory_bytes"] = memory.base, memory.peak
-        row["peak_device_memory_bytes"] = memory.device_peak
-
-    distributions = divergence.of_dense(cell)
-    metrics, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions)
-    columns, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
-    metrics |= columns
-    if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are
-        metrics |= quality.rows_by_band(token_rows, dense_tokenizer, tokenizer)
-    samples = pd.concat([samples, windows], ignore_index=True)
-
-    tables["samples"] = samples
-    if pruned.measured is not None:
-        tables["units"] = pruned.measured
+    row |= _memory(cell, model, generates=can_generate)
+    columns, tables["samples"] = _quality(cell, model, tokenizer, before)
+    row |= columns
     if cell.efficiency.repeats:
-        dense = model if isinstance(cell.method, Dense) else loading.load(cell.model, cell.dtype, cell.device)[0]
-        with turns.alone() as others:
-            columns, tables["latency"] = efficiency.latency(model, dense, cell.efficiency)
-            columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
-            rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
-        read = counting.read_bytes(held, cell.efficiency.batch_size) + (row["kv_cache_bytes"] or 0)
-        row |= columns | efficiency.bounds(row | columns, read, cell.efficiency.batch_size, rates)
-        row["other_cores_busy"] = others.cores
-    return row | {"cell_seconds": working_seconds() - started} | metrics, tables
+        columns, tables["latency"] = _timed(cell, model, held, row)
+        row |= columns
+    return row | {"cell_seconds": working_seconds() - started}, tables
+
+
+def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Any, dict[str, Any], Tables]:
+    """Have the stages change the model in place, one after the other.
+
+    Returns the tokenizer that the model then has, the columns that say what the stages did and cost, and their tables.
+    A stage that is not used costs nothing.
+    """
+    columns: dict[str, Any] = {f"{stage.name}_seconds": 0.0 for stage in config.STAGES} | {"calibration_tokens": 0}
+    tables: Tables = {}
+    for number, stage in enumerate(cell.stages()):
+        with cost.Bill(model, cell.device) as bill:
+            if number == 0 and known.tokens is not None:  # nothing has changed the model yet
+                done = WORK[stage.name](cell, model, replace(known, memo=SharedStatistics(cell, known.tokens, bill)))
+            else:
+                done = WORK[stage.name](cell, model, known)
+        columns |= bill.columns(stage.name, done.calibration_tokens) | dict(done.columns)
+        tables |= done.tables
+        known = replace(known, tokenizer=done.tokenizer or known.tokenizer)
+    return known.tokenizer, columns, tables
+
+
+@dataclass(frozen=True)
+class Before:
+    """The model as it was loaded, with which what has become of it is compared."""
+
+    stock: Stock
+    targets: frozenset[str]  # of what the method may remove, by name
+    units: int  # of the method's kind
+    removable: int  # of them
+    tokenizer: Any
+    token_rows: Any
+
+    @classmethod
+    def of(cls, cell: Cell, model: PreTrainedModel, tokenizer: Any) -> Before:
+        units, removable = methods.count_units(model, cell.method)
+        targets = methods.targets(model, cell.method)
+        return cls(counting.stock(model), targets, units, removable, tokenizer, quality.token_rows(model))
+
+    def units_gone(self, cell: Cell, model: PreTrainedModel) -> dict[str, float]:
+        """The fraction of the units that the model has lost, counted, as a column; none for a method that removes none."""
+        if not self.removable:
+            return {}
+        return {"sparsity_units": (self.units - methods.count_units(model, cell.method)[0]) / self.removable}
+
+
+def _card(cell: Cell, command: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved model says of itself."""
+    asked = plain(cell)
+    facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
+    facts |= {stage.group: asked[stage.group] for stage in cell.stages()}
+    facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
+    facts["cell"] = identity.cell_name(cell)
+    return facts | {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
+
+
+def _memory(cell: Cell, model: PreTrainedModel, *, generates: bool) -> dict[str, Any]:
+    """What a generation holds, as columns; none where its text is longer than what the model reads."""
+    if not generates:
+        return {}
+    with cost.PeakMemory(cell.device) as memory:
+        kv_cache = efficiency.generate_once(model, cell.efficiency)
+    return {
+        "kv_cache_bytes": kv_cache,
+        "base_memory_bytes": memory.base,
+        "peak_memory_bytes": memory.peak,
+        "peak_device_memory_bytes": memory.device_peak,
+    }
+
+
+def _quality(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(columns, the value of every evaluated example)."""
+    distributions = divergence.of_dense(cell)
+    columns, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions)
+    found, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
+    columns |= found
+    if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are
+        columns |= quality.rows_by_band(before.token_rows, before.tokenizer, tokenizer)
+    return columns, pd.concat([samples, windows], ignore_index=True)
+
+
+def _timed(
+    cell: Cell, model: PreTrainedModel, held: Stock, row: Mapping[str, Any]
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(columns of latency, energy and what bounds them; every timed repeat), with no other cell at work meanwhile."""
+    dense = loading.load(cell.model, cell.dtype, cell.device)[0] if cell.stages() else model
+    with turns.alone() as others:
+        columns, repeats = efficiency.latency(model, dense, cell.efficiency)
+        columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
+        rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
+    read = counting.read_bytes(held, cell.efficiency.batch_size) + (row["kv_cache_bytes"] or 0)
+    columns |= efficiency.bounds({**row, **columns}, read, cell.efficiency.batch_size, rates)
+    return columns | {"other_cores_busy": others.cores}, repeats
 
 
 def _quiet() -> None:

@@ -69,8 +69,8 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
 def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
     """The steps with their numbers `3/20`, dense baselines apart and first."""
     numbered = [(f"{number}/{len(steps)}", step) for number, step in enumerate(steps, 1)]
-    baselines = [(number, step) for number, step in numbered if step.cell.method.family == "dense"]
-    rest = [(number, step) for number, step in numbered if step.cell.method.family != "dense"]
+    baselines = [(number, step) for number, step in numbered if not step.cell.stages()]
+    rest = [(number, step) for number, step in numbered if step.cell.stages()]
     return [batch for batch in (baselines, rest) if batch]
 
 
@@ -181,7 +181,7 @@ def run_one(
     """
     known = _known(cell, overrides) | {"cuda_visible_devices": gpu or os.environ.get("CUDA_VISIBLE_DEVICES")}
     limits = isolate.Limits(options.timeout, memory_bytes(options.memory_limit))
-    checkpoint = options.checkpoint(cell.method, known["cell"])
+    checkpoint = options.checkpoint(cell, known["cell"])
     ending = isolate.run(cell, known, options.results, limits, gpu, stop, checkpoint)
     print(f"      {cell.label() + ': ' if gpu or beside_others else ''}{_told(ending)}", flush=True)
     return ending

@@ -1,4 +1,4 @@
-"""What pruning says that it did. What has become of the model is counted: see counting.py."""
+"""What pruning says that it did. What has become of the model is counted: see measuring/counting.py."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ class Pruned:
     def sparsity_units(self) -> float | None:
         """The fraction removed of the units; None for a method that removes no units."""
         return self.units_removed / self.units if self.units else None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row says of it."""
+        measured = None if self.measured is None else int(self.measured["measured"].sum())
+        return {
+            "calibration_tokens": self.calibration_tokens,
+            "damping": self.damping,
+            "units_measured": measured,
+        }
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What is stored beside the row."""
+        return {} if self.measured is None else {"units": self.measured}
