@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pandas as pd
 import pyarrow as pa
 
-from sweep import metrics
+from sweep import config, metrics
 from sweep.metrics import HIGH, LOW
 
 SCHEMA_VERSION = 1  # raise when a column changes its name, type or meaning; one more column needs no raise
@@ -73,6 +73,35 @@ def _with_ends(column: Column, low: str = "lower end of its 95 % interval") -> l
         for end, meaning in zip(_ENDS, meanings, strict=True)
     ]
     return [column, *ends]
+
+
+def _cost(stage: str) -> list[Column]:
+    return [
+        Column(
+            f"{stage}_seconds",
+            _FLOAT,
+            MEASURED,
+            "the whole stage, calibration included; what the cache held of an earlier measurement, statistics or drops, counts with what it took there",
+            unit="seconds",
+            better=LOW,
+        ),
+        Column(
+            f"{stage}_peak_memory_bytes",
+            _INT,
+            MEASURED,
+            "highest resident memory of the process during the stage",
+            unit="bytes",
+            better=LOW,
+        ),
+        Column(
+            f"{stage}_forward_passes",
+            _FLOAT,
+            COUNTED,
+            "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share",
+            unit="passes",
+            better=LOW,
+        ),
+    ]
 
 
 def _statistics(stem: str, times: str) -> list[Column]:
@@ -315,30 +344,7 @@ COLUMNS = _by_name(  # of the schema, in its order
         short="device_memory",
     ),
     Column("load_seconds", _FLOAT, MEASURED, "loading the model", unit="seconds", better=LOW),
-    Column(
-        "prune_seconds",
-        _FLOAT,
-        MEASURED,
-        "calibration, scoring and removal; what the cache held of an earlier measurement, statistics or drops, counts with what it took there",
-        unit="seconds",
-        better=LOW,
-    ),
-    Column(
-        "prune_peak_memory_bytes",
-        _INT,
-        MEASURED,
-        "highest resident memory of the process while it was pruned",
-        unit="bytes",
-        better=LOW,
-    ),
-    Column(
-        "prune_forward_passes",
-        _FLOAT,
-        COUNTED,
-        "how often the calibration text went through the blocks; a pass that resumes in the middle counts as its share",
-        unit="passes",
-        better=LOW,
-    ),
+    *(column for stage in config.STAGES for column in _cost(stage.name)),
     Column(
         "kv_cache_bytes",
         _INT,
