@@ -1,8 +1,7 @@
 """Quality: lm-eval tasks on the model in memory, with the outcome of every example.
 
-Tasks are lm-eval's own, unmodified; four more, whose data need no network, are in sweep/measuring/tasks. Perplexity per token is
-added where a task gives the log-likelihood of whole texts, because papers report it and lm-eval does not; loss and
-accuracy by how rare the words are (sweep/measuring/words.py); and multiple choice as classification (sweep/measuring/classification.py).
+Tasks are lm-eval's own, unmodified; five more, whose data need no network, are in sweep/measuring/tasks. What is added to
+lm-eval's metrics, such as the perplexity a token, which papers report and lm-eval does not, is in sweep/measuring/measures.py.
 lm-eval and torch are imported when something is evaluated.
 """
 
@@ -12,21 +11,19 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from sweep.config import Benchmarks
-from sweep.measuring import catalogue, classification, lm_eval_private, words
-from sweep.metrics import pooled
+from sweep.measuring import catalogue, lm_eval_private, measures, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sweep.measuring.divergence import Distributions
-    from sweep.measuring.scorer import Scorer, Text
 
 _SPREAD = ("perplexity", "weighted_perplexity", "bits_per_byte")  # lm-eval's aggregations of log-likelihoods
 _ROWS_AT_ONCE = 8192  # of an embedding, in float32
@@ -72,6 +69,28 @@ def evaluate(
             log_samples=True,
             confirm_run_unsafe_code=settings.unsafe_code,
         )
+    metrics, better = _as_reported(results)
+    rows: list[tuple[str, str, str, float]] = []
+    for name, found in results["samples"].items():
+        task = tasks["tasks"][name]
+        examples, outcomes = _by_document(found, task.aggregation())
+        documents = [measures.Document(task, example, lm, dense) for example in examples]
+        measured = measures.columns(documents, outcomes, task.OUTPUT_TYPE)
+        metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
+        for example, outcome in zip(examples, outcomes, strict=True):
+            rows += [(name, str(example["doc_id"]), metric, value) for metric, value in outcome.items()]
+    strange = [
+        f"{column} is {number}"
+        for column, number in metrics.items()
+        if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)
+    ]
+    if strange:
+        warnings.warn(", ".join(strange), stacklevel=2)
+    return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
+
+
+def _as_reported(results: Mapping[str, Any]) -> tuple[dict[str, float | None], dict[str, bool]]:
+    """(lm-eval's metrics by column, whether higher is better of those of which it says so)."""
     metrics: dict[str, float | None] = {}
     better: dict[str, bool] = {}
     for task, values in results["results"].items():
@@ -84,41 +103,7 @@ def evaluate(
             metrics[column] = float(value) if isinstance(value, int | float) else None
             if isinstance(directions.get(metric), bool):  # None where the parts of a group disagree
                 better[column] = directions[metric]
-    rows: list[tuple[str, str, str, float]] = []
-    for task, examples in results["samples"].items():
-        kind = tasks["tasks"][task].OUTPUT_TYPE
-        examples, outcomes = _by_document(examples, tasks["tasks"][task].aggregation())
-        if kind == "loglikelihood_rolling":
-            for example, outcome in zip(examples, outcomes, strict=True):
-                (page,) = example["arguments"][0]
-                outcome |= _told(lm.texts[(page,)]) | _page_by_band(lm, page)
-                if dense is not None and page in dense.ids:
-                    outcome["kl_from_dense"] = _divergence(lm, page, dense)
-            log_likelihood, tokens = (
-                sum(outcome[name] for outcome in outcomes) for name in ("log_likelihood", "tokens")
-            )
-            metrics[f"{task}/token_perplexity"] = words.exp(-log_likelihood / tokens)
-            metrics |= {f"{task}/{name}": value for name, value in words.pooled(outcomes).items()}
-            metrics |= {f"{task}/{name}": value for name, value in pooled(outcomes).items()}
-        elif kind == "loglikelihood":
-            for example, outcome in zip(examples, outcomes, strict=True):
-                outcome |= _ending_by_band(lm, *example["arguments"][0])
-            by_band = words.pooled(outcomes)
-            by_band |= words.accuracy_by_band([int(o["band"]) for o in outcomes], [o["told"] for o in outcomes])
-            metrics |= {f"{task}/{name}": value for name, value in by_band.items()}
-        elif kind == "multiple_choice":
-            found = _classified(tasks["tasks"][task], examples, outcomes)
-            metrics |= {f"{task}/{name}": value for name, value in found.items()}
-        for example, outcome in zip(examples, outcomes, strict=True):
-            rows += [(task, str(example["doc_id"]), name, value) for name, value in outcome.items()]
-    strange = [
-        f"{column} is {number}"
-        for column, number in metrics.items()
-        if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)
-    ]
-    if strange:
-        warnings.warn(", ".join(strange), stacklevel=2)
-    return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
+    return metrics, better
 
 
 def token_rows(model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -169,7 +154,7 @@ def _by_document(
         document = example["doc_id"]
         if document not in first:
             first[document] = example
-            outcomes[document] = {"log_likelihood": _number(example["filtered_resps"][0])}
+            outcomes[document] = {"log_likelihood": measures.number(example["filtered_resps"][0])}
         for name in example["metrics"]:
             kind = getattr(aggregation.get(name), "__name__", "")
             outcomes[document] |= _values(_keyed(name, example["filter"]), example[name], kind)
@@ -187,85 +172,9 @@ def _values(metric: str, value: Any, aggregation: str) -> dict[str, float]:
     return {metric: float(value)} if isinstance(value, int | float) else {}
 
 
-def _told(text: Text) -> dict[str, float]:
-    """The log-likelihood of a text and how many tokens it is spread over, special ones left out."""
-    return {
-        "log_likelihood": float(text.scores.log_probs[text.told].sum(dtype=np.float64)),
-        "tokens": float(text.told.sum()),
-    }
-
-
-def _page_by_band(lm: Scorer, page: str) -> dict[str, float]:
-    """Sums of a page's losses by how rare its words are; empty where the tokenizer does not say where tokens stand."""
-    offsets, text = lm.offsets(page), lm.texts[(page,)]
-    if offsets is None:
-        return {}
-    bands, places = words.of_tokens(page, offsets)
-    return _by_band(lm, text, bands, places)
-
-
-def _ending_by_band(lm: Scorer, context: str, ending: str) -> dict[str, float]:
-    """The log-likelihood, band and Zipf value of the word to be told, its loss by band, and whether the model tells it."""
-    text, band = lm.texts[(context, ending)], words.band(ending)
-    found = {
-        "log_likelihood": _told(text)["log_likelihood"],
-        "band": band,
-        "zipf": words.zipf(ending.strip()),
-        "told": float(text.scores.greedy[text.told].all()),
-    }
-    return found | _by_band(lm, text, np.full(len(text.ids), band), np.zeros(len(text.ids), dtype=np.int64))
-
-
-def _by_band(lm: Scorer, text: Text, bands: np.ndarray, places: np.ndarray) -> dict[str, float]:
-    told = text.told
-    removed = text.removed[told] if lm.rows.removed.any() else None
-    return words.by_band(bands[told], places[told], -text.scores.log_probs[told], removed)
-
-
-def _divergence(lm: Scorer, page: str, dense: Distributions) -> float:
-    """KL from the dense model, summed over the page's positions, nats."""
-    from sweep.measuring import divergence
-
-    return float(divergence.kl(dense.log_probs[page], lm.alternatives[page])[lm.texts[(page,)].told].sum())
-
-
-def _classified(task: Any, examples: Sequence[dict[str, Any]], outcomes: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a multiple-choice task as a classifier; adds `target`, `chosen` and `confidence` to each outcome.
-
-    The choice is the likeliest one, without normalisation by length, as in lm-eval's `acc`. Empty for a task whose
-    right answer is not one of its choices.
-    """
-    labels = set()
-    for example, outcome in zip(examples, outcomes, strict=True):
-        choices, target = task.doc_to_choice(example["doc"]), example["target"]
-        labels.add(tuple(choices))
-        if isinstance(target, str):
-            target = choices.index(target) if target in choices else None
-        if not isinstance(target, int) or not 0 <= target < len(choices):
-            return {}
-        log_likelihoods = [_number(response) for response in example["filtered_resps"][: len(choices)]]
-        chosen, confidence = classification.choice(log_likelihoods)
-        outcome |= {"target": target, "chosen": chosen, "confidence": confidence}
-        outcome["log_likelihood"] = log_likelihoods[target]
-    truth, choices = (np.array([o[name] for o in outcomes], dtype=int) for name in ("target", "chosen"))
-    found = classification.metrics(truth, choices, [o["confidence"] for o in outcomes])
-    del found["accuracy"]  # which lm-eval calls acc, and has
-    if len(labels) > 1:  # each question has choices of its own: the second place is no positive class
-        for name in ("precision", "recall", "f1"):
-            found.pop(name, None)
-    return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
-
-
 def _keyed(metric: str, filter_name: str) -> str:
     """What a metric is called in columns and samples: `exact_match,strict-match`; lm-eval's plain filter goes unsaid."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def _number(value: Any) -> float:
-    """The log-likelihood in a response, which may be the first of a pair; NaN for a text."""
-    while isinstance(value, list | tuple) and value:
-        value = value[0]
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _frame(rows: list[tuple[str, str, str, float]]) -> Samples:
