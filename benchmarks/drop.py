@@ -87,8 +87,8 @@ def speed(model: PreTrainedModel, tokens: torch.Tensor, repeats: int) -> None:
     depth = len(parts)
     sampled = sorted({int(block) for block in np.linspace(0, depth - 1, 5)})  # sparing the head differs by block
     probe = drop.probe_of_text(tokens)
-    last = [[row[:-1].tolist() for row in tokens], [[[int(row[-1])]] for row in tokens]]
-    few = drop.probe_of_questions(*last, [0] * len(tokens))
+    prompts, answers = [row[:-1].tolist() for row in tokens], [[[int(row[-1])]] for row in tokens]
+    few = drop.probe_of_questions(prompts, answers, [0] * len(tokens))
     batch = max(1, drop.TOKENS_AT_ONCE // tokens.numel())
     spared = "the same, the head spared: what is used"
     runs = {

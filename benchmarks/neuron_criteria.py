@@ -24,8 +24,9 @@ from embedded import EMBEDDED
 from tabulate import tabulate
 from transformers import PreTrainedModel
 
+from sweep import metrics
 from sweep.config import Calibration
-from sweep.measuring import scorer, words
+from sweep.measuring import scorer
 from sweep.models import anatomy, loading
 from sweep.pruning import repair, unit_scores, unit_statistics, units
 from sweep.pruning.families import PROXIES, Neuron
@@ -92,7 +93,7 @@ def main() -> None:
     lines: list[list[object]] = []
     first: dict[float, np.ndarray] = {}  # by sparsity, the first line's loss of each page
     for name, balance, damping in itertools.product(criteria, asked.balance, asked.damping):
-        method = Neuron(criterion=criteria[name], scope=asked.scope)  # type: ignore[arg-type]
+        method = Neuron(criterion=criteria[name], scope=asked.scope)
         line: list[object] = [name, balance, damping]
         for sparsity in asked.sparsity:
             with patch.object(unit_scores, "BALANCE", balance), patch.object(repair, "DAMPING", damping):
@@ -106,7 +107,7 @@ def main() -> None:
                 )
             perplexities = np.exp(found.sum(1) / counts.sum())
             page_losses = found.mean(0)
-            gap, error = words.per_token(page_losses - first.setdefault(sparsity, page_losses), counts)
+            gap, error = metrics.ratio(page_losses - first.setdefault(sparsity, page_losses), counts)
             line += [f"{perplexities.mean():.2f}", f"{np.ptp(perplexities):.2f}", f"{gap:+.3f} ± {error:.3f}"]
         print(line, flush=True)
         lines.append(line)

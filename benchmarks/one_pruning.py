@@ -46,7 +46,7 @@ def by_llm_compressor(criterion: str, sparsity: str, model, tokenizer, tokens: t
     structure = f"{int(m) - int(n)}:{m}" if m else "0:0"  # it counts what goes, not what stays
     recipe = [modifier(sparsity=share(sparsity), mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])]
     text = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in tokens.split(BATCH)]
-    loader = DataLoader(text, batch_size=None)  # type: ignore[arg-type]  # the batches are made
+    loader: DataLoader = DataLoader(text, batch_size=None)  # type: ignore[arg-type]  # the batches are made
     return lambda: oneshot(model=model, processor=tokenizer, dataset=loader, recipe=recipe)
 
 

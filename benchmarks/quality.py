@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tabulate import tabulate
 from sweep.config import Benchmarks
 from sweep.measuring import catalogue, quality, scorer
 from sweep.models import loading
-from sweep.texts import corpora, embedded
+from sweep.texts import embedded
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 
@@ -35,19 +36,16 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def all_embedded(model: Any, tokenizer: Any) -> str:
     lines = []
     for task in embedded.EMBEDDED:
-        taken, (metrics, samples) = seconds(
-            lambda task=task: quality.evaluate(model, tokenizer, Benchmarks((task,)), None)
-        )
+        taken, (metrics, samples) = seconds(partial(quality.evaluate, model, tokenizer, Benchmarks((task,)), None))
         name, value = next((name, v) for name, v in metrics.items() if name.endswith(("/acc", "/token_perplexity")))
         lines.append((task, samples.document.nunique(), taken, name, value))
     return tabulate(lines, headers=["task", "documents", "seconds", "metric", "value"], floatfmt=".4g")
 
 
 def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: int) -> str:
-    with corpora.data_folder(data_root):
-        task = catalogue.load(Benchmarks(("arc_easy",)), data_root)["tasks"]["arc_easy"]
-        task.set_config(key="num_fewshot", value=0)
-        task.build_all_requests(limit=questions)
+    task = catalogue.load(Benchmarks(("arc_easy",)), data_root)["tasks"]["arc_easy"]
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=questions)
     by_question: dict[int, list[Any]] = {}
     for request in task.instances:
         by_question.setdefault(request.doc_id, []).append(request)
@@ -58,18 +56,19 @@ def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: 
     def theirs(batch_size: int) -> Any:
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=2048)
 
-    timed = {n: seconds(lambda n=n: theirs(n).loglikelihood(probe, disable_tqdm=True))[0] for n in BATCH_SIZES}
-    best = min(timed, key=timed.get)  # type: ignore[arg-type]
+    timed = {n: seconds(partial(theirs(n).loglikelihood, probe, disable_tqdm=True))[0] for n in BATCH_SIZES}
+    best = min(timed, key=lambda n: timed[n])
     hflm, ours = theirs(best), scorer.Scorer(model, tokenizer, batch_size=4, max_length=2048)
     totals, ratios, right, gaps = [0.0, 0.0], [], [0, 0], []
     for start in range(0, len(grouped), piece):
         groups = grouped[start : start + piece]
         flat = [request for group in groups for request in group]
         order = [0, 1] if (start // piece) % 2 == 0 else [1, 0]
-        taken, found = [0.0, 0.0], [[], []]
+        taken = [0.0, 0.0]
+        found: list[list[Any]] = [[], []]
         for which in order:
-            lm = (hflm, ours)[which]
-            taken[which], found[which] = seconds(lambda lm=lm: lm.loglikelihood(flat, disable_tqdm=True))  # noqa: B023
+            score = (hflm, ours)[which].loglikelihood
+            taken[which], found[which] = seconds(partial(score, flat, disable_tqdm=True))
         totals = [a + b for a, b in zip(totals, taken, strict=True)]
         ratios.append(taken[0] / taken[1])
         gaps += [abs(a - b) for (a, _), (b, _) in zip(*found, strict=True)]

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 import sweep
 from sweep import store
@@ -55,12 +57,7 @@ def tiny_model(folder: Path) -> list[str]:
     """The words that choose a tiny random model, which is written to `folder`."""
     import conftest  # of the tests: the same model
 
-    class Factory:
-        def mktemp(self, name: str) -> Path:
-            folder.mkdir()
-            return folder
-
-    conftest.tiny_checkpoint.__wrapped__(Factory())
+    conftest.write_tiny_checkpoint(folder)
     return ["model=local", f"model.path={folder}", *QUICK]
 
 
@@ -263,8 +260,8 @@ def load(folder: Path, model: list[str]) -> Iterator[Line]:
     row = {name: value for name, value in row.items() if value is not None}
     metrics = [name for name in row if "/" in name]
     for i in range(10_000):
-        table = store.pa.Table.from_pylist([{**row, "cell": f"{i:016x}", "seed": i}], schema=store.schema(metrics))
-        (many / "cells" / f"{i:016x}.parquet").write_bytes(store._bytes(table))
+        table = pa.Table.from_pylist([{**row, "cell": f"{i:016x}", "seed": i}], schema=store.schema(metrics))
+        pq.write_table(table, many / "cells" / f"{i:016x}.parquet")
     alone = min(_seconds(words[few], "20 already done, 0 to run") for _ in range(3))
     loose = min(_seconds(words[many], "20 already done, 0 to run") for _ in range(3))
     yield "a sweep that finds all done adds, 10,000 loose files: seconds", round(loose - alone, 2), 1.0

@@ -31,7 +31,7 @@ COLOURS = dict(zip(words.BANDS, ["#0072B2", "#009E73", "#E69F00", "#D55E00", "#9
 def measured(results: Path) -> pd.DataFrame:
     """One line a pruned cell and band: the loss before and after, its increase with interval, and accuracy."""
     metrics = [f"pydoc/loss_band_{band}" for band in words.BANDS]
-    return paired.table(results, metrics)
+    return paired.compare(results, metrics)
 
 
 def gaps(results: Path) -> pd.DataFrame:

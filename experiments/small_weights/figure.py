@@ -26,7 +26,7 @@ MARKS = dict(zip(COLOURS, "os^D", strict=True))
 def measured(results: Path) -> pd.DataFrame:
     """One line a pruned cell: the loss that it adds to the dense model's, with its interval over documents."""
     methods = store.load(results).set_index("cell").config.map(lambda config: json.loads(config)["method"])
-    table = paired.table(results, ["pydoc/loss"])
+    table = paired.compare(results, ["pydoc/loss"])
     skipped = table.after.map(lambda cell: methods[cell].get("skip_lowest", 0.0))
     return table.assign(skipped=skipped).sort_values(["criterion", "sparsity", "skipped", "seed"])
 
