@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sweep import config, execution
 from sweep.formats import bitmap
+from sweep.formats.packing import packed
 from sweep.measuring import efficiency
 from sweep.models import anatomy, loading
 
@@ -83,7 +84,7 @@ def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> t
         layer.weight.data.masked_fill_(drop, 0)
     model, kernel = execution.prepare(model, config.Execution("bitmap"))
     assert kernel != "bitmap torch"
-    layers = [layer for layer in execution.packed(model).values() if isinstance(layer, bitmap.BitmapLinear)]
+    layers = packed(model).values()
     dense = sum(2 * layer.in_features * layer.out_features for layer in layers)
     held = sum(layer.held_bytes for layer in layers)
     return model, held / dense, (whole - dense + held) / whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -11,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
-from conftest import FAMILIES, random_tokens, tiny_model
+from conftest import random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Execution, parse
-from sweep.formats import bitmap, semi_structured
+from sweep.formats import bitmap, declared
+from sweep.formats.packing import packed
 from sweep.measuring import counting
 from sweep.models import anatomy
 from sweep.pruning import methods
 from sweep.pruning.families import Weight
-from sweep.settings import RequestError, build
+from sweep.settings import RequestError
 from test_cli import QUICK, run
 
 SHAPES = [(1, 1), (1, 63), (3, 64), (5, 65), (7, 15), (2, 129), (33, 31), (64, 576), (17, 200), (130, 97)]
@@ -177,19 +179,6 @@ def test_a_bitmap_model_has_the_logits_of_the_masked_dense_model(family: str, ke
     assert after["weights_bytes"] < before["weights_bytes"]
 
 
-def test_csr_has_the_same_logits_and_counts() -> None:
-    model = tiny_model("qwen2")  # with biases
-    methods.prune(model, Weight("weight"), 0.9, None)
-    with torch.no_grad():
-        expected = model(input_ids=random_tokens()).logits
-        before = counting.size(counting.stock(model))
-        compressed, ran = execution.prepare(model, Execution("csr"))
-        assert ran == "torch csr"
-        torch.testing.assert_close(compressed(input_ids=random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
-    after = counting.size(counting.stock(compressed))
-    assert {name for name in before if before[name] != after[name]} == {"weights_bytes", "stored_bytes"}
-
-
 def test_bfloat16_models_agree_within_their_rounding() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     methods.prune(model, Weight("weight"), 0.5, None)
@@ -216,6 +205,21 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
         bitmap.check(beyond, values, offsets, 70)
 
 
+def test_the_kernels_are_those_that_are_declared() -> None:
+    assert {*bitmap.VERSIONS, "torch"} == set(declared.BITMAP.kernels)
+    for name, dtype in itertools.product(bitmap.kernels(), (torch.bfloat16, torch.float32)):
+        if str(dtype).removeprefix("torch.") in declared.BITMAP.kernels[name].dtypes:
+            assert_multiplies(matrix(5, 70, 0.5, dtype), name)
+            assert bitmap.packing(name, dtype).kernel == f"bitmap {name}" and bitmap.packing(name, dtype).lacks is None
+
+
+def test_a_kernel_that_this_processor_lacks_is_replaced_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap, "kernels", lambda: ("portable",))
+    with pytest.raises(RequestError, match="execution=bitmap, kernel avx2: this processor runs portable. Install"):
+        execution.prepare(tiny_model("llama"), Execution("bitmap", "avx2"))
+    assert execution.prepare(tiny_model("llama"), Execution("bitmap", "avx2", fallback=True))[1] == "bitmap torch"
+
+
 def test_the_kernel_refuses_other_inputs() -> None:
     made = layer(
         matrix(4, 70, 0.5, torch.float32), bitmap.kernels()[-1] if bitmap.kernels()[-1] != "avx512_bf16" else "avx512"
@@ -229,64 +233,30 @@ def test_the_kernel_refuses_other_inputs() -> None:
         made(torch.zeros(1, 70, requires_grad=True))
 
 
-def request(**changes: object) -> dict[str, object]:
-    return {
-        "model": {"name": "a", "source": "local", "path": "a"},
-        "method": {"family": "weight"},
-        "sparsity": 0.5,
-        "benchmarks": {"tasks": []},
-        "calibration": None,
-        "efficiency": {},
-        "execution": {"name": "bitmap"},
-        "device": "cpu",
-    } | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "float16"}, "execution=bitmap holds bfloat16 or float32, got dtype=float16"),
-        (
-            {"dtype": "float32", "execution": {"name": "bitmap", "kernel": "avx512_bf16"}},
-            "multiplies bfloat16, got dtype=float32",
-        ),
-        (
-            {"execution": {"name": "csr"}, "dtype": "bfloat16"},
-            "execution=csr multiplies float32 only, got dtype=bfloat16",
-        ),
-        ({"execution": {"name": "bitmap", "kernel": "sse"}}, "execution.kernel must be one of auto"),
-        ({"execution": {"name": "semi_structured"}}, "hold two weights at most: set method.pattern=2:4 sparsity=0.5"),
-        (
-            {"execution": {"name": "semi_structured"}, "method": {"family": "weight", "pattern": "4:8"}},
-            "hold two weights at most: set method.pattern=2:4 sparsity=0.5",
-        ),
-        (
-            {
-                "execution": {"name": "semi_structured"},
-                "method": {"family": "weight", "pattern": "2:4"},
-                "dtype": "float32",
-            },
-            "multiplies bfloat16 or float16, got dtype=float32",
-        ),
-    ],
-)
-def test_wrong_requests_are_told_before_anything_runs(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        parse(request(**changes))
+REQUEST = {
+    "model": {"name": "a", "source": "local", "path": "a"},
+    "method": {"family": "weight"},
+    "sparsity": 0.5,
+    "benchmarks": {"tasks": []},
+    "calibration": None,
+    "efficiency": {},
+    "execution": {"name": "bitmap"},
+    "device": "cpu",
+}
 
 
 def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     bitmap.extension.cache_clear()
     try:
-        cell, _ = parse(request())
+        cell, _ = parse(REQUEST)
         with pytest.raises(
             RequestError, match="there is no no-such-compiler here: install one .* execution.fallback=true"
         ):
             machine.check_execution(cell)
         with pytest.raises(RequestError, match="there is no C\\+\\+ compiler .* Install a C\\+\\+ compiler"):
             execution.prepare(tiny_model("llama"), Execution("bitmap"))
-        allowed, _ = parse(request(execution={"name": "bitmap", "fallback": True}))
+        allowed, _ = parse(REQUEST | {"execution": {"name": "bitmap", "fallback": True}})
         machine.check_execution(allowed)
         assert execution.prepare(tiny_model("llama"), allowed.execution)[1] == "bitmap torch"
         monkeypatch.setenv("CXX", "false")  # a compiler that fails
@@ -295,62 +265,6 @@ def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.Mo
             bitmap.extension()
     finally:
         bitmap.extension.cache_clear()
-
-
-def test_csr_cannot_be_saved() -> None:
-    with pytest.raises(RequestError, match="save_model: safetensors holds no csr matrices"):
-        parse(request(execution={"name": "csr"}, dtype="float32", save_model="a"))
-
-
-def two_of_four(**changes: object) -> dict[str, object]:
-    return request(method={"family": "weight", "pattern": "2:4"}, execution={"name": "semi_structured"} | changes)
-
-
-def test_semi_structured_needs_its_device() -> None:
-    cell, _ = parse(two_of_four())
-    with pytest.raises(RequestError, match="runs on a CUDA device .* got device=cpu: use execution=bitmap"):
-        machine.check_execution(cell)
-    model = tiny_model("llama").to(torch.bfloat16)
-    methods.prune(model, cell.method, 0.5, None)
-    with pytest.raises(RequestError, match=r"model.layers.0.self_attn.q_proj cannot be run in this form .*CUDA"):
-        execution.prepare(model, cell.execution)
-    allowed, _ = parse(two_of_four(fallback=True))
-    machine.check_execution(allowed)
-    assert execution.prepare(model, allowed.execution)[1] == "torch"
-    assert execution.packed(model) == {}
-
-
-def test_semi_structured_takes_matrices_of_the_pattern_alone() -> None:
-    assert semi_structured.is_two_of_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
-    assert not semi_structured.is_two_of_four(torch.tensor([[0.0, 0, 0, 0, 1, 2, 0, 3]]))
-    assert not semi_structured.is_two_of_four(torch.zeros(1, 6))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="semi_structured runs on CUDA alone, and there is none here")
-def test_semi_structured_has_the_same_logits_and_half_the_bytes() -> None:
-    config = AutoConfig.for_model("qwen2", **FAMILIES["qwen2"] | {"hidden_size": 128, "intermediate_size": 256})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to("cuda")
-    methods.prune(model, Weight("weight", pattern="2:4"), 0.5, None)
-    tokens = random_tokens().cuda()
-    with torch.no_grad():
-        expected = model(input_ids=tokens).logits
-        before = counting.size(counting.stock(model))
-        sparse, ran = execution.prepare(model, Execution("semi_structured"))
-        assert ran == "torch 2:4" and execution.packed(sparse)
-        torch.testing.assert_close(sparse(input_ids=tokens).logits, expected, atol=2e-2, rtol=2e-2)
-    after = counting.size(counting.stock(sparse))
-    assert {name for name in before if before[name] != after[name]} == {"weights_bytes", "stored_bytes"}
-    held = sum(layer.held_bytes for layer in execution.packed(sparse).values())
-    places = sum(layer.in_features * layer.out_features for layer in execution.packed(sparse).values())
-    assert held == pytest.approx(2 * places * 0.5625, rel=0.01)
-
-
-def test_an_execution_that_reads_no_kernel_ignores_it() -> None:
-    plain, _ = parse(request(execution={"name": "dense"}))
-    other, _ = parse(request(execution={"name": "dense", "kernel": "avx2", "fallback": True}))
-    assert plain == other
-    assert parse(request())[0].dense().execution == Execution("dense")
-    assert build(Execution, {"name": "bitmap"}, "execution").kernel == "auto"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -366,7 +280,7 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
     assert sum(t.nbytes for t in weights.values()) == counting.size(counting.stock(model))["stored_bytes"]
     again, _ = sweep.load_model(tmp_path / "saved")
     assert again.dtype == dtype
-    layers = execution.packed(again).values()
+    layers = packed(again).values()
     assert layers and {f"bitmap {layer.kernel}" for layer in layers} == {kernel}
     with torch.no_grad():
         assert torch.equal(model(input_ids=random_tokens()).logits, again(input_ids=random_tokens()).logits)
@@ -430,14 +344,4 @@ def test_the_executions_of_a_sweep_differ_in_bytes_and_not_in_quality(tmp_path: 
             assert row.decode_control_low <= row.decode_control <= row.decode_control_high
             assert row.timed_repeats == 6 and row.timing_ended_by == "repeats"
     cell = rows[rows.execution == "bitmap"].cell.iloc[0]
-    assert execution.packed(sweep.load_model(tmp_path / "saved" / cell)[0])
-
-
-def test_an_execution_that_multiplies_one_dtype_decides_it_for_its_baseline_too() -> None:
-    for baseline in (False, True):
-        assert parse(request(execution={"name": "csr"}, baseline=baseline))[0].dtype == "float32"
-        assert (
-            parse(request(execution={"name": "bitmap", "kernel": "avx512_bf16"}, baseline=baseline))[0].dtype
-            == "bfloat16"
-        )
-        assert parse(request(execution={"name": "bitmap"}, baseline=baseline))[0].dtype == "auto"
+    assert packed(sweep.load_model(tmp_path / "saved" / cell)[0])

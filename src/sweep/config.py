@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
+from sweep.formats.declared import FORMATS, SHRUNK, Format, FormatName, KernelName
 from sweep.pruning import families
-from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method, Weight
+from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
 from sweep.settings import Named, RequestError, build, byte_size, setting, told
 
 _LEAST_MEMORY = 2**30  # bytes
@@ -76,9 +77,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Execution(Named):
-    name: Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"] = "dense"
-    kernel: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"] = "auto"  # of bitmap
-    fallback: bool = False  # of bitmap and semi_structured: whether a slow substitute may run where they cannot
+    name: FormatName = "dense"
+    kernel: KernelName = "auto"  # of formats that have several; auto = the fastest that runs here
+    fallback: bool = False  # whether a slow substitute may run where the format cannot
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.name]
 
 
 GROUPS: dict[str, type] = {
@@ -202,14 +207,12 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
         raise RequestError(f"method={method} replaces the whole group: write +method={method}, with the plus")
     cell = build(Cell, composed, "", also=names)
     if cell.dtype == "auto":  # the baseline, too, is measured in what the execution multiplies
-        cell = replace(cell, dtype=_only_dtype(cell.execution))
+        cell = replace(cell, dtype=cell.execution.format.only_dtype(cell.execution.kernel) or "auto")
     if asked.baseline:
         cell = cell.dense()
     cell = _normalised(cell)
-    if asked.save_model is not None and cell.execution.name in ("csr", "semi_structured"):
-        raise RequestError(
-            f"save_model: safetensors holds no {cell.execution.name} matrices: use execution=dense or bitmap"
-        )
+    if asked.save_model is not None:
+        cell.execution.format.check_saves()
     return cell, asked
 
 
@@ -237,7 +240,7 @@ def _normalised(cell: Cell) -> Cell:
         cell = replace(cell, perplexity=Perplexity())
     used = cell.stages()
     if not used:
-        return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution("dense"))
+        return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution())
     sparsity = 0.0 if isinstance(method, Dense) else round(cell.sparsity, 6)  # range() yields 0.30000000000000004
     cell = replace(cell, sparsity=sparsity, method=families.normalised(method, sparsity))
     method = cell.method
@@ -254,25 +257,9 @@ def _normalised(cell: Cell) -> Cell:
         if calibration.split is not None and calibration.column is None:
             calibration = replace(calibration, column="text")
     cell = replace(cell, calibration=calibration, seed=seed)
-    if method.removes_units:
-        cell = replace(cell, execution=Execution("shrunk"))
-    elif cell.execution.name == "shrunk":
-        raise RequestError(
-            f"execution=shrunk needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
-            f"method={method.family} leaves the matrices their size: use execution=dense"
-        )
-    if cell.execution.name == "bitmap":
-        _check_bitmap(cell)
-    elif cell.execution.name == "semi_structured":
-        _check_semi_structured(cell)
-        cell = replace(cell, execution=Execution("semi_structured", fallback=cell.execution.fallback))
-    else:
-        cell = replace(cell, execution=Execution(cell.execution.name))
-    if cell.execution.name == "csr" and cell.dtype != "float32":
-        raise RequestError(
-            f"execution=csr multiplies float32 only, got dtype={cell.dtype}: set dtype=float32, or execution=bitmap"
-        )
-    return cell
+    if method.removes_units and cell.execution.format.holds == "zeros":
+        cell = replace(cell, execution=Execution(SHRUNK.name))
+    return replace(cell, execution=_checked_execution(cell))
 
 
 def fits(asked: Efficiency, positions: int | None) -> bool:
@@ -300,30 +287,28 @@ def _checked_timing(asked: Efficiency) -> Efficiency:
     return asked if asked.precision is not None else replace(asked, seconds=Efficiency.seconds)
 
 
-def _only_dtype(execution: Execution) -> Dtype:
-    """The dtype that an execution alone multiplies, or that it is meant for; `auto` where it is the machine's choice."""
-    if execution.name == "csr":
-        return "float32"
-    return "bfloat16" if execution.name == "semi_structured" or execution.kernel == "avx512_bf16" else "auto"
+def _checked_execution(cell: Cell) -> Execution:
+    """The execution with what its format does not read set to one value.
 
-
-def _check_bitmap(cell: Cell) -> None:
-    if cell.dtype == "float16":
-        raise RequestError(f"execution=bitmap holds bfloat16 or float32, got dtype={cell.dtype}: set dtype=bfloat16")
-    if cell.execution.kernel == "avx512_bf16" and cell.dtype == "float32":
+    Raises RequestError where the format does not hold or multiply what the cell asks for.
+    """
+    asked, form, method = cell.execution, cell.execution.format, cell.method
+    if form.holds == "cut" and not method.removes_units:
         raise RequestError(
-            f"execution.kernel=avx512_bf16 multiplies bfloat16, got dtype={cell.dtype}: use execution.kernel=avx512"
+            f"execution={form.name} needs a method that removes units ({', '.join(sorted(SHRINKING))}); "
+            f"method={method.family} leaves the matrices their size: use execution=dense"
         )
-
-
-def _check_semi_structured(cell: Cell) -> None:
-    pattern = cell.method.pattern if isinstance(cell.method, Weight) else None
-    if pattern not in ("2:4", "1:4"):
+    if form.patterns and getattr(method, "pattern", None) not in form.patterns:
+        n, m = families.groups(form.patterns[0])
         raise RequestError(
-            "execution=semi_structured multiplies matrices of which each four neighbours hold two weights at "
-            "most: set method.pattern=2:4 sparsity=0.5, or use another execution"
+            f"execution={form.name} multiplies matrices {form.matrices}: set method.pattern={n}:{m} "
+            f"sparsity={1 - n / m:g}, or use another execution"
         )
-    if cell.dtype == "float32":
+    if form.kernels and asked.kernel not in ("auto", *form.kernels):
         raise RequestError(
-            "execution=semi_structured multiplies bfloat16 or float16, got dtype=float32: set dtype=bfloat16"
+            f"execution.kernel must be one of auto, {', '.join(form.kernels)} with execution={form.name}; got "
+            f"{asked.kernel!r}"
         )
+    if cell.dtype != "auto":
+        form.check_dtype(cell.dtype, asked.kernel)
+    return Execution(asked.name, asked.kernel if form.kernels else "auto", asked.fallback and form.fallback is not None)

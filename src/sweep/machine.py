@@ -125,22 +125,26 @@ def multiplies_bfloat16() -> bool:
 
 def check_execution(cell: Cell) -> None:
     """Refuse an execution that this machine cannot run. Raises RequestError."""
-    execution, device = cell.execution, cell.device
-    if execution.name in ("bitmap", "csr") and device != "cpu":
-        raise RequestError(f"execution={execution.name} runs on the CPU, got device={device}: set device=cpu")
-    if execution.name == "semi_structured" and not device.startswith("cuda") and not execution.fallback:
+    execution, form = cell.execution, cell.execution.format
+    falls_back = form.fallback if execution.fallback else None
+    if cell.device.partition(":")[0] not in form.devices and falls_back != "dense":
+        offered = ", or set execution.fallback=true to run the zeros in dense matrices"
         raise RequestError(
-            f"execution=semi_structured runs on a CUDA device of the Ampere generation or later, got "
-            f"device={device}: use execution=bitmap, or set execution.fallback=true to run the zeros in dense "
-            "matrices"
+            f"execution={form.name} runs on {form.where}, got device={cell.device}: {form.elsewhere}"
+            + (offered if form.fallback == "dense" else "")
         )
-    compiler = os.environ.get("CXX", "c++")
-    needed = execution.name == "bitmap" and execution.kernel != "torch" and not execution.fallback
-    if needed and shutil.which(compiler) is None:
+    name, found = compiler()
+    if form.compiles(execution.kernel) and found is None and falls_back != "kernel":
         raise RequestError(
-            f"execution=bitmap builds its kernel with a C++ compiler, and there is no {compiler} here: "
+            f"execution={form.name} builds its kernel with a C++ compiler, and there is no {name} here: "
             "install one (g++), or set execution.fallback=true to run a slow substitute"
         )
+
+
+def compiler() -> tuple[str, str | None]:
+    """The name of the C++ compiler that PyTorch's extension builder would use, and its path, None where there is none."""
+    name = os.environ.get("CXX", "c++")
+    return name, shutil.which(name)
 
 
 def thread_settings() -> dict[str, str]:

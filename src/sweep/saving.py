@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweep import __version__, cache, store
 from sweep.config import Model
+from sweep.formats.declared import DENSE, FORMATS
 from sweep.models import origin
 from sweep.settings import RequestError
 
@@ -203,11 +204,12 @@ def card(facts: Mapping[str, Any]) -> str:
         "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
-    if facts.get("execution") == "bitmap":
+    stored = FORMATS[facts.get("execution") or DENSE.name].stored
+    if stored is not None:
         lines += [
             "",
-            "Pruned matrices are stored as one bit a weight and their non-zeros: load the folder with "
-            "`sweep.load_model(FOLDER)`, since transformers does not know the format.",
+            f"Pruned matrices are stored as {stored.words}: load the folder with `sweep.load_model(FOLDER)`, since "
+            "transformers does not know the format.",
         ]
     else:
         lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]

@@ -16,11 +16,10 @@ import hashlib
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sweep import cache
+from sweep import cache, machine
+from sweep.formats import declared
+from sweep.formats.packing import PackedLinear, Packing
 
 WORD = 64  # columns a word of the mask
 PADDING = 64  # bytes after the values
@@ -103,42 +104,34 @@ def check(mask: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
         )
 
 
-class BitmapLinear(nn.Module):
-    """A linear layer that holds its matrix in the bitmap format alone. For inference: no gradient flows through it.
+class BitmapLinear(PackedLinear):
+    """A linear layer that holds its matrix in the bitmap format alone.
 
     kernel  one of `kernels()`, or "torch": expand the matrix for every call, which is slow and runs anywhere
     """
 
+    format = declared.BITMAP
     mask: Tensor
     values: Tensor
     offsets: Tensor
 
     def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None, kernel: str):
-        super().__init__()
         check(mask, values, offsets, columns)
+        super().__init__((len(offsets) - 1, columns), bias)
         for name, tensor in (("mask", mask), ("values", values), ("offsets", offsets)):
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.in_features, self.out_features = columns, len(offsets) - 1
-        self.use(kernel)
-
-    def use(self, kernel: str) -> None:
-        """Multiply with another version of the kernel from now on."""
         self.kernel = kernel
         self._version = VERSIONS.index(kernel) if kernel != "torch" else -1
+
+    def dense(self) -> Tensor:
+        return expand(self.mask, self.values, self.offsets, self.in_features)
 
     @property
     def nonzeros(self) -> int:
         return int(torch.count_nonzero(self.values[: int(self.offsets[-1])]))
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the matrix as it is held; the bias is apart."""
-        return sum(t.numel() * t.element_size() for t in (self.mask, self.values, self.offsets))
-
-    def dense(self) -> Tensor:
-        """The matrix, (out, in)."""
-        return expand(self.mask, self.values, self.offsets, self.in_features)
+    def facts(self) -> int:
+        return self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -150,10 +143,36 @@ class BitmapLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.nonzeros}, "
-            f"bias={self.bias is not None}, kernel={self.kernel}"
-        )
+        return f"{super().extra_repr()}, kernel={self.kernel}"
+
+
+def packing(kernel: str, dtype: torch.dtype) -> Packing:
+    """How matrices are packed for this kernel, `auto` for the fastest here; where it cannot run, for "torch"."""
+    kernel, lacks = _runs(kernel, dtype)
+
+    def make(weight: Tensor, bias: Tensor | None) -> BitmapLinear:
+        return BitmapLinear(*compress(weight), weight.shape[1], bias, kernel)
+
+    def read(tensors: Mapping[str, Tensor], columns: int) -> BitmapLinear:
+        mask, values, offsets = (tensors[name] for name in ("mask", "values", "offsets"))
+        bias = tensors["bias"].to(dtype) if "bias" in tensors else None
+        return BitmapLinear(mask, values.to(dtype), offsets, columns, bias, kernel)
+
+    return Packing(f"bitmap {kernel}", make, lacks=lacks, read=read)
+
+
+def _runs(kernel: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """(the kernel that runs, why it is not the one that was asked for)."""
+    if kernel == "torch":
+        return kernel, None
+    try:
+        if kernel == "auto":
+            return fastest(dtype), None
+        if kernel in kernels():
+            return kernel, None
+        return "torch", f"this processor runs {', '.join(kernels())}"
+    except KernelError as error:
+        return "torch", str(error)
 
 
 def kernels() -> tuple[str, ...]:
@@ -165,11 +184,6 @@ def fastest(dtype: torch.dtype) -> str:
     """The version to use for weights of this dtype. Raises KernelError when none can be built."""
     names = [name for name in kernels() if dtype == torch.bfloat16 or name != "avx512_bf16"]
     return names[-1]
-
-
-def compiler() -> str | None:
-    """The C++ compiler that PyTorch's extension builder would use, or None where there is none."""
-    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 @functools.lru_cache(maxsize=1)
@@ -191,7 +205,7 @@ def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    found = compiler()
+    found = machine.compiler()[1]
     words = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else ""
     digest.update(
         "\0".join(
@@ -210,8 +224,9 @@ def _key() -> str:
 def _build(folder: Path) -> None:
     from torch.utils import cpp_extension
 
-    if compiler() is None:
-        raise KernelError(f"there is no C++ compiler ({os.environ.get('CXX', 'c++')}) on this machine")
+    name, found = machine.compiler()
+    if found is None:
+        raise KernelError(f"there is no C++ compiler ({name}) on this machine")
     try:
         with _scripts_on_path():
             cpp_extension.load(

@@ -5,36 +5,42 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sweep.formats import declared
+from sweep.formats.packing import PackedLinear, Packing
 
 
-class CsrLinear(nn.Module):
+class CsrLinear(PackedLinear):
     """A linear layer whose matrix is torch's compressed sparse rows: int32 columns, which MKL multiplies."""
 
+    format = declared.CSR
     weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(weight.shape, bias)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             rows = weight.detach().to_sparse_csr()
         index = (rows.crow_indices().int(), rows.col_indices().int())
         matrix = torch.sparse_csr_tensor(*index, rows.values(), rows.shape, check_invariants=True)
         self.register_buffer("weight", matrix)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.out_features, self.in_features = weight.shape
+
+    def dense(self) -> Tensor:
+        return self.weight.to_dense()
+
+    def held(self) -> tuple[Tensor, ...]:
+        return self.weight.values(), self.weight.crow_indices(), self.weight.col_indices()
 
     @property
     def nonzeros(self) -> int:
         return int(torch.count_nonzero(self.weight.values()))
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the matrix as it is held; the bias is apart."""
-        parts = (self.weight.values(), self.weight.crow_indices(), self.weight.col_indices())
-        return sum(t.numel() * t.element_size() for t in parts)
-
     def forward(self, x: Tensor) -> Tensor:
         product = (self.weight @ x.reshape(-1, self.in_features).t()).t()
         product = product if self.bias is None else product + self.bias
         return product.reshape(*x.shape[:-1], self.out_features)
+
+
+def packing(kernel: str, dtype: torch.dtype) -> Packing:
+    return Packing("torch csr", CsrLinear)

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sweep import execution
-from sweep.formats import bitmap
+from sweep.formats.packing import packed
 from sweep.models import anatomy
 
 
@@ -120,18 +119,18 @@ def _pieces(model: PreTrainedModel) -> Pieces:
     for name, tensor in anatomy.tensors(model).items():
         multiplies = id(tensor) in products or name in experts
         share = experts.get(name, 1.0) if multiplies else 1 / rows.get(id(tensor), 1)
-        held = tensor.numel() * tensor.element_size()
-        found[name] = Piece(tensor.numel(), int(torch.count_nonzero(tensor)), held, multiplies, share)
-    for name, layer in execution.packed(model).items():
+        found[name] = Piece(tensor.numel(), int(torch.count_nonzero(tensor)), tensor.nbytes, multiplies, share)
+    for name, layer in packed(model).items():
         found[name] = Piece(layer.out_features * layer.in_features, layer.nonzeros, layer.held_bytes, True)
     return found
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:
-    """Tensors that share their memory once; a form that no checkpoint holds as it lies in memory."""
-    state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.layout == torch.strided}
-    apart = [layer for layer in execution.packed(model).values() if not isinstance(layer, bitmap.BitmapLinear)]
-    return sum(t.numel() * t.element_size() for t in state.values()) + sum(layer.held_bytes for layer in apart)
+    """Tensors that share their memory once; the matrices of packed layers as they are held, stored or not."""
+    layers = packed(model)
+    matrices = {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_buffers()}
+    state = {tensor.data_ptr(): tensor for name, tensor in model.state_dict().items() if name not in matrices}
+    return sum(tensor.nbytes for tensor in state.values()) + sum(layer.held_bytes for layer in layers.values())
 
 
 def _by_old_names(before: Stock, now: Stock) -> Pieces:

@@ -1,8 +1,8 @@
-"""Models whose blocks differ in width, whose vocabulary was cut, or whose matrices are compressed, as folders: what
+"""Models whose blocks differ in width, whose vocabulary was cut, or whose matrices are packed, as folders: what
 transformers' format lacks.
 
 The weights lie in safetensors as always. `sweep.json` beside them says that their shapes, not the configuration's, are
-the model's, which token ids are left, and which layers lie in the bitmap format. No code is stored. The tokenizer of a
+the model's, which token ids are left, and which layers are packed in which format. No code is stored. The tokenizer of a
 cut vocabulary lies in a folder of its own, so that nobody reads the old ids from it by accident.
 """
 
@@ -19,17 +19,22 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sweep.formats import bitmap
+from sweep.formats.declared import FORMATS, Stored
+from sweep.formats.packing import PackedLinear, packed
 from sweep.models import anatomy, cut_tokenizer, headers, origin, pretrained, surgery
 from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
-FORMAT, COMPRESSED_FORMAT = 1, 2  # of a folder without and with compressed layers
+FORMAT = 1  # of a folder without packed layers
+_STORED: dict[str, Stored] = {form.name: form.stored for form in FORMATS.values() if form.stored}
+_READ = sorted({FORMAT, *(entry.version for entry in _STORED.values())})
 _TOKENIZER = "tokenizer"  # folder
 
 
 def is_plain(model: PreTrainedModel) -> bool:
     """Whether transformers builds a model of these shapes from the configuration alone."""
+    if packed(model):
+        return False
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(model.config)
     shapes = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (built, model))
@@ -37,7 +42,13 @@ def is_plain(model: PreTrainedModel) -> bool:
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do."""
+    """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do.
+
+    Raises RequestError for layers in a format that no checkpoint holds.
+    """
+    layers = packed(model)
+    for layer in layers.values():
+        layer.format.check_saves()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:  # whatever the configuration said
         model.config.tie_word_embeddings = False
@@ -53,8 +64,10 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
     facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
     if kept is not None:
         facts["token_rows"] = cut_tokenizer.rows_before(tokenizer)
-    compressed = {name: m.in_features for name, m in model.named_modules() if isinstance(m, bitmap.BitmapLinear)}
-    facts |= {"format": COMPRESSED_FORMAT, "bitmap_columns": compressed} if compressed else {}
+    for name, layer in layers.items():
+        entry = _STORED[layer.format.name]
+        facts["format"] = max(facts["format"], entry.version)
+        facts.setdefault(entry.key, {})[name] = layer.facts()
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -99,10 +112,10 @@ def load_model(
 def check(folder: Path) -> PreTrainedTokenizerBase | None:
     """Refuse, from the headers of its files, a folder with `sweep.json` that `load_model` would refuse; its tokenizer.
 
-    Raises RequestError. Layers in the bitmap format are left to loading.
+    Raises RequestError. Packed layers are left to loading.
     """
     facts = _facts(folder)
-    if not facts.get("bitmap_columns"):
+    if not any(facts.get(entry.key) for entry in _STORED.values()):
         _load_own(folder, facts, "auto", place="meta")
     pretrained.check_finite(folder)
     return _tokenizer(folder, facts)
@@ -113,10 +126,10 @@ def _facts(path: Path) -> dict[str, Any]:
     if not (path / FILE).is_file():
         return {}
     facts = origin.read_json(path / FILE)
-    if facts.get("format") not in (FORMAT, COMPRESSED_FORMAT):
+    if facts.get("format") not in _READ:
         raise RequestError(
-            f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads {FORMAT} and "
-            f"{COMPRESSED_FORMAT}: install the version that wrote it"
+            f"{path / FILE} has format {facts.get('format')}, and this version of sweep reads "
+            f"{' and '.join(map(str, _READ))}: install the version that wrote it"
         )
     return facts
 
@@ -138,12 +151,11 @@ def _load_own(
     config = AutoConfig.from_pretrained(path, **options)
     with torch.device(place):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
-    compressed = facts.get("bitmap_columns", {})
-    _take_shapes(model, weights)
-    _take_compressed(model, weights, compressed)
-    own = {
-        name: tensor.shape for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in compressed
-    }
+    layers = _packed_layers(weights, facts, model.dtype)
+    _take_shapes(model, weights, layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
         "unexpected_keys": weights.keys() - own.keys(),
@@ -159,13 +171,47 @@ def _load_own(
     return model
 
 
-def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: torch.dtype) -> dict[str, PackedLinear]:
+    """The packed layers of a folder, by name, to multiply in this dtype. Takes their tensors out of `weights`."""
+    found = {}
+    for form, entry in _STORED.items():
+        layers = facts.get(entry.key)
+        if not layers:
+            continue
+        FORMATS[form].check_dtype(str(dtype).removeprefix("torch."))
+        packing = FORMATS[form].packing("auto", dtype)
+        assert packing.read is not None
+        if packing.lacks:
+            warnings.warn(f"layers in the format {form} run slowly: {packing.lacks}", stacklevel=4)
+        parts: dict[str, list[str]] = {name: [] for name in layers}
+        for full in weights:
+            name, _, part = full.rpartition(".")
+            if name in parts:
+                parts[name].append(part)
+        for name, its in layers.items():
+            tensors = {part: weights.pop(f"{name}.{part}") for part in parts[name]}
+            try:
+                layer = packing.read(tensors, its)
+                if other := tensors.keys() - layer.state_dict().keys():
+                    raise ValueError(f"{', '.join(sorted(other))} is none of its tensors")
+            except (KeyError, ValueError) as error:
+                what = f"it has no tensor {error}" if isinstance(error, KeyError) else error
+                raise RequestError(f"layer {name} of the checkpoint is damaged: {what}") from error
+            found[name] = layer
+    return found
+
+
+def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor], layers: dict[str, PackedLinear]) -> None:
     """Give the linear layers the shapes of the stored weights, and the attention modules the counts that follow."""
     for name, module in model.named_modules():
-        stored = weights.get(f"{name}.weight")
-        if not isinstance(module, nn.Linear | Conv1D) or stored is None:
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
-        bias = weights.get(f"{name}.bias")
+        stored, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        if name in layers:  # whose place the module keeps until the counts are known
+            matrix = torch.empty((layers[name].out_features, layers[name].in_features), device="meta")
+            stored = matrix.t() if isinstance(module, Conv1D) else matrix
+        if stored is None:
+            continue
         if stored.shape != module.weight.shape:
             module.weight = nn.Parameter(stored.to(module.weight.dtype))
         if bias is not None and (module.bias is None or bias.shape != module.bias.shape):
@@ -176,38 +222,6 @@ def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             module.out_features, module.in_features = module.weight.shape
     for attention in anatomy.attentions(model) if anatomy.is_known(model) else ():  # else no head of it was cut
         surgery.set_head_counts(attention)
-
-
-def _take_compressed(model: PreTrainedModel, weights: dict[str, Tensor], columns: dict[str, int]) -> None:
-    """Put the compressed layers in place of the dense ones. Takes their tensors out of `weights`."""
-    for name, count in columns.items():
-        try:
-            mask, values, offsets = (weights.pop(f"{name}.{part}") for part in ("mask", "values", "offsets"))
-            bias = weights.pop(f"{name}.bias", None)
-            layer = bitmap.BitmapLinear(
-                mask,
-                values.to(model.dtype),
-                offsets,
-                columns=count,
-                bias=None if bias is None else bias.to(model.dtype),
-                kernel="torch",
-            )
-        except (KeyError, ValueError) as error:
-            raise RequestError(f"layer {name} of the checkpoint is damaged: {error}") from error
-        model.set_submodule(name, layer)
-    if columns:
-        _choose_kernel(model)
-
-
-def _choose_kernel(model: PreTrainedModel) -> None:
-    try:
-        kernel = bitmap.fastest(model.dtype)
-    except bitmap.KernelError as error:
-        warnings.warn(f"compressed layers run slowly, expanded for every call: {error}", stacklevel=3)
-        return
-    for module in model.modules():
-        if isinstance(module, bitmap.BitmapLinear):
-            module.use(kernel)
 
 
 def _head_counts(model: PreTrainedModel) -> list[tuple[int, int, int]] | None:

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sweep.formats import declared
 from sweep.metrics import BANDS
 from sweep.report import frontier
 from sweep.report.evidence import NOTHING, Evidence
@@ -37,6 +38,7 @@ AXES = {  # what is typed after --x, and the column it stands for
 WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
 FORMATS = ("png", "svg", "pdf")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
+_PACKED = [name for name, form in declared.FORMATS.items() if form.module]  # named even where no other is shown
 _MARKS = "os^Dv<>PXp"
 _LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 _OVER: dict[str, Any] = {
@@ -78,7 +80,7 @@ def series(points: pd.DataFrame) -> pd.Series:
     name = points.method.astype(str) + (" " + criterion).where(criterion != "", "")
     name += (" (" + points.variant + ")").where(points.variant != "", "")
     several = points.groupby(name).execution.transform("nunique") > 1
-    name += (", " + points.execution.astype(str)).where(several | (points.execution == "bitmap"), "")
+    name += (", " + points.execution.astype(str)).where(several | points.execution.isin(_PACKED), "")
     for words in ("setting", "machine"):
         name += (" [" + points[words] + "]").where(points[words] != "", "")
     if points.version.nunique() > 1:

@@ -166,7 +166,7 @@ COLUMNS = _by_name(  # of the schema, in its order
         "execution",
         _TEXT,
         ASKED,
-        "how the pruned weights are run: `dense` keeps zeros in full matrices, `shrunk` has smaller ones, `bitmap`, `csr` and `semi_structured` hold the non-zeros alone",
+        "how the pruned matrices are held and multiplied: `dense` keeps zeros in full ones, `shrunk` has smaller ones; README.md tells of the others",
     ),
     Column("kernel", _TEXT, ORIGIN, "which kernel ran the pruned matrices, where the execution has several; else null"),
     Column("dtype", _TEXT, ASKED, "type of the weights and activations"),

@@ -1,0 +1,167 @@
+"""The forms in which matrices can be held and multiplied: what a cell's `execution` may name. No torch.
+
+What each needs of a cell and of a machine, which settings it reads, and whether a checkpoint holds it stands here, and is
+asked here by everyone else. Its layers are made in its own module, imported on use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from sweep.settings import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweep.formats.packing import Packing
+
+FormatName = Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"]
+KernelName = Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of several ways to multiply by the matrices of a format."""
+
+    dtypes: tuple[Dtype, ...]
+    compiled: bool = True  # by a C++ compiler, when first used
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint holds the layers of a format: their tensors, and in sweep.json what these do not tell."""
+
+    version: int  # the format of sweep.json that brought it: versions that do not know it refuse the folder
+    key: str  # in sweep.json: the `facts` of each layer, by its name
+    words: str  # what is stored of a pruned matrix, for the model's card
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form. What is left at its default can be anything."""
+
+    name: FormatName
+    what: str  # it is, for the table of executions
+    module: str | None = None  # has `packing(kernel, dtype)`; None: the model runs as pruning has left it
+    # what it is for: matrices with zeros in them, those that removal of units has made smaller, or both
+    holds: Literal["zeros", "cut", "any"] = "zeros"
+    patterns: tuple[str, ...] = ()  # of method.pattern, one of which it needs
+    matrices: str = ""  # what these patterns are
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")  # that it multiplies
+    meant_for: Dtype | None = None  # what dtype=auto becomes, where it multiplies several
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")
+    where: str = "anywhere"  # these devices in words
+    elsewhere: str = ""  # what to do on another device
+    kernels: Mapping[str, Kernel] = field(
+        default_factory=dict
+    )  # what execution.kernel may name beside auto, fastest first
+    # what execution.fallback=true runs where it cannot: a kernel that needs no compiler, or the zeros in dense matrices
+    fallback: Literal["kernel", "dense"] | None = None
+    stored: Stored | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint holds a model in this form."""
+        return self.module is None or self.stored is not None
+
+    def check_saves(self) -> None:
+        """Raises RequestError where a checkpoint cannot hold a model in this form."""
+        if not self.saves:
+            others = " or ".join(other.name for other in FORMATS.values() if other.saves and other.holds != "cut")
+            raise RequestError(f"save_model: safetensors holds no {self.name} matrices: use execution={others}")
+
+    def check_dtype(self, dtype: str, kernel: str = "auto") -> None:
+        """Raises RequestError for a dtype that the format, or the kernel asked for, does not multiply."""
+        if dtype not in self.dtypes:
+            only = " only" if len(self.dtypes) == 1 else ""
+            raise RequestError(
+                f"execution={self.name} multiplies {' or '.join(self.dtypes)}{only}, got dtype={dtype}: set "
+                f"dtype={self.dtypes[0]}, or use another execution"
+            )
+        if kernel in self.kernels and dtype not in self.kernels[kernel].dtypes:
+            another = next(name for name, other in self.kernels.items() if dtype in other.dtypes)
+            raise RequestError(
+                f"execution.kernel={kernel} multiplies {' or '.join(self.kernels[kernel].dtypes)}, got dtype={dtype}: "
+                f"use execution.kernel={another}"
+            )
+
+    def only_dtype(self, kernel: str) -> Dtype | None:
+        """The dtype that it alone multiplies with this kernel, or that it is meant for; None where it is the machine's choice."""
+        dtypes = self.kernels[kernel].dtypes if kernel in self.kernels else self.dtypes
+        return dtypes[0] if len(dtypes) == 1 else self.meant_for
+
+    def compiles(self, kernel: str) -> bool:
+        """Whether this kernel, or the fastest, which is `auto`, is compiled when first used."""
+        return any(each.compiled for name, each in self.kernels.items() if kernel in (name, "auto"))
+
+    def packing(self, kernel: str, dtype: torch.dtype) -> Packing:
+        """How matrices of this dtype are packed on this machine, to be multiplied by this kernel."""
+        assert self.module is not None
+        return importlib.import_module(self.module).packing(kernel, dtype)
+
+
+DENSE = Format("dense", "zeros in a dense matrix")
+SHRUNK = Format(
+    "shrunk", "what removal of neurons, heads, layers or vocabulary leaves; chosen by the method", holds="cut"
+)
+BITMAP = Format(
+    "bitmap",
+    "one bit a weight and the packed non-zeros, bfloat16 or float32; products by our own kernel (AVX-512, AVX2, portable: "
+    "the processor decides), many tokens by expanding panels for the dense product",
+    module="sweep.formats.bitmap",
+    dtypes=("bfloat16", "float32"),
+    devices=("cpu",),
+    where="the CPU",
+    elsewhere="set device=cpu",
+    kernels={
+        "avx512_bf16": Kernel(("bfloat16",)),
+        "avx512": Kernel(("bfloat16", "float32")),
+        "avx2": Kernel(("bfloat16", "float32")),
+        "portable": Kernel(("bfloat16", "float32")),
+        "torch": Kernel(("bfloat16", "float32"), compiled=False),
+    },
+    fallback="kernel",
+    stored=Stored(2, "bitmap_columns", "one bit a weight and their non-zeros"),
+)
+CSR = Format(
+    "csr",
+    "torch's compressed sparse rows, float32",
+    module="sweep.formats.csr",
+    dtypes=("float32",),
+    devices=("cpu",),
+    where="the CPU",
+    elsewhere="set device=cpu",
+)
+SEMI_STRUCTURED = Format(
+    "semi_structured",
+    "torch's 2:4 form of matrices pruned with `method.pattern=2:4`, bfloat16 or float16; its product has not been run on a "
+    "GPU by us yet",
+    module="sweep.formats.semi_structured",
+    patterns=("2:4", "1:4"),
+    matrices="of which each four neighbours hold two weights at most",
+    dtypes=("bfloat16", "float16"),
+    meant_for="bfloat16",
+    devices=("cuda",),
+    where="a CUDA device of the Ampere generation or later",
+    elsewhere="use execution=bitmap",
+    fallback="dense",
+)
+
+FORMATS: dict[str, Format] = {form.name: form for form in (DENSE, SHRUNK, BITMAP, CSR, SEMI_STRUCTURED)}
+
+
+def table() -> str:
+    """The executions as a table in Markdown."""
+    lines = ["| execution | what it is | where |", "|---|---|---|"]
+    for form in FORMATS.values():
+        compiler = ", with a C++ compiler when first used" if form.compiles("auto") else ""
+        lines.append(f"| `{form.name}` | {form.what} | {form.where}{compiler} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

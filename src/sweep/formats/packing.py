@@ -1,0 +1,78 @@
+"""What every format gives: layers that hold a matrix in its form alone, and how they are made.
+
+The module of a format has one function, `packing(kernel, dtype)`, which decides what can run on this machine, and a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sweep.formats.declared import Format
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose matrix lies in buffers, in a form of its own. For inference: no gradient flows through it.
+
+    bias  (out,) or None, apart from the matrix and from its bytes
+    """
+
+    format: ClassVar[Format]
+
+    def __init__(self, shape: Iterable[int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        """The matrix, (out, in)."""
+        raise NotImplementedError
+
+    def held(self) -> Iterable[Tensor]:
+        """The tensors in which the matrix lies."""
+        return self.buffers()
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.held())
+
+    @property
+    def nonzeros(self) -> int:
+        return int(torch.count_nonzero(self.dense()))
+
+    def facts(self) -> Any:
+        """What sweep.json must say of the layer beside its tensors, for formats that are stored."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.nonzeros}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def has_zeros(weight: Tensor) -> bool:
+    return bool(torch.count_nonzero(weight) < weight.numel())
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How matrices are packed on this machine, in one format and for one kernel."""
+
+    kernel: str  # that multiplies, as rows call it
+    # a layer from a matrix (out, in) and a bias; raises ValueError or RuntimeError for what the format cannot hold
+    make: Callable[[Tensor, Tensor | None], PackedLinear]
+    suits: Callable[[Tensor], bool] = has_zeros  # whether a matrix (out, in) is to be packed
+    lacks: str | None = None  # why a slow substitute runs in place of the kernel that was asked for
+    # a layer from its tensors in a checkpoint, by their names in it, and its `facts`, for formats that are stored;
+    # raises ValueError or KeyError for tensors that do not belong together
+    read: Callable[[Mapping[str, Tensor], Any], PackedLinear] | None = None
+
+
+def packed(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
