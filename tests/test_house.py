@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,26 @@ def test_requests_rows_and_reports_are_read_without_the_heavy_libraries() -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+NEEDED_BY_OTHERS = {"accelerate", "ninja"}  # as pyproject.toml says beside them
+OF_AN_EXTRA = {"submitit"}  # imported where a launcher is used that has it
+BUILDS = {"hatchling"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    imported = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "sweep", "hydra_plugins"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
+    found = packages_distributions()
+    used = {found[name][0].lower().replace("_", "-") for name in imported - OF_AN_EXTRA - BUILDS}
+    assert not used - declared, "imported in src and not declared in pyproject.toml"
+    assert declared - used == NEEDED_BY_OTHERS, "declared in pyproject.toml and not imported in src"
+    assert imported >= OF_AN_EXTRA | BUILDS
