@@ -1,4 +1,8 @@
-"""The words of a command line: which keys there are, which were renamed, and what is wrong with words that cannot be read."""
+"""The words of a command line: which keys there are, which were renamed, and what is wrong with words that cannot be read.
+
+What Hydra and OmegaConf find wrong they say in words alone, which are no interface. Those that are read stand in `SAID`,
+and tests/test_private.py says which of them a new release has changed; of other errors their own first lines are shown.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,13 @@ from sweep import config
 from sweep.pruning import families
 from sweep.settings import RequestError, did_you_mean, flat_fields, renamed
 
+SAID = {  # in the errors of Hydra and OmegaConf, by what they are about
+    "a key": r"full_key: ([\w.]+)",
+    "a group without a choice": r"Could not override '([^']+)'.\s*No match in the defaults list",
+    "several values": r"Ambiguous value for argument '([^']+)'",
+    "no option of a group": r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':((?:\s+\S+)*)",
+    "no name of an option": r"Config group override must be a string or a list",
+}
 _COMPOSERS = {"hydra", "omegaconf", "antlr4"}
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # name: extra
 
@@ -28,7 +39,7 @@ def explain(error: Exception) -> str | None:
     texts = [str(e) for e in _chain(error)]
     text = "\n".join(texts)
     missing = re.fullmatch(r"([\w.]+) is missing", texts[0])
-    unknown = re.search(r"full_key: ([\w.]+)", text)
+    unknown = re.search(SAID["a key"], text)
     if (match := missing or unknown) and (word := _taking_away(match[1])):
         return f"'{word}' takes away {match[1]}, which the command needs: leave that word out"
     if isinstance(error, RequestError):
@@ -44,15 +55,15 @@ def explain(error: Exception) -> str | None:
         return f"unknown key '{key}'.{did_you_mean(key, known_keys())} All keys: python -m sweep --help"
     if words := [e.override for e in _chain(error) if isinstance(e, OverrideParseException)]:
         return _unreadable(words[0])
-    if match := re.search(r"Could not override '([^']+)'.\s*No match in the defaults list", text):
+    if match := re.search(SAID["a group without a choice"], text):
         word = next((word for word in sys.argv if word.startswith(f"{match[1]}=")), f"{match[1]}=NAME")
         return f"'{word}' needs a plus, since nothing is chosen by default: write +{word}"
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+    if match := re.search(SAID["several values"], text):
         return (
             f"'{match[1]}' lists several values: add -m to sweep over them, or write [a,b] for one list. A comma within "
             f"a name needs quotes: {_quoted(match[1])}"
         )
-    if match := re.search(r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':((?:\s+\S+)*)", text):
+    if match := re.search(SAID["no option of a group"], text):
         group, option, available = match[1], match[2], match[3].split("Config search path")[0].split()
         if group == "hydra/launcher" and option in LAUNCHERS:
             return (
@@ -63,7 +74,7 @@ def explain(error: Exception) -> str | None:
             f"{group}={option}: there is no such option.{did_you_mean(option, available)} "
             f"Allowed: {', '.join(available)}"
         )
-    if "Config group override must be a string or a list" in text:
+    if re.search(SAID["no name of an option"], text):
         groups = {key.partition(".")[0] for key in known_keys() if "." in key}
         words = [
             word
