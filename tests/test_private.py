@@ -32,6 +32,8 @@ FILES = {  # where the insides of which library may be used
     "src/sweep/forkserver.py": "multiprocessing, joblib",
     "src/sweep/launchers.py": "submitit",
     "src/sweep/models/transformers_private.py": "transformers",
+    "src/sweep/measuring/scorer.py": "transformers",
+    "src/sweep/pruning/calibrate.py": "transformers",
 }
 
 
