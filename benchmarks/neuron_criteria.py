@@ -28,11 +28,12 @@ from sweep import metrics
 from sweep.config import Calibration
 from sweep.measuring import scorer
 from sweep.models import anatomy, loading
-from sweep.pruning import repair, unit_scores, unit_statistics, units
-from sweep.pruning.families import PROXIES, Neuron
-from sweep.pruning.unit_scores import Statistics
+from sweep.pruning import criteria, repair, unit_scores, unit_statistics, units
+from sweep.pruning.families import Neuron
+from sweep.pruning.unit_scores import Activations
 from sweep.texts import embedded, text
 
+PROXIES = [criterion.name for criterion in criteria.declared("unit") if not criterion.measured]
 CRITERIA = [*PROXIES, "taylor_abs+repair", "taylor_sampled+repair"]
 
 
@@ -48,17 +49,18 @@ def pruned(
     sparsity: float,
     seed: int,
     tokens: torch.Tensor,
-    read: list[Statistics],
+    read: dict[str, list[Activations]],
     mend: bool,
 ) -> PreTrainedModel:
     """A copy pruned by what the criterion `read`, as `units.prune` makes it."""
     model, generator = copy.deepcopy(dense), torch.Generator().manual_seed(seed)
     parts = units.parts(model, method)
-    scores = [units.score(method.criterion, part, seen, generator) for part, seen in zip(parts, read, strict=True)]
+    criterion = criteria.find(method.criterion, "unit")
+    seen = [{name: found[i] for name, found in read.items()} for i in range(len(parts))]
+    scores = [units.score(criterion, part, s, generator) for part, s in zip(parts, seen, strict=True)]
     keeps = units.choose(parts, scores, method, sparsity, sum(p.weights for p in parts), sum(p.units for p in parts))
-    units.cut(
-        model, parts, keeps, read if method.criterion == "flap" else [None] * len(parts), tokens if mend else None
-    )
+    compensation = [s["activations"] if criterion.compensates else None for s in seen]
+    units.cut(model, parts, keeps, compensation, tokens if mend else None)
     return model
 
 
@@ -84,24 +86,24 @@ def main() -> None:
         for seed in range(asked.seeds)
     ]
     outputs = [ffn.output for ffn in anatomy.ffns(dense)]
-    criteria = {name: name.partition("+")[0] for name in asked.criteria}
+    bare = {name: name.partition("+")[0] for name in asked.criteria}  # without the repair
+    wanted = {name for criterion in bare.values() for name in criteria.find(criterion, "unit").reads}
+    wanted = {name for name in wanted if criteria.READABLE["unit"][name].text}
     read = [
-        unit_statistics.for_criteria(set(criteria.values()), dense, outputs, tokens, seed)
+        unit_statistics.read(wanted, dense, outputs, [1] * len(outputs), tokens, seed)
         for seed, tokens in enumerate(calibration)
     ]
     print(f"read {calibration[0].numel()} tokens a seed", flush=True)
     lines: list[list[object]] = []
     first: dict[float, np.ndarray] = {}  # by sparsity, the first line's loss of each page
-    for name, balance, damping in itertools.product(criteria, asked.balance, asked.damping):
-        method = Neuron(criterion=criteria[name], scope=asked.scope)
+    for name, balance, damping in itertools.product(bare, asked.balance, asked.damping):
+        method = Neuron(criterion=bare[name], scope=asked.scope)
         line: list[object] = [name, balance, damping]
         for sparsity in asked.sparsity:
             with patch.object(unit_scores, "BALANCE", balance), patch.object(repair, "DAMPING", damping):
                 found = np.array(
                     [  # (seeds, pages)
-                        losses(
-                            pruned(dense, method, sparsity, seed, tokens, seen[method.criterion], "+" in name), pages
-                        )
+                        losses(pruned(dense, method, sparsity, seed, tokens, seen, "+" in name), pages)
                         for seed, (tokens, seen) in enumerate(zip(calibration, read, strict=True))
                     ]
                 )

@@ -32,7 +32,7 @@ def by_sweep(name: str, sparsity: str, model, tokenizer, tokens: torch.Tensor) -
 
     criterion, _, once = name.partition("+")
     pattern = sparsity if ":" in sparsity else None
-    method = Weight("weight", criterion=criterion, pattern=pattern)  # type: ignore[arg-type]
+    method = Weight("weight", criterion=criterion, pattern=pattern)
     return lambda: weights.prune(model, method, share(sparsity), tokens, sequential=not once)
 
 

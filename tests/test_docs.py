@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 import frames
 from sweep import config, settings
 from sweep.measuring import catalogue
-from sweep.pruning import families
+from sweep.pruning import criteria, families
 from sweep.report import published, rendering
 from sweep.store import columns
 
@@ -42,15 +42,21 @@ def test_the_column_reference_is_made_from_the_schema() -> None:
     assert page == columns.markdown(), "stale: python -m sweep.store.columns > docs/metrics.md"
 
 
-def test_the_table_of_methods_has_every_criterion_and_no_other() -> None:
+def test_the_tables_of_criteria_are_made_from_the_declarations() -> None:
     page = (ROOT / "docs/methods.md").read_text()
+    for of in criteria.READABLE:
+        assert f"| criterion | score of a {of} |" in page
+    assert page == criteria.with_tables(page), "stale: python -m sweep.pruning.criteria docs/methods.md"
+
+
+def test_the_files_of_methods_list_the_criteria_that_are_declared() -> None:
     for name, family in families.FAMILIES.items():
-        if name == "dense":
-            continue
-        heading = next(h for h in re.findall(r"^## .*$", page, re.M) if f"`{name}`" in h)
-        section = page.partition(heading)[2].partition("\n## ")[0]
-        listed = set(re.findall(r"^\| `(\w+)`", section, re.M))
-        assert listed == set(typing.get_args(typing.get_type_hints(family)["criterion"])), name
+        lines = (ROOT / "conf/method" / f"{name}.yaml").read_text().splitlines()
+        start = next((i for i, line in enumerate(lines) if re.match("(criterion|importance): ", line)), None)
+        if start is not None:
+            end = next(i for i, line in enumerate(lines[start + 1 :], start + 1) if re.match(r"\w", line))
+            comment = " ".join(line.partition("# ")[2] for line in lines[start:end]).partition(":")[0]
+            assert re.findall(r"\w+", re.sub(r"\(.*?\)", "", comment)) == list(criteria.names(family.of)), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -149,7 +149,9 @@ def moved(cell: Cell, place: str, name: str) -> tuple[Cell, Cell, str]:
         return cell, replace(cell, **{name: another(getattr(cell, name), hint)}), name
     if place.startswith("method"):
         before = replace(cell, method=FAMILIES[place.removeprefix("method ")]())
-        value = "continents" if name == "task" else another(value_of(before.method, name), hint)
+        now, allowed = value_of(before.method, name), settings.choices(type(before.method)).get(name)
+        value = next(choice for choice in allowed if choice != now) if allowed else another(now, hint)
+        value = "continents" if name == "task" else value
         return before, replace(before, method=changed(before.method, name, value)), f"method.{name}"
     group = getattr(cell, place)
     value = another(getattr(group, name), hint)

@@ -15,7 +15,7 @@ from conftest import random_tokens, tiny_model
 from sweep import config, settings
 from sweep.config import GROUPS
 from sweep.models import anatomy
-from sweep.pruning import methods, select, unit_statistics, weights
+from sweep.pruning import methods, select, unit_statistics
 from sweep.pruning.families import FAMILIES, Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.settings import RequestError
 
@@ -179,18 +179,13 @@ def test_a_name_that_is_not_listed_is_refused_however_it_is_asked_for(kind: type
     [Weight("weight"), Weight("weight", allocation="global"), Neuron(), Head(), Layer(), Vocab("vocab")],
     ids=lambda m: f"{m.family} {getattr(m, 'allocation', '')}",
 )
-@pytest.mark.parametrize("reads", [True, False])
-def test_a_criterion_that_no_function_scores_is_an_error(
-    method: Method, reads: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that was listed and then forgotten: never another criterion's scores, whether it reads text or not."""
+def test_a_criterion_that_is_not_declared_is_an_error(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never another criterion's scores, however the name came past the door."""
     monkeypatch.setattr(settings, "choices", lambda kind: {})
     method = replace(method, criterion="forgotten")
-    if reads:
-        monkeypatch.setattr(weights, "CALIBRATED", weights.CALIBRATED | {"forgotten"})
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokenizer = SimpleNamespace(unk_token_id=0, eos_token_id=0, all_special_ids=[0])
-    with pytest.raises(ValueError, match="method.criterion=forgotten scores no .*: it needs its line in"):
+    with pytest.raises(RequestError, match="method.criterion must be one of .*; got 'forgotten'"):
         methods.prune(model, method, 0.5, random_tokens(), tokenizer=tokenizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

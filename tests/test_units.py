@@ -18,7 +18,7 @@ from sweep.config import Cell
 from sweep.models import anatomy, origin, surgery
 from sweep.pruning import (
     calibrate,
-    depth,
+    criteria,
     methods,
     repair,
     select,
@@ -26,10 +26,9 @@ from sweep.pruning import (
     unit_scores,
     unit_statistics,
     units,
-    vocabulary,
 )
-from sweep.pruning.families import PROXIES, Head, Layer, Neuron, Vocab
-from sweep.pruning.unit_scores import Statistics
+from sweep.pruning.families import Head, Layer, Neuron, Vocab
+from sweep.pruning.unit_scores import Gradients
 from sweep.settings import RequestError
 from sweep.texts import embedded
 
@@ -49,7 +48,7 @@ def decoded(model: PreTrainedModel) -> torch.Tensor:
     return output.logits[:, -1]
 
 
-@pytest.mark.parametrize("criterion", PROXIES)
+@pytest.mark.parametrize("criterion", [c.name for c in criteria.declared("unit") if not c.measured])
 @pytest.mark.parametrize("make", [Neuron, Head])
 def test_every_criterion_removes_the_exact_count(criterion: str, make: type) -> None:
     model = tiny_model("qwen2")
@@ -67,7 +66,10 @@ def test_heads_shrunk_equal_heads_masked(family: str, unit: str, scope: str) -> 
     methods.prune(shrunk, method, 0.5, tokens)
     parts = units.parts(model, method)
     seen = units._statistics(model, method, parts, tokens)
-    scores = [units.score("taylor_abs", part, s, torch.Generator()) for part, s in zip(parts, seen, strict=True)]
+    scores = [
+        units.score(criteria.find("taylor_abs", "unit"), part, s, torch.Generator())
+        for part, s in zip(parts, seen, strict=True)
+    ]
     total = sum(part.units for part in parts)
     for part, keep in zip(parts, units.choose(parts, scores, method, 0.5, 0, total), strict=True):
         with torch.no_grad():
@@ -108,7 +110,7 @@ def test_layers_go_by_influence_and_by_the_blocks_named() -> None:
     pruned = methods.prune(second, Layer(criterion="random", blocks=(0,)), 0.9, None)
     assert pruned.units == 1 and pruned.sparsity == 1.0
     assert torch.equal(anatomy.blocks(second)[0].mlp.up_proj.weight, anatomy.blocks(model)[1].mlp.up_proj.weight)
-    assert depth.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
+    assert unit_scores.block_influence(torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
 
 
 def test_vocabulary_rows_go_and_the_rest_answers_as_before(family: str) -> None:
@@ -213,7 +215,7 @@ def test_the_configuration_states_equal_widths() -> None:
 def test_flap_puts_the_mean_of_what_goes_into_a_bias() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
     ffn = anatomy.ffns(model)[0]
-    seen = units._statistics(model, Neuron(criterion="flap"), units.parts(model, Neuron()), tokens)[0]
+    seen = units._statistics(model, Neuron(criterion="flap"), units.parts(model, Neuron()), tokens)[0]["activations"]
     before = ffn.output.weight.detach().clone()
     methods.prune(model, Neuron(criterion="flap", blocks=(0,)), 0.5, tokens)
     scores = unit_scores.flap(before, seen, 1)
@@ -229,7 +231,7 @@ def test_scores_are_their_formulas() -> None:
     weight = torch.randn(4, 6, generator=draw)
     product = (x * g).unflatten(-1, (3, 2)).sum(-1)
     flat = x.flatten(0, 1)
-    seen = Statistics(
+    seen = Gradients(
         10,
         flat.sum(0),
         flat.var(0, correction=0) * 10,
@@ -275,7 +277,7 @@ def test_equal_counts_go_by_the_word_and_then_the_id_however_large_they_are() ->
     zipf = torch.tensor([3.0, 5.0, 5.0, 0.0, 5.0], dtype=torch.float64)
     for large in (0, 10, 2**24, 2**53 - 2):
         counts = torch.tensor([large, large, large, large + 1, large])
-        rank = vocabulary.frequency(counts, zipf)
+        rank = unit_scores.frequency(counts, zipf)
         assert rank.argsort().tolist() == [0, 4, 2, 1, 3]
     scores = 2.0**24 + torch.arange(9, dtype=torch.float64)  # of which float32 holds every other one
     for exact in (scores, scores.long()):
@@ -293,7 +295,7 @@ def test_nearest_spends_what_comes_nearest_and_keeps_the_best() -> None:
     assert [k.tolist() for k in select.nearest(scores, costs, 6.1)] == [[True, False], [False, True]]
     assert [k.tolist() for k in select.nearest(scores, costs, 5.9)] == [[True, False], [True, True]]
     assert [k.tolist() for k in select.nearest(scores, costs, 8.0, at_least=1)] == [[True, False], [False, True]]
-    with pytest.raises(ValueError, match="more than can be dropped"):
+    with pytest.raises(ValueError, match="more than can be removed"):
         select.nearest(scores, costs, 12.0, at_least=1)
     with pytest.raises(ValueError, match="1 of 1 scores are NaN"):
         select.nearest([torch.tensor([float("nan")])], [torch.ones(1)], 1.0)

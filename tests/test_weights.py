@@ -16,7 +16,8 @@ from conftest import FAMILIES, GATED, random_tokens, tiny_model
 from sweep import saving
 from sweep.measuring import counting
 from sweep.models import anatomy
-from sweep.pruning import calibrate, rebuild, scores, select, weights
+from sweep.pruning import calibrate, criteria, rebuild, select, weights
+from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Weight
 from sweep.settings import RequestError
 
@@ -25,7 +26,9 @@ MOE = {
     "qwen3_moe": {**GATED, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2},
 }
-CRITERIA = ["magnitude", "random", "wanda", "ria", "gradient", "sparsegpt", "alps"]
+CRITERIA = criteria.names("weight")
+READING = [c.name for c in criteria.declared("weight") if c.reads_text]
+RANKING = [c for c in criteria.declared("weight") if not c.corrects_after]  # by scores that can be seen
 SELECTIONS = [{"scope": "matrix"}, {"scope": "row"}, {"scope": "global"}, {"pattern": "2:4"}, {"pattern": "4:8"}]
 
 
@@ -153,19 +156,18 @@ def test_wandas_masks_are_those_of_a_literal_implementation(family: str, sequent
         assert torch.equal(weight != 0, masks[name]), name
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gradient"])
+@pytest.mark.parametrize("criterion", [c for c in RANKING if not c.draws], ids=lambda c: c.name)
 @pytest.mark.parametrize("scope", ["matrix", "row", "global"])
-def test_kept_scores_are_at_least_the_dropped_ones(criterion: str, scope: str) -> None:
+def test_kept_scores_are_at_least_the_dropped_ones(criterion: Criterion, scope: str) -> None:
     model, tokens = make("llama"), random_tokens()
-    norms = literal_norms(model, tokens)
-    dense = {name: weight.clone() for name, weight in matrices(model).items()}
-    if criterion == "gradient":
-        gradients = calibrate.gradient_norms(model, tokens, matrices(model))
-        importance = {name: scores.gradient(w, gradients[name]) for name, w in dense.items()}
-    else:
-        f = {"magnitude": lambda w, _: w.abs(), "wanda": scores.wanda, "ria": scores.ria}[criterion]
-        importance = {name: f(w, norms[name]) for name, w in dense.items()}
-    weights.prune(model, Weight("weight", criterion=criterion, scope=scope), 0.4, tokens, sequential=False)
+    seen = {
+        "weight": {name: weight.clone() for name, weight in matrices(model).items()},
+        "input_norm": literal_norms(model, tokens),
+        "gradient_norm": calibrate.gradient_norms(model, tokens, matrices(model)),
+    }
+    function = criterion.load()
+    importance = {name: function(**{what: seen[what][name] for what in criterion.reads}) for name in seen["weight"]}
+    weights.prune(model, Weight("weight", criterion=criterion.name, scope=scope), 0.4, tokens, sequential=False)
     parts = [(importance[name], weight != 0) for name, weight in matrices(model).items()]
     if scope == "global":
         parts = [(torch.cat([s.flatten() for s, _ in parts]), torch.cat([k.flatten() for _, k in parts]))]
@@ -305,7 +307,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_further_and_reported(
         rebuild.damped(torch.tensor([[1.0, 5000.0], [5000.0, 1.0]]), 0.01)
 
 
-@pytest.mark.parametrize("criterion", ["sparsegpt", "alps", "wanda"])
+@pytest.mark.parametrize("criterion", READING)
 def test_features_that_are_never_active_do_no_harm(criterion: str) -> None:
     model = make("llama")
     with torch.no_grad():
@@ -329,7 +331,7 @@ def test_nan_and_infinity_are_named_with_their_layer_and_nothing_is_pruned() -> 
         weights.prune(model, Weight("weight", criterion="wanda"), 0.5, random_tokens())
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "alps", "gradient"])
+@pytest.mark.parametrize("criterion", READING)
 def test_what_an_earlier_step_removed_stays_removed(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zeros: list[dict[str, Tensor]] = []
     step = weights._prune_to
@@ -547,7 +549,7 @@ def test_what_the_configuration_tells_is_refused_before_a_model_loads(
         plan.prepare({**asked, **changes, "method": {"family": "weight", **changes["method"]}})
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gradient"])
+@pytest.mark.parametrize("criterion", [c.name for c in RANKING])
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_bands_of_the_smaller_half_are_disjoint_and_together_the_half(criterion: str, scope: str) -> None:
     def zeros(sparsity: float, skip: float, what: str = criterion) -> dict[str, Tensor]:

@@ -27,11 +27,13 @@ from transformers import PreTrainedModel
 from sweep import messages, settings
 from sweep.config import Calibration, Model
 from sweep.models import loading
-from sweep.pruning import drop, families, unit_statistics, units
+from sweep.pruning import criteria, drop, unit_statistics, units
 from sweep.pruning.families import Neuron
 from sweep.settings import RequestError
 from sweep.texts import text
 
+PROXIES = [criterion for criterion in criteria.declared("unit") if not criterion.measured]
+_READ = {name for proxy in PROXIES for name in proxy.reads if criteria.READABLE["unit"][name].text}
 _DRAWS = 2000
 
 
@@ -81,17 +83,21 @@ def measure(model: PreTrainedModel, tokens: Tensor, count: int, seed: int) -> pd
     for suffix, rows in texts.items():
         columns[f"drop{suffix}"] = lost[:, rows].mean(1)
         outputs = [part.output for part in parts]
-        for name, seen in unit_statistics.for_criteria(families.PROXIES, model, outputs, tokens[rows], seed).items():
+        seen = unit_statistics.read(_READ, model, outputs, [1] * len(outputs), tokens[rows], seed)
+        of_parts = [{name: found[i] for name, found in seen.items()} for i in range(len(parts))]
+        for proxy in PROXIES:
             generator = torch.Generator().manual_seed(seed + len(suffix) + int(suffix[-1:] or 0))
-            scores = torch.cat([units.score(name, part, s, generator) for part, s in zip(parts, seen, strict=True)])
-            columns[f"{name}{suffix}"] = scores.cpu().numpy()[chosen]
+            scores = torch.cat(
+                [units.score(proxy, part, s, generator) for part, s in zip(parts, of_parts, strict=True)]
+            )
+            columns[f"{proxy.name}{suffix}"] = scores.cpu().numpy()[chosen]
     return pd.DataFrame(columns)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a criterion, the nearest to the exact drop first."""
     rows = []
-    for name in ["drop", *families.PROXIES]:
+    for name in ["drop", *(proxy.name for proxy in PROXIES)]:
         score, exact = frame[name].to_numpy(), frame["drop"].to_numpy()
         halves = frame[f"{name}_half_0"].to_numpy(), frame[f"{name}_half_1"].to_numpy()
         row: dict[str, Any] = {"criterion": name, "units": len(frame)}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import config, plan, saving, settings
 from sweep.models import checkpoint, cut_tokenizer
-from sweep.pruning import families, methods
+from sweep.pruning import criteria, families, methods
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
@@ -51,13 +51,13 @@ def prune(
     knobs        the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
     Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
     """
-    criteria = families.WEIGHT_CRITERIA
-    if method in criteria:
+    of_weights = criteria.names("weight")
+    if method in of_weights:
         knobs = {"family": "weight", "criterion": method, **knobs}
     elif method in families.FAMILIES:
         knobs = {"family": method, **knobs}
     else:
-        known = [*criteria, *families.FAMILIES]
+        known = [*of_weights, *families.FAMILIES]
         raise RequestError(
             f"method must be one of {', '.join(known)}; got {method!r}.{settings.did_you_mean(method, known)}"
         )

@@ -1,8 +1,8 @@
 """How settings are made from plain containers: frozen dataclasses whose keys, types and ranges are checked at the door.
 
-What a field says of itself beside its type stands in its metadata, by `told` and `part`: its range, an older or a
-second name, and whether it is a part, a group whose settings are typed as if they were the holder's own. Messages name
-the key, what is allowed, and what came.
+What a field says of itself beside its type stands in its metadata, by `told` and `part`: its range or its legal names,
+an older or a second name, and whether it is a part, a group whose settings are typed as if they were the holder's own.
+Messages name the key, what is allowed, and what came.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
@@ -48,15 +48,21 @@ def byte_size(name: str, text: str) -> int:
 
 
 def told(
-    *, minimum: float | None = None, below: float | None = None, alias: str | None = None, was: str | None = None
+    *,
+    minimum: float | None = None,
+    below: float | None = None,
+    names: Collection[str] | None = None,
+    alias: str | None = None,
+    was: str | None = None,
 ) -> dict[str, Any]:
-    """The metadata of a field with a range or another name.
+    """The metadata of a field with a range, legal names or another name.
 
     minimum, below  a number is at least the one, and less than the other
+    names           what the text may be, where others declare that: a Literal otherwise
     alias           a second name for the same key
     was             its name before it was renamed: accepted and told, and the name under which it is hashed
     """
-    asked = {"minimum": minimum, "below": below, "alias": alias, "was": was}
+    asked = {"minimum": minimum, "below": below, "names": names, "alias": alias, "was": was}
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -99,9 +105,9 @@ _hints = functools.cache(typing.get_type_hints)  # which takes longer than all e
 
 
 @functools.cache
-def choices(cls: type) -> dict[str, tuple[str, ...]]:
+def choices(cls: type) -> dict[str, Collection[str]]:
     """The names that each field may have; fields that may be any text are left out."""
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Collection[str]] = {f.name: f.metadata["names"] for f in fields(cls) if "names" in f.metadata}
     for name, hint in _hints(cls).items():
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         allowed = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
@@ -173,6 +179,8 @@ def _build(cls: type[T], data: Mapping[str, Any], where: str) -> T:
             full = _full(where, f.name)
             values[f.name] = _convert(data[f.name], hints[f.name], full)
             _check_range(values[f.name], f.metadata, full)
+            if values[f.name] not in f.metadata.get("names", (values[f.name],)):
+                raise RequestError(_not_among(full, values[f.name], f.metadata["names"]))
         elif f.default is MISSING and f.default_factory is MISSING:
             raise RequestError(f"{_full(where, f.name)} is missing")
     return cls(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import anatomy, surgery
-from sweep.pruning import drop, select, sharing, unit_scores, unit_statistics
+from sweep.pruning import criteria, drop, scoring, select, sharing, unit_statistics
+from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Layer
 from sweep.pruning.pruned import Pruned
 
@@ -30,6 +32,7 @@ def prune(
 
     Raises ValueError when the request leaves no block.
     """
+    criterion = criteria.find(method.criterion, method.of)
     generator = torch.Generator().manual_seed(seed)
     sizes = [sum(p.numel() for p in block.parameters()) for block in anatomy.blocks(model)]
     candidates = list(range(len(sizes))) if method.blocks is None else list(method.blocks)  # as numbered at first
@@ -39,9 +42,11 @@ def prune(
     for step in range(1, method.steps + 1):
         open_ = [block for block in left if block in costs]
         places = [left.index(block) for block in open_]
-        scores = _scores(model, method, tokens, generator, tokenizer, memo if step == 1 else sharing.unshared, places)
-        if method.criterion == "drop":
+        if criterion.measured:
+            scores = _drops(model, drop.probe(method.drop, tokens, tokenizer), method, places)
             tables.append(pd.DataFrame({"block": open_, "unit": 0, "importance": scores.tolist(), "measured": True}))
+        else:
+            scores = _scores(model, criterion, tokens, generator, memo if step == 1 else sharing.unshared)[places]
         budget = sum(costs.values()) * sparsity * step / method.steps - sum(
             cost for block, cost in costs.items() if block not in left
         )
@@ -70,27 +75,20 @@ def prune(
 
 def _scores(
     model: PreTrainedModel,
-    method: Layer,
+    criterion: Criterion,
     tokens: Tensor | None,
     generator: torch.Generator,
-    tokenizer: PreTrainedTokenizerBase | None,
     memo: sharing.Memo,
-    wanted: list[int],
 ) -> Tensor:
-    """(wanted,) float, higher = keep: of the blocks in these places."""
-    blocks = anatomy.blocks(model)
-    match method.criterion:
-        case "random":
-            return unit_scores.random(len(blocks), generator)[wanted]
-        case "drop":
-            return _drops(model, drop.probe(method.drop, tokens, tokenizer), method, wanted)
-        case "block_influence":
-            assert tokens is not None
-            found = memo(
-                "block cosines", lambda: {"cosines": unit_statistics.block_cosines(list(blocks), model, tokens)}
-            )
-            return block_influence(found["cosines"].cpu())[wanted]
-    raise ValueError(f"method.criterion={method.criterion} scores no blocks: it needs its line in layers.py")
+    """(blocks,), higher = keep."""
+    blocks = list(anatomy.blocks(model))
+    given: dict[str, Any] = {"units": len(blocks), "generator": generator}
+    if criterion.reads_text:
+        assert tokens is not None
+        text = tokens
+        found = memo("block cosines", lambda: {"cosines": unit_statistics.block_cosines(blocks, model, text)})
+        given["cosine"] = found["cosines"].cpu()
+    return scoring.scored(criterion, given, (len(blocks),), "the blocks")
 
 
 @torch.inference_mode()
@@ -99,13 +97,3 @@ def _drops(model: PreTrainedModel, probe: drop.Probe, method: Layer, wanted: lis
     run = drop.Resumed(model if model.dtype == torch.float32 else copy.deepcopy(model).float(), probe)
     without = [run.without_block(block) for block in tqdm(wanted, "measuring drops", leave=False)]
     return torch.from_numpy(drop.importance(drop.Scheme(method.drop.metric, probe), run.whole(), np.stack(without)))
-
-
-def block_influence(cosine: Tensor) -> Tensor:
-    """1 - mean cosine between a block's input and output (Men et al. 2024, ShortGPT, arXiv:2403.03853).
-
-    cosine  (blocks,) mean over tokens
-
-    A block that hardly turns the hidden state can be left out; one that only stretches it scores low as well.
-    """
-    return 1 - cosine

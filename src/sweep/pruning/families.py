@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from sweep.pruning import criteria
+from sweep.pruning.criteria import Criterion
 from sweep.settings import Named, RequestError, part, setting
 
 
@@ -15,16 +16,12 @@ class Dense(Named):
     family: Literal["dense"] = "dense"
 
 
-WeightCriterion = Literal["magnitude", "random", "wanda", "ria", "gradient", "sparsegpt", "alps"]
-
-WEIGHT_CRITERIA: tuple[str, ...] = typing.get_args(WeightCriterion)
-
-
 @dataclass(frozen=True)
 class Weight(Named):
+    of: ClassVar[criteria.Kind] = "weight"
     removes_units: ClassVar[bool] = False
     family: Literal["weight"] = "weight"
-    criterion: WeightCriterion = setting("magnitude", alias="importance")
+    criterion: str = setting("magnitude", names=criteria.names("weight"), alias="importance")
     scope: Literal["matrix", "row", "global"] | None = None  # what weights compete within; None = as in the paper
     pattern: str | None = None  # "2:4": at most 2 of each 4 along the input stay; instead of a scope
     allocation: Literal["uniform", "global", "owl"] | tuple[float, ...] = "uniform"  # sparsity over blocks
@@ -39,23 +36,6 @@ class Weight(Named):
     among_smallest: float = setting(1.0, minimum=0)  # of a matrix: only so many, smallest in magnitude, may go
     skip_lowest: float = setting(0.0, minimum=0)  # of a matrix: so many, lowest in score among these, stay
 
-
-UnitCriterion = Literal[
-    "random",
-    "l2",
-    "activation",
-    "wanda_sp",
-    "flap",
-    "taylor",
-    "taylor_abs",
-    "taylor_norms",
-    "taylor_balanced",
-    "taylor_sampled",
-    "fisher",
-    "drop",
-]
-
-PROXIES = tuple(name for name in typing.get_args(UnitCriterion) if name != "drop")  # scores that measure no drop
 
 Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
 
@@ -76,9 +56,10 @@ class Drop(Named):
 
 @dataclass(frozen=True)
 class Neuron(Named):
+    of: ClassVar[criteria.Kind] = "unit"
     removes_units: ClassVar[bool] = True
     family: Literal["neuron"] = "neuron"
-    criterion: UnitCriterion = setting("taylor_sampled", alias="importance")
+    criterion: str = setting("taylor_sampled", names=criteria.names("unit"), alias="importance")
     drop: Drop = part(Drop())
     scope: Literal["global", "layer"] = "global"
     steps: int = setting(1, minimum=1)  # rounds of measuring and removing
@@ -91,9 +72,10 @@ class Neuron(Named):
 
 @dataclass(frozen=True)
 class Head(Named):
+    of: ClassVar[criteria.Kind] = "unit"
     removes_units: ClassVar[bool] = True
     family: Literal["head"] = "head"
-    criterion: UnitCriterion = setting("taylor_abs", alias="importance")
+    criterion: str = setting("taylor_abs", names=criteria.names("unit"), alias="importance")
     drop: Drop = part(Drop())
     scope: Literal["global", "layer"] = "global"
     unit: Literal["group", "query"] = "group"  # a key-value group, or one query head of every group of a block
@@ -105,9 +87,10 @@ class Head(Named):
 
 @dataclass(frozen=True)
 class Layer(Named):
+    of: ClassVar[criteria.Kind] = "block"
     removes_units: ClassVar[bool] = True
     family: Literal["layer"] = "layer"
-    criterion: Literal["random", "block_influence", "drop"] = setting("block_influence", alias="importance")
+    criterion: str = setting("block_influence", names=criteria.names("block"), alias="importance")
     drop: Drop = part(Drop())
     steps: int = setting(1, minimum=1)
     sparsity_of: Literal["parameters", "units"] = "parameters"
@@ -116,33 +99,22 @@ class Layer(Named):
 
 @dataclass(frozen=True)
 class Vocab(Named):
+    of: ClassVar[criteria.Kind] = "token"
     removes_units: ClassVar[bool] = True
     family: Literal["vocab"] = "vocab"
-    criterion: Literal["random", "frequency"] = setting("frequency", alias="importance")
+    criterion: str = setting("frequency", names=criteria.names("token"), alias="importance")
 
 
 Method = Dense | Weight | Neuron | Head | Layer | Vocab
 
 FAMILIES: dict[str, type[Method]] = {kind().family: kind for kind in (Dense, Weight, Neuron, Head, Layer, Vocab)}
-# criteria that need a backward pass over the text, and whose next tokens it is of: the text's own, or the model's
-LABELS: dict[str, Literal["text", "model"]] = {
-    **dict.fromkeys(("taylor", "taylor_abs", "taylor_norms", "taylor_balanced", "fisher"), "text"),
-    "taylor_sampled": "model",
-}
-
-REBUILDING = {"sparsegpt", "alps"}  # criteria that also correct the weights that stay
-
-BY_ROW = {"wanda", "gradient"}  # criteria whose papers compare weights within a row, and not within a matrix
-
-CALIBRATED = (
-    LABELS.keys()
-    | REBUILDING
-    | {"activation", "wanda_sp", "flap", "block_influence", "frequency", "wanda", "ria", "gradient"}
-)  # that read text
-
-SEEDED = {"random"}  # criteria that draw numbers, text or not
 
 SHRINKING = {name for name, kind in FAMILIES.items() if kind.removes_units}  # families whose matrices become smaller
+
+
+def criterion_of(method: Method) -> Criterion | None:
+    """What declares the criterion of a method; None for the dense one, which has none."""
+    return None if isinstance(method, Dense) else criteria.find(method.criterion, method.of)
 
 
 def normalised(method: Method, sparsity: float) -> Method:
@@ -153,24 +125,28 @@ def normalised(method: Method, sparsity: float) -> Method:
     match method:
         case Weight():
             return checked_weight(method, sparsity)
-        case Neuron() if method.criterion != "drop":
+        case Neuron() if not measures_drops(method):
             return replace(method, drop=Drop(), group=1)
-        case Head() | Layer() if method.criterion != "drop":
+        case Head() | Layer() if not measures_drops(method):
             return replace(method, drop=Drop())
     return method
 
 
+def measures_drops(method: Method) -> bool:
+    """Whether what goes is chosen by what a metric loses without it."""
+    criterion = criterion_of(method)
+    return criterion is not None and criterion.measured
+
+
 def reads_text(method: Method) -> bool:
     """Whether the numbers of a method depend on the calibration text."""
-    match method:
-        case Dense():
-            return False
-        case Weight():
-            return method.criterion in CALIBRATED or method.allocation == "owl"
-        case Vocab():
-            return method.criterion in CALIBRATED
-    on_text = method.criterion == "drop" and method.drop.task is None
-    return method.criterion in CALIBRATED or on_text or getattr(method, "repair", False)
+    criterion = criterion_of(method)
+    return criterion is not None and (
+        criterion.reads_text
+        or getattr(method, "allocation", None) == "owl"
+        or getattr(method, "repair", False)
+        or (criterion.measured and probe_task(method) is None)
+    )
 
 
 def probe_task(method: Method) -> str | None:
@@ -190,7 +166,8 @@ def reads_all_text(method: Method) -> bool:
 
 def draws(method: Method) -> bool:
     """Whether the method draws numbers, text or not."""
-    return getattr(method, "criterion", None) in SEEDED
+    criterion = criterion_of(method)
+    return criterion is not None and criterion.draws
 
 
 def groups(pattern: str) -> tuple[int, int]:
@@ -219,7 +196,7 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
                     f"method.{name}={getattr(method, name)} has no meaning with method.pattern="
                     f"{method.pattern}, which removes the same of every group: leave it out"
                 )
-    allocation = method.allocation
+    criterion, allocation = criteria.find(method.criterion, method.of), method.allocation
     if method.scope == "global":
         if allocation not in ("uniform", "global"):
             raise RequestError(
@@ -227,7 +204,7 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
                 f"{allocation}: use scope=matrix or scope=row with it"
             )
         allocation = "global"
-    if allocation == "global" and method.criterion in CALIBRATED and method.embeddings and not method.lm_head:
+    if allocation == "global" and criterion.reads_text and method.embeddings and not method.lm_head:
         raise RequestError(
             "method.embeddings=true with a global rank: an embedding reads no activations, and its scores "
             "cannot be compared with the others'; use method.allocation=uniform"
@@ -241,8 +218,8 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
                 f"the sparsities of method.allocation have the mean {mean:.4g}: set sparsity={mean:.4g}, "
                 "or other sparsities; small differences are spread over the blocks"
             )
-    _check_band(method, sparsity)
-    scope = method.scope or ("row" if method.criterion in BY_ROW else "matrix")
+    _check_band(method, criterion, sparsity)
+    scope = method.scope or criterion.within
     if method.pattern is not None or scope == "global":
         scope = "matrix"
     defaults = Weight()
@@ -250,14 +227,14 @@ def checked_weight(method: Weight, sparsity: float) -> Weight:
         method,
         scope=scope,
         allocation=allocation,
-        steps=1 if method.criterion in ("magnitude", "random") else method.steps,  # their scores do not change
-        damping=method.damping if method.criterion in REBUILDING else defaults.damping,
+        steps=1 if criterion.steady else method.steps,
+        damping=method.damping if criterion.corrects_after else defaults.damping,
         outlier_ratio=method.outlier_ratio if allocation == "owl" else defaults.outlier_ratio,
         outlier_range=method.outlier_range if allocation == "owl" else defaults.outlier_range,
     )
 
 
-def _check_band(method: Weight, sparsity: float) -> None:
+def _check_band(method: Weight, criterion: Criterion, sparsity: float) -> None:
     """Refuse a band of the weights (`among_smallest`, `skip_lowest`) that is none, or that nothing reads."""
     among, skip = method.among_smallest, method.skip_lowest
     if (among, skip) == (1.0, 0.0):
@@ -277,7 +254,7 @@ def _check_band(method: Weight, sparsity: float) -> None:
                 f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "
                 f"which method.{name}={getattr(method, name)} contradicts: leave one of them out"
             )
-    if method.scope == "global" or method.criterion in REBUILDING:
+    if method.scope == "global" or criterion.corrects_after:
         word = "scope=global" if method.scope == "global" else f"criterion={method.criterion}"
         raise RequestError(
             f"method.among_smallest and method.skip_lowest choose a band of the weights of each matrix, "

@@ -8,7 +8,7 @@ from typing import Any
 
 from sweep.config import Cell
 from sweep.models import decoders
-from sweep.pruning.families import Head, Layer, Neuron
+from sweep.pruning.families import Head, Layer, Neuron, measures_drops
 from sweep.settings import RequestError
 from sweep.texts.embedded import EMBEDDED, QUESTIONS
 
@@ -25,7 +25,7 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
     method = cell.method
     if not isinstance(method, Neuron | Head | Layer):
         return
-    if method.criterion == "drop":
+    if measures_drops(method):
         check_drop(method)
     depth = decoders.size(shape, "blocks")
     if not depth:

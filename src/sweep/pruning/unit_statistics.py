@@ -5,9 +5,9 @@ T tokens; a part is one block's output matrix with its units (see units.Part).
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning.calibrate import exact_device, inputs_observed
-from sweep.pruning.families import LABELS
-from sweep.pruning.unit_scores import Statistics
+from sweep.pruning.criteria import READABLE, Labels
+from sweep.pruning.unit_scores import Activations, Gradients
 
 BATCH = 4  # sequences in one forward pass
 
@@ -28,29 +28,27 @@ def gather(
     sizes: Sequence[int],
     tokens: Tensor,
     *,
-    labels: Literal["text", "model"] | None,
+    labels: Labels | None,
     seed: int = 0,
-) -> list[Statistics]:
+) -> list[Activations]:
     """Statistics of the inputs of `outputs` while the model reads `tokens`.
 
     outputs    the output matrix of each part
     sizes      columns a unit, of each part
     tokens     (sequences, length)
     labels     the loss is the summed cross-entropy of these next tokens: the text's own, or ones drawn from the model at
-               every position; None spares the backward pass and leaves the products zero
+               every position, which gives `Gradients`; None spares the backward pass
     seed       of the draws
     """
     draw = torch.Generator(model.device).manual_seed(seed)
-    found: list[Statistics] = []
+    found: list[Activations] = []
     read = [0] * len(outputs)  # tokens, of each part
     sequences = 0  # in the batch that is being read
     for output, size in zip(outputs, sizes, strict=True):
         columns = _columns(output)
-        zeros = [
-            torch.zeros(n, dtype=torch.float64, device=exact_device(model.device))
-            for n in (columns, columns, *[columns // size] * 4)
-        ]
-        found.append(Statistics(tokens.numel(), *zeros))
+        lengths = [columns, columns] if labels is None else [columns, columns, *[columns // size] * 4]
+        zeros = [torch.zeros(n, dtype=torch.float64, device=exact_device(model.device)) for n in lengths]
+        found.append((Activations if labels is None else Gradients)(tokens.numel(), *zeros))
 
     def observe(part: int, x: Tensor) -> None:
         value, seen, size = x.detach(), found[part], sizes[part]  # a hook that held x would keep its graph
@@ -58,6 +56,7 @@ def gather(
         read[part] += value.numel() // value.shape[-1]
 
         def on_gradient(gradient: Tensor) -> None:
+            assert isinstance(seen, Gradients)
             product = (value.float() * gradient.float()).unflatten(-1, (-1, size)).sum(-1)  # (…, units)
             per_sequence = product.reshape(sequences, -1, product.shape[-1]).sum(1)  # OPT joins sequences and tokens
             seen.product += per_sequence.sum(0).to(seen.product)
@@ -86,7 +85,7 @@ def gather(
     return found
 
 
-def _add_moments(seen: Statistics, rows: Tensor, before: int) -> None:
+def _add_moments(seen: Activations, rows: Tensor, before: int) -> None:
     """Add the rows, (tokens, columns) float32, to the sum and the scatter of `before` earlier ones.
 
     Deviations are taken from the mean of these rows and scatters joined by Chan et al. 1979, since the square of a sum is
@@ -103,16 +102,24 @@ def _add_moments(seen: Statistics, rows: Tensor, before: int) -> None:
     seen.input_scatter += scatter.clamp_min_(0)
 
 
-def for_criteria(
-    criteria: Iterable[str], model: PreTrainedModel, outputs: Sequence[nn.Module], tokens: Tensor, seed: int
-) -> dict[str, list[Statistics]]:
-    """What each criterion reads of units of one column, on the same text, which is read once for each kind of labels."""
-    labels = {criterion: LABELS.get(criterion, "text") for criterion in criteria}
-    found = {
-        kind: gather(model, outputs, [1] * len(outputs), tokens, labels=kind, seed=seed)
-        for kind in sorted(set(labels.values()))
+def read(
+    names: Iterable[str],
+    model: PreTrainedModel,
+    outputs: Sequence[nn.Module],
+    sizes: Sequence[int],
+    tokens: Tensor,
+    seed: int = 0,
+) -> dict[str, list[Activations]]:
+    """What a function of units may read of calibration text, by the names in `READABLE`, of each part.
+
+    The text is read once for each kind of labels, and activations come with any.
+    """
+    labels = {name: READABLE["unit"][name].labels for name in names}
+    backward = [kind for kind in typing.get_args(Labels) if kind in labels.values()]
+    found: dict[Labels | None, list[Activations]] = {
+        kind: gather(model, outputs, sizes, tokens, labels=kind, seed=seed) for kind in backward or [None]
     }
-    return {criterion: found[kind] for criterion, kind in labels.items()}
+    return {name: found[kind if kind in found else backward[0]] for name, kind in labels.items()}
 
 
 def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ smallest sets whose removal leaves a legal shape: one unit; `multiple_of` neuron
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import anatomy, surgery
-from sweep.pruning import drop, repair, select, sharing, unit_requests, unit_scores, unit_statistics
-from sweep.pruning.families import LABELS, Head, Neuron
+from sweep.pruning import criteria, drop, repair, scoring, select, sharing, unit_requests, unit_statistics
+from sweep.pruning.criteria import Criterion
+from sweep.pruning.families import Head, Neuron
 from sweep.pruning.pruned import Pruned
-from sweep.pruning.unit_scores import Statistics
+from sweep.pruning.unit_scores import Activations, Gradients
 from sweep.settings import RequestError
 
 
@@ -102,6 +103,7 @@ def prune(
     Raises RequestError, before anything is measured, when the request leaves a part without a unit; RuntimeError when the
     matrices are not left with the weights that the choice leaves them.
     """
+    criterion = criteria.find(method.criterion, method.of)
     generator = torch.Generator().manual_seed(seed)
     before = parts(model, method)
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
@@ -110,21 +112,21 @@ def prune(
     numbers = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
         now, goal = parts(model, method), sparsity * step / method.steps
-        seen: list[Statistics] | list[None] = [None] * len(now)
+        seen: list[dict[str, Activations]] = [{} for _ in now]
         bundles = None
-        if method.criterion == "drop":
+        if criterion.measured:
             gone = 1 - (sum(p.weights for p in now) / weights)
             measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
             scores, bundles = measured.scores, measured.groups
             tables.append(drop.numbered(measured.table, {p.block: n for p, n in zip(now, numbers, strict=True)}))
         else:
             seen = _statistics(model, method, now, tokens, seed, memo if step == 1 else sharing.unshared)
-            scores = [score(method.criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
+            scores = [score(criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
         keeps = choose(now, scores, method, goal, weights, units, bundles)
         expected -= sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(now, keeps, strict=True))
         numbers = [n[keep] for n, keep in zip(numbers, keeps, strict=True)]
-        statistics = seen if method.criterion == "flap" else [None] * len(now)
-        cut(model, now, keeps, statistics, tokens if method.repair else None)
+        compensation = [s["activations"] if criterion.compensates else None for s in seen]
+        cut(model, now, keeps, compensation, tokens if method.repair else None)
     surgery.describe_shape(model)
     after = parts(model, method)
     left = sum(p.weights for p in after)
@@ -144,7 +146,7 @@ def cut(
     model: PreTrainedModel,
     parts: Sequence[Part],
     keeps: Sequence[Tensor],
-    compensation: Sequence[Statistics | None],
+    compensation: Sequence[Activations | None],
     mending: Tensor | None,
 ) -> None:
     """Cut every part down to the units it keeps. In place.
@@ -164,34 +166,21 @@ def cut(
 
 
 @torch.no_grad()
-def score(criterion: str, part: Part, seen: Statistics | None, generator: torch.Generator) -> Tensor:
-    """The importance of every unit of a part: (units,) float32, higher = keep."""
-    weight = anatomy.weight(part.output)
-    match criterion:
-        case "random":
-            return unit_scores.random(part.units, generator)
-        case "l2":
-            own = part.inputs[:1] if part.bundle == 0 else part.inputs
-            return unit_scores.l2([anatomy.weight(linear) for linear in own], weight, part.size)
-    assert seen is not None
-    match criterion:
-        case "activation":
-            return unit_scores.activation(seen, part.size)
-        case "wanda_sp":
-            return unit_scores.wanda_sp(weight, seen, part.size)
-        case "flap":
-            return unit_scores.flap(weight, seen, part.size)
-        case "taylor":
-            return unit_scores.taylor(seen)
-        case "taylor_abs":
-            return unit_scores.taylor_abs(seen)
-        case "taylor_norms":
-            return unit_scores.taylor_norms(seen)
-        case "taylor_balanced" | "taylor_sampled":  # of other labels: see config.LABELS
-            return unit_scores.taylor_balanced(seen)
-        case "fisher":
-            return unit_scores.fisher(seen)
-    raise ValueError(f"method.criterion={criterion} scores no units: it needs its line in units.py")
+def score(criterion: Criterion, part: Part, seen: Mapping[str, Activations], generator: torch.Generator) -> Tensor:
+    """The importance of every unit of a part: (units,), higher = keep.
+
+    seen  at least what the criterion reads of calibration text, by name
+    """
+    own = part.inputs[:1] if part.bundle == 0 else part.inputs  # query heads share the keys and values of their group
+    given = {
+        "weight": anatomy.weight(part.output),
+        "rows": [anatomy.weight(linear) for linear in own],
+        "size": part.size,
+        "units": part.units,
+        "generator": generator,
+        **seen,
+    }
+    return scoring.scored(criterion, given, (part.units,), f"the units of block {part.block}")
 
 
 def choose(
@@ -379,24 +368,37 @@ def _statistics(
     tokens: Tensor | None,
     seed: int = 0,
     memo: sharing.Memo = sharing.unshared,
-) -> list[Statistics] | list[None]:
-    if method.criterion in ("random", "l2"):
-        return [None] * len(parts)
+) -> list[dict[str, Activations]]:
+    """What the method's criterion reads of calibration text, by name, of each part."""
+    reads = criteria.find(method.criterion, method.of).reads
+    names = [name for name in reads if criteria.READABLE[method.of][name].text]
+    if not names:
+        return [{} for _ in parts]
     assert tokens is not None
-    names = [f.name for f in fields(Statistics) if f.name != "tokens"]
-    labels = LABELS.get(method.criterion)
+    text = tokens
 
     def measure() -> sharing.Tensors:
-        outputs, sizes = [p.output for p in parts], [p.size for p in parts]
-        found = unit_statistics.gather(model, outputs, sizes, tokens, labels=labels, seed=seed)
-        return {f"{i}.{name}": getattr(seen, name) for i, seen in enumerate(found) for name in names}
+        found = unit_statistics.read(names, model, [p.output for p in parts], [p.size for p in parts], text, seed)
+        return {
+            f"{name}.{i}.{field}": value
+            for name, of_parts in found.items()
+            for i, seen in enumerate(of_parts)
+            for field, value in vars(seen).items()
+            if isinstance(value, Tensor)
+        }
 
     where = [(part.block, part.size) for part in parts]
-    found = memo(f"{method.family} statistics {names} of {where}, {labels=}, {seed=}", measure)
-    return [Statistics(tokens.numel(), *(found[f"{i}.{name}"] for name in names)) for i in range(len(parts))]
+    found = memo(f"{method.family} {names} of {where}, {seed=}", measure)
+    return [{name: _held(found, f"{name}.{i}.", text.numel()) for name in names} for i in range(len(parts))]
 
 
-def _compensate(part: Part, keep: Tensor, seen: Statistics) -> None:
+def _held(found: sharing.Tensors, prefix: str, tokens: int) -> Activations:
+    """The statistics whose tensors are held under this prefix."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return (Gradients if "product" in own else Activations)(tokens, **own)
+
+
+def _compensate(part: Part, keep: Tensor, seen: Activations) -> None:
     """Add to the bias what the removed columns give on average (FLAP): sum over removed j of W_j * mean x_j."""
     weight = anatomy.weight(part.output)
     gone = ~keep.to(weight.device)

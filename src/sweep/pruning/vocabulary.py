@@ -9,13 +9,14 @@ it stands for wherever a text is scored (scorer.py), so that losses can be compa
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import cut_tokenizer, surgery
-from sweep.pruning import select, unit_requests, unit_scores
+from sweep.pruning import criteria, scoring, select, unit_requests
 from sweep.pruning.families import Vocab
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
@@ -31,7 +32,7 @@ def prune(
 ) -> Pruned:
     """Remove the rows of the least important tokens in place; what is returned carries the new tokenizer.
 
-    tokens  token ids of text, of any shape, for criterion=frequency
+    tokens  token ids of text, of any shape, for a criterion that reads one
     Raises RequestError when the tokenizer has no token to stand for the removed ones, or when the request would
     remove special tokens.
     """
@@ -44,13 +45,14 @@ def prune(
             f"sparsity={sparsity:g} removes {gone} of {size} tokens, special ones among them: "
             f"{unit_requests.at_most(1 - len(protected) / size)}"
         )
-    if method.criterion == "random":
-        scores = unit_scores.random(size, torch.Generator().manual_seed(seed)).double()
-    elif method.criterion == "frequency":
+    criterion = criteria.find(method.criterion, method.of)
+    given: dict[str, Any] = {"units": size, "generator": torch.Generator().manual_seed(seed)}
+    if criterion.reads_text:
         assert tokens is not None
-        scores = frequency(torch.bincount(tokens.flatten(), minlength=size), _zipf(tokenizer, size)).double()
-    else:
-        raise ValueError(f"method.criterion={method.criterion} scores no tokens: it needs its line in vocabulary.py")
+        given["counts"] = torch.bincount(tokens.flatten(), minlength=size)
+    if "zipf" in criterion.reads:
+        given["zipf"] = _zipf(tokenizer, size)
+    scores = scoring.scored(criterion, given, (size,), "the tokens").double()
     scores[sorted(protected)] = torch.inf
     kept = select.lowest(scores, gone).nonzero().squeeze(1)
     parameters = sum(p.numel() for p in model.parameters())
@@ -64,18 +66,6 @@ def prune(
         units_removed=gone,
         tokenizer=cut_tokenizer.remapped(tokenizer, kept.tolist(), size),
     )
-
-
-def frequency(counts: Tensor, zipf: Tensor) -> Tensor:
-    """The rank of each token by how often it stands in the text; equal counts go by how frequent the word is that it spells.
-
-    counts   (tokens,) int64
-    zipf     (tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8; -1 for a row of no token
-    returns  (tokens,) int64, all different: what is still equal goes by id, since later merges of a tokenizer are rarer.
-             No sum of the three, in which a large count would round the others away
-    """
-    order = np.lexsort((-np.arange(len(counts)), zipf.numpy(), counts.numpy()))
-    return torch.from_numpy(order).argsort()
 
 
 def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +20,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep.models import anatomy, surgery
-from sweep.pruning import calibrate, rebuild, scores, select, sharing
+from sweep.pruning import calibrate, criteria, rebuild, scores, scoring, select, sharing
 from sweep.pruning.calibrate import Inputs
-from sweep.pruning.families import CALIBRATED, REBUILDING, Weight, checked_weight, groups
+from sweep.pruning.criteria import Criterion
+from sweep.pruning.families import Weight, checked_weight, groups
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
 
-FROM_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "wanda": scores.wanda,
-    "ria": scores.ria,
-    **dict.fromkeys(REBUILDING, scores.wanda),  # of matrices among each other; within one they say themselves
-}
-REBUILDS = {"sparsegpt": rebuild.sparsegpt, "alps": rebuild.alps}
 Weights = dict[str, Tensor]
+_OF_INPUTS: dict[str, Callable[[Inputs], Any]] = {"input_norm": lambda x: x.norm, "hessian": lambda x: x.hessian}
+_LARGE = {"hessian", "gradient_norm"}  # as large as a matrix: held for the matrices of a block, never for all
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,15 @@ class Job:
     memo: sharing.Memo  # where the norms of what the dense model's layers read come from
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
 
+    @property
+    def criterion(self) -> Criterion:
+        return criteria.find(self.method.criterion, self.method.of)
+
+    @property
+    def scores_by(self) -> Criterion:
+        """What ranks weights of several matrices: the criterion, or for one that corrects within each, its deputy."""
+        return criteria.find(self.criterion.corrects_after or self.criterion.name, self.method.of)
+
     def weights(self) -> Weights:
         """The targets. Asked for anew, because views of a block do not follow it to another device and back."""
         everything = _everything(self.model, self.method)
@@ -63,27 +70,23 @@ class Job:
             )
         return self.tokens
 
-    def score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
-        """The importance of one matrix by the method's criterion; of an embedding, which reads no activations, |W|.
+    def score(self, name: str, weight: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+        """The importance of one matrix, (out, in) float32; -inf for what an earlier step removed.
 
-        norm  (in,) of each feature that it reads
+        seen  what the criterion reads of calibration text, by name; of an embedding, which reads no activations and is
+              scored by |W|, not all of it
         """
-        criterion = self.method.criterion
-        if criterion == "random":
-            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-            importance = scores.random(weight, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
-        elif criterion == "magnitude" or (criterion in FROM_INPUTS and norm is None):
-            importance = scores.magnitude(weight)
-        elif criterion in FROM_INPUTS and norm is not None:
-            importance = FROM_INPUTS[criterion](weight, norm.to(weight.device))
-        else:
-            raise ValueError(
-                f"method.criterion={criterion} scores no matrix by what it reads: it needs its line in weights.py"
-            )
-        return self.marked(weight, importance)
-
-    def marked(self, weight: Tensor, importance: Tensor) -> Tensor:
-        return importance.masked_fill_(weight == 0, -1.0) if self.gone else importance
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        given = {
+            "weight": weight,
+            "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7])),
+            **{what: value.to(weight.device) for what, value in seen.items()},
+        }
+        criterion = self.scores_by
+        if not given.keys() >= set(criterion.reads):
+            criterion = criteria.find("magnitude", self.method.of)
+        importance = scoring.scored(criterion, given, weight.shape, name)
+        return importance.masked_fill(weight == 0, -torch.inf) if self.gone else importance
 
 
 def prune(
@@ -197,7 +200,7 @@ def allocate(job: Job, sparsity: float) -> dict[str, int]:
     """How many weights each matrix loses; they sum to exactly round(sparsity * size), unless a pattern decides.
 
     uniform  every matrix the same share
-    global   as a rank over all matrices by the criterion's score of the dense model (Wanda's for those that rebuild)
+    global   as a rank over all matrices by the criterion's score of the dense model (its deputy's, if it corrects)
     owl      blocks with fewer outliers lose more
     a list   each block its share
     Shares are moved together, and rounded by largest remainder, so that the total is exact.
@@ -258,15 +261,15 @@ def owl(job: Job, sparsity: float) -> dict[str, float]:
     return {block: sparsity - (share - mean) for block, share in scaled.items()}
 
 
-def dense_scores(job: Job) -> Callable[[], Iterator[Tensor]]:
+def dense_scores(job: Job) -> Callable[[], Iterable[Tensor]]:
     """A function that yields the scores of all targets as they are now, anew at each call, in order."""
-    if job.method.criterion == "gradient":
-        weights = job.weights()
-        norms = calibrate.gradient_norms(job.model, job.text(), weights)
-        found = [job.marked(weights[name], scores.gradient(weights[name], norms.pop(name))) for name in job.shapes]
-        return lambda: iter(found)
-    norms = dense_norms(job) if job.method.criterion in CALIBRATED else {}
-    return lambda: (job.score(name, weight, norms.get(name)) for name, weight in job.weights().items())
+    reads = set(job.scores_by.reads)
+    if reads & _LARGE:
+        found = {name: importance for name, _, importance in _streamed(replace(job, sequential=False))}
+        return lambda: (found[name] for name in job.shapes)
+    norms = dense_norms(job) if "input_norm" in reads else {}
+    seen = {name: {"input_norm": norm} for name, norm in norms.items()}
+    return lambda: (job.score(name, weight, seen.get(name, {})) for name, weight in job.weights().items())
 
 
 def dense_norms(job: Job) -> dict[str, Tensor]:
@@ -329,7 +332,7 @@ def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
     job = replace(job, memo=sharing.once(sharing.unshared if job.gone else job.memo))  # a later step's model is its own
     counts = allocate(job, sparsity)
     removed, dampings = 0, []
-    if job.method.criterion in REBUILDING:
+    if job.criterion.corrects_after:
         for _, weights, inputs in read_blocks(job, hessian=True):
             removed_here, damping = _rebuild(job, weights, inputs, counts)
             removed += removed_here
@@ -342,20 +345,34 @@ def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
 
 def _scored(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight, scores) of every target; the caller prunes it before the next is scored."""
-    at_once = job.method.allocation == "global" or not (
-        job.sequential or job.device or job.method.criterion == "gradient"
-    )
-    if at_once or job.method.criterion not in CALIBRATED:
+    reads = job.scores_by
+    in_turn = reads.reads_text and (job.sequential or job.device is not None or bool(_LARGE & set(reads.reads)))
+    if job.method.allocation != "global" and in_turn:
+        yield from _streamed(job)
+    else:
         yield from zip(job.shapes, job.weights().values(), dense_scores(job)(), strict=True)
-    elif job.method.criterion == "gradient":
+
+
+def _streamed(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`_scored` of a criterion that reads text, which is read for some matrices at a time.
+
+    Where inputs and gradients are read, the gradients of all matrices are taken at first, and held.
+    """
+    reads = set(job.scores_by.reads)
+    if not reads & {"input_norm", "hessian"}:
         for part in _parts(job):
             norms = calibrate.gradient_norms(job.model, job.text(), part)
             for name, weight in part.items():
-                yield name, weight, job.marked(weight, scores.gradient(weight, norms.pop(name)))
-    else:
-        for _, weights, inputs in read_blocks(job, hessian=False):
-            for name, weight in weights.items():
-                yield name, weight, job.score(name, weight, inputs[name].norm if name in inputs else None)
+                yield name, weight, job.score(name, weight, {"gradient_norm": norms.pop(name)})
+        return
+    weights = job.weights() if "gradient_norm" in reads else {}
+    norms = calibrate.gradient_norms(job.model, job.text(), weights) if weights else {}
+    for _, weights, inputs in read_blocks(job, hessian="hessian" in reads):
+        for name, weight in weights.items():
+            seen = {"gradient_norm": norms.pop(name)} if name in norms else {}
+            if name in inputs:
+                seen |= {what: read(inputs[name]) for what, read in _OF_INPUTS.items() if what in reads}
+            yield name, weight, job.score(name, weight, seen)
 
 
 def _parts(job: Job) -> Iterator[Weights]:
@@ -417,14 +434,14 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
         if name in inputs:
             together.setdefault(id(inputs[name]), []).append(name)
         else:  # an embedding
-            mask = _mask(name, job.method, weights[name], job.score(name, weights[name], None), counts[name])
+            mask = _mask(name, job.method, weights[name], job.score(name, weights[name], {}), counts[name])
             removed += _zero(name, weights[name], mask, counts[name])
     for names in together.values():
         hessian = inputs[names[0]].hessian
         assert hessian is not None
         m = groups(job.method.pattern)[1] if job.method.pattern else 1
         try:
-            rebuilt, damping = REBUILDS[job.method.criterion](
+            rebuilt, damping = job.criterion.load()(
                 [weights[name].float() for name in names],
                 hessian,
                 [_choose(job.method, counts[name]) for name in names],

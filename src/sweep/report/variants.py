@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from sweep import config
-from sweep.pruning import families
+from sweep.pruning import criteria, families
 from sweep.settings import flat_fields, renamed
 
 # Told by columns of their own, or no choice between methods.
@@ -38,6 +38,7 @@ _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a
 _DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
     name: {f.name: f.default for f in flat_fields(kind)} for name, kind in (families.FAMILIES | config.GROUPS).items()
 }
+_SCOPES = {criterion.name: criterion.within for criterion in criteria.declared("weight")}  # of the papers
 _NOW = {f"method.{was}": f"method.{now}" for was, now in renamed(families.Weight).items()}  # keys of older rows
 # Before this measuring version some defaults were others, and a task's fingerprint did not say which examples it shows.
 _CHANGED = 6
@@ -192,7 +193,7 @@ def _is_default(key: str, setting: dict[str, Any], version: int) -> bool:
     """Whether a setting goes without saying. A scope does when it is the paper's, or when a pattern stands in its place."""
     group, _, name = key.partition(".")
     if key == "method.scope" and setting.get("method.family") == "weight":
-        usual = "row" if setting.get("method.criterion") in families.BY_ROW else "matrix"
+        usual = _SCOPES.get(setting.get("method.criterion", ""), "matrix")
         return setting[key] in (None, usual) or setting.get("method.pattern") is not None
     if key in _FORMERLY and version < _CHANGED:
         return setting[key] == _FORMERLY[key]

@@ -1,0 +1,364 @@
+"""The criteria by which methods choose what goes, each declared once. No torch.
+
+A criterion is one plain function from what it reads to scores, higher = keep. What it reads is named by the function's
+parameters; `READABLE` lists what there is for each kind. What is calibrated, seeded or ranked by row, the legal names,
+the tables of docs/methods.md and the tests of invariants are made from these records:
+
+    python -m sweep.pruning.criteria docs/methods.md     writes the tables of the page anew
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sweep.settings import RequestError, did_you_mean
+
+Kind = Literal["weight", "unit", "block", "token"]  # what is scored: a weight; a neuron or head; a block; a token
+Labels = Literal["text", "model"]  # whose next tokens a gradient is of: the text's own, or ones drawn from the model
+
+
+@dataclass(frozen=True)
+class Readable:
+    """What a function may name among its parameters."""
+
+    what: str
+    text: bool = False  # is told by calibration text
+    labels: Labels | None = None  # with a backward pass from the loss of these next tokens
+    draws: bool = False  # depends on the seed, text or not
+    corrects: bool = False  # for a criterion that corrects the weights that stay, and no other
+
+
+READABLE: dict[Kind, dict[str, Readable]] = {
+    "weight": {
+        "weight": Readable("(out, in) the matrix, in the model's dtype"),
+        "input_norm": Readable("(in,) float32, L2 norm of each input feature over the calibration tokens", text=True),
+        "hessian": Readable("(in, in) float32, X^T X of the inputs X (tokens, in)", text=True),
+        "gradient_norm": Readable(
+            "(out, in) float32, root of the summed squares of each sequence's gradient of the loss",
+            text=True,
+            labels="text",
+        ),
+        "generator": Readable("torch.Generator on the CPU, seeded by the seed and the matrix's name", draws=True),
+        "weights": Readable("the matrices that read one input, each (out, in) float32", corrects=True),
+        "choose": Readable("of each matrix, the function from scores of some columns to a keep-mask", corrects=True),
+        "damping": Readable("method.damping, a share of the mean of the Hessian's diagonal", corrects=True),
+        "m": Readable("columns that are chosen in a group, of an n:m pattern; else 1", corrects=True),
+        "gone": Readable("of each matrix, True where an earlier step removed a weight; or None", corrects=True),
+    },
+    "unit": {
+        "weight": Readable("(out, columns) the matrix that reads the units, `size` columns each, in the model's dtype"),
+        "rows": Readable("the matrices that make the units, each (rows, in), as many rows for every unit"),
+        "size": Readable("columns of `weight` a unit: 1 for a neuron, head_dim for a head"),
+        "units": Readable("how many there are"),
+        "activations": Readable("unit_scores.Activations: sums over tokens of what `weight` reads", text=True),
+        "gradients": Readable(
+            "unit_scores.Gradients: with these, sums of activation times gradient of the text's loss",
+            text=True,
+            labels="text",
+        ),
+        "sampled_gradients": Readable(
+            "unit_scores.Gradients of the loss of next tokens that are drawn from the model",
+            text=True,
+            labels="model",
+            draws=True,
+        ),
+        "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
+    },
+    "block": {
+        "units": Readable("how many there are"),
+        "cosine": Readable("(blocks,) float64, mean over tokens of that between what enters and leaves", text=True),
+        "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
+    },
+    "token": {
+        "units": Readable("how many there are"),
+        "counts": Readable("(tokens,) int64, how often each stands in the calibration text", text=True),
+        "zipf": Readable(
+            "(tokens,) float64, log10 of occurrences in 10^9 words of general text, 0 to 8; -1 for a row of no token"
+        ),
+        "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What the house must know of a criterion without importing its function."""
+
+    name: str
+    of: Kind
+    score: str  # in words, for the table of criteria
+    function: str = ""  # MODULE:NAME, imported on use; empty for one that is measured
+    reads: tuple[str, ...] = ()  # the function's parameters
+    paper: str = ""
+    within: Literal["matrix", "row"] = "matrix"  # what its paper compares weights within
+    steady: bool = False  # the scores of what stays do not change as others go: further steps bring nothing
+    # The function chooses within a matrix and corrects the weights that stay; where matrices are compared with each
+    # other, the criterion of this name scores.
+    corrects_after: str = ""
+    compensates: bool = False  # what the removed columns give on average goes into a bias
+    measured: bool = False  # what removing it costs is measured, as method.metric and method.task say
+
+    def given(self) -> list[Readable]:
+        return [READABLE[self.of][name] for name in self.reads]
+
+    @property
+    def reads_text(self) -> bool:
+        return any(readable.text for readable in self.given())
+
+    @property
+    def draws(self) -> bool:
+        return any(readable.draws for readable in self.given())
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_MOLCHANOV = "Molchanov et al. 2019, arXiv:1906.10771"
+_AN = "An et al. 2023, arXiv:2312.11983"
+_CORRECTION = ("weights", "hessian", "choose", "damping", "m", "gone")
+
+CRITERIA = (
+    Criterion(
+        "magnitude",
+        "weight",
+        "abs(W_ij)",
+        "sweep.pruning.scores:magnitude",
+        reads=("weight",),
+        paper="Han et al. 2015, arXiv:1506.02626",
+        steady=True,
+    ),
+    Criterion(
+        "random",
+        "weight",
+        "uniform noise: the baseline that others must beat",
+        "sweep.pruning.scores:random",
+        reads=("weight", "generator"),
+        steady=True,
+    ),
+    Criterion(
+        "wanda",
+        "weight",
+        "abs(W_ij) · norm(x_j), compared within a row",
+        "sweep.pruning.scores:wanda",
+        reads=("weight", "input_norm"),
+        within="row",
+        paper="Sun et al. 2023, arXiv:2306.11695",
+    ),
+    Criterion(
+        "ria",
+        "weight",
+        "(abs(W_ij) / row sum + abs(W_ij) / column sum) · sqrt(norm(x_j))",
+        "sweep.pruning.scores:ria",
+        reads=("weight", "input_norm"),
+        paper="Zhang et al. 2024, Plug-and-Play (ICLR)",
+    ),
+    Criterion(
+        "gradient",
+        "weight",
+        "abs(W_ij) · norm(g_ij) over the calibration sequences, compared within a row",
+        "sweep.pruning.scores:gradient",
+        reads=("weight", "gradient_norm"),
+        within="row",
+        paper="Das et al. 2023, arXiv:2311.04902",
+    ),
+    Criterion(
+        "sparsegpt",
+        "weight",
+        "W_ij² / [H⁻¹]_jj with H = x xᵀ, factored for each matrix; the weights that stay are corrected",
+        "sweep.pruning.rebuild:sparsegpt",
+        reads=_CORRECTION,
+        corrects_after="wanda",
+        paper="Frantar and Alistarh 2023, arXiv:2301.00774",
+    ),
+    Criterion(
+        "alps",
+        "weight",
+        "the same loss by ADMM, many solves a matrix, then least squares for the weights that stay",
+        "sweep.pruning.rebuild:alps",
+        reads=_CORRECTION,
+        corrects_after="wanda",
+        paper="Meng et al. 2024, arXiv:2406.07831",
+    ),
+    Criterion(
+        "random",
+        "unit",
+        "uniform noise",
+        "sweep.pruning.unit_scores:random",
+        reads=("units", "generator"),
+    ),
+    Criterion(
+        "l2",
+        "unit",
+        "L2 norm of all its weights",
+        "sweep.pruning.unit_scores:l2",
+        reads=("rows", "weight", "size"),
+    ),
+    Criterion(
+        "activation",
+        "unit",
+        "L2 norm of x_u",
+        "sweep.pruning.unit_scores:activation",
+        reads=("activations", "size"),
+    ),
+    Criterion(
+        "wanda_sp",
+        "unit",
+        "sum of abs(W_ij) · norm(x_j) over its weights",
+        "sweep.pruning.unit_scores:wanda_sp",
+        reads=("weight", "activations", "size"),
+        paper=f"in {_AN}",
+    ),
+    Criterion(
+        "flap",
+        "unit",
+        "variance of x_u · squared norm of its column, standardised in the block; the mean goes into a bias",
+        "sweep.pruning.unit_scores:flap",
+        reads=("weight", "activations", "size"),
+        compensates=True,
+        paper=_AN,
+    ),
+    Criterion(
+        "taylor",
+        "unit",
+        "signed sum of x_u g_u: the first-order change of the loss",
+        "sweep.pruning.unit_scores:taylor",
+        reads=("gradients",),
+        paper=_MOLCHANOV,
+    ),
+    Criterion(
+        "taylor_abs",
+        "unit",
+        "sum over tokens of abs(x_u g_u)",
+        "sweep.pruning.unit_scores:taylor_abs",
+        reads=("gradients",),
+        paper=f"after {_MOLCHANOV}",
+    ),
+    Criterion(
+        "taylor_norms",
+        "unit",
+        "L1 norm · L2 norm of x_u g_u over tokens; ranks as their geometric mean",
+        "sweep.pruning.unit_scores:taylor_norms",
+        reads=("gradients",),
+    ),
+    Criterion(
+        "taylor_balanced",
+        "unit",
+        "geometric mean of these two norms, over its mean in the block to the power 0.3",
+        "sweep.pruning.unit_scores:taylor_balanced",
+        reads=("gradients",),
+        paper="normalised by block after Molchanov et al. 2017, arXiv:1611.06440",
+    ),
+    Criterion(
+        "taylor_sampled",
+        "unit",
+        "the same, of the loss of next tokens that are drawn from the model in place of the text's own",
+        "sweep.pruning.unit_scores:taylor_sampled",
+        reads=("sampled_gradients",),
+        paper="true and empirical Fisher information: Kunstner et al. 2019, arXiv:1905.12558",
+    ),
+    Criterion(
+        "fisher",
+        "unit",
+        "sum over sequences of the squared sum of x_u g_u",
+        "sweep.pruning.unit_scores:fisher",
+        reads=("gradients",),
+        paper="Theis et al. 2018, arXiv:1801.05787",
+    ),
+    Criterion("drop", "unit", "what a metric loses when the unit is removed, measured", measured=True),
+    Criterion(
+        "random",
+        "block",
+        "uniform noise",
+        "sweep.pruning.unit_scores:random",
+        reads=("units", "generator"),
+    ),
+    Criterion(
+        "block_influence",
+        "block",
+        "1 - mean cosine between its input and output",
+        "sweep.pruning.unit_scores:block_influence",
+        reads=("cosine",),
+        paper="Men et al. 2024, arXiv:2403.03853",
+    ),
+    Criterion("drop", "block", "what a metric loses without it, measured", measured=True),
+    Criterion(
+        "random",
+        "token",
+        "uniform noise",
+        "sweep.pruning.unit_scores:random",
+        reads=("units", "generator"),
+    ),
+    Criterion(
+        "frequency",
+        "token",
+        "its count in the calibration text; rows that no token has, as in a padded embedding, go first",
+        "sweep.pruning.unit_scores:frequency",
+        reads=("counts", "zipf"),
+    ),
+)
+
+_DECLARED = {(criterion.of, criterion.name): criterion for criterion in CRITERIA}
+
+
+def declared(of: Kind) -> list[Criterion]:
+    """The criteria of a kind, in the order in which they are listed."""
+    return [criterion for criterion in CRITERIA if criterion.of == of]
+
+
+def names(of: Kind) -> tuple[str, ...]:
+    """Of the criteria of a kind."""
+    return tuple(criterion.name for criterion in declared(of))
+
+
+def find(name: str, of: Kind) -> Criterion:
+    """The criterion of a kind that goes by this name. Raises RequestError where there is none: never another."""
+    if (of, name) not in _DECLARED:
+        raise RequestError(
+            f"method.criterion must be one of {', '.join(names(of))}; got {name!r}.{did_you_mean(name, names(of))}"
+        )
+    return _DECLARED[of, name]
+
+
+# ---- the tables of docs/methods.md ----
+
+
+def table(of: Kind) -> str:
+    """The criteria of a kind as a table in Markdown."""
+    lines = [f"| criterion | score of a {of} | reads | from |", "|---|---|---|---|"]
+    for criterion in declared(of):
+        cells = (f"`{criterion.name}`", criterion.score, _cost(criterion), criterion.paper)
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def _cost(criterion: Criterion) -> str:
+    """What a criterion costs, in a word."""
+    if criterion.measured:
+        return "a forward pass for each"
+    if any(readable.labels for readable in criterion.given()):
+        return "backward"
+    if criterion.reads_text:
+        return "text" if criterion.of == "token" else "forward"
+    return "weights"
+
+
+def with_tables(page: str) -> str:
+    """The page with each table of criteria as it is now."""
+    for of in READABLE:
+        before, heading, rest = page.partition(f"| criterion | score of a {of} |")
+        if heading:
+            page = before + table(of) + re.sub(r"\A.*\n(\|.*\n)*", "", rest)
+    return page
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
