@@ -233,7 +233,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     (row,) = [row for row in measured(store.load(place)) if row["method"] == "weight"]
     row |= {"cell_seconds": 1.0, "decode_speedup": None}
     assert runner.headline(row).startswith(f"{STRICT} 0.1, {FLEXIBLE} 0.5")
-    assert STRICT in runner.table([row]) and FLEXIBLE in runner.table([row])
+    assert STRICT in runner.listing([row]) and FLEXIBLE in runner.listing([row])
     capsys.readouterr()
     with pytest.raises(SystemExit):
         rendering.main([place, "--y", "gsm8k/exact_match"])

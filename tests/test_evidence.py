@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep.report import advice, frontier, plot, rendering, tables, variants
+from sweep.report import advice, frontier, plot, rendering, summary, variants
 from sweep.report.evidence import NOTHING, Evidence
 
 PAGES, METRIC, COST = 17, "pydoc/token_perplexity", "decode_ms_paired"
@@ -40,8 +40,8 @@ def cells(added: dict[str, float], noise: float = 0.01, seeds: int = 1) -> tuple
 
 
 def marked(rows: pd.DataFrame, evidence: Evidence) -> dict[str, str]:
-    table = tables.summary(rows, [METRIC], [])
-    return dict(zip(table.criterion, tables.marks(table, METRIC, loss=True, evidence=evidence), strict=True))
+    table = summary.lines(rows, [METRIC], [])
+    return dict(zip(table.criterion, summary.marks(table, METRIC, loss=True, evidence=evidence), strict=True))
 
 
 def test_what_overlaps_may_differ_on_every_page() -> None:

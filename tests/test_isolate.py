@@ -168,7 +168,7 @@ def test_a_row_that_is_stored_is_the_cells_outcome_whatever_becomes_of_its_proce
     row, unstored, outdone = isolate.run(CELL, described(1), str(tmp_path), Limits(timeout=3), work=work)
     assert (row["status"], row["t/acc"], unstored, outdone) == ("ok", 0.5, None, False)
     assert sweep.load(tmp_path).status.tolist() == ["ok"]
-    assert store.table(tmp_path, "samples").value.tolist() == [0.5]
+    assert store.read_table(tmp_path, "samples").value.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -183,7 +183,7 @@ def test_a_run_that_fails_leaves_the_ok_row_of_an_earlier_one(
     row, unstored, outdone = isolate.run(CELL, described(2), str(tmp_path), work=work)
     assert row["status"] in ("failed", "crashed") and unstored is None and outdone
     pd.testing.assert_frame_equal(sweep.load(tmp_path), before)
-    assert store.table(tmp_path, "samples").value.tolist() == [0.5]
+    assert store.read_table(tmp_path, "samples").value.tolist() == [0.5]
 
 
 def waits_and_works(held: Path, cell: Any) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep.report import advice, frontier, paired, plot, published, rendering, tables, variants
+from sweep.report import advice, frontier, paired, plot, published, rendering, summary, variants
 from sweep.settings import RequestError
 
 
@@ -244,11 +244,11 @@ def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
     rows = simple(
         sparsity=[0.0, 0.5, 0.5, 0.5], criterion=[None, "a_b", "c", "d"], acc=[0.8, 0.7, 0.69, 0.4], acc_stderr=0.02
     )
-    table = tables.summary(rows, ["acc"], [])
-    text = tables.markdown(table, ["acc"], losses=())
+    table = summary.lines(rows, ["acc"], [])
+    text = summary.markdown(table, ["acc"], losses=())
     assert "| weight a_b | 0.5 | 1 | **0.700 ± 0.0392** |" in text
     assert "| weight c | 0.5 | 1 | 0.690 ± 0.0392 ~ |" in text and "0.400 ± 0.0392 |" in text
-    tex = tables.latex(table, ["acc"], (), "50 % & more")
+    tex = summary.latex(table, ["acc"], (), "50 % & more")
     assert r"weight a\_b & 0.5 & \textbf{$0.700 \pm 0.0392$} \\" in tex and r"$^\dagger$" in tex
     assert r"\toprule" in tex and r"50 \% \& more" in tex
 
@@ -268,7 +268,7 @@ def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert tables.number(value) == text
+    assert summary.number(value) == text
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_a_run_again_that_fails_is_told_and_leaves_the_row_it_had(tmp_path: Path
     assert "in run_cell" in output  # the whole error: no row keeps it
     assert "2 of 2 cells were run again and are not ok; the rows above are of their earlier runs: dense (" in output
     pd.testing.assert_frame_equal(sweep.load(tmp_path / "results"), before)
-    assert len(store.table(tmp_path / "results", "latency")) > 0
+    assert len(store.read_table(tmp_path / "results", "latency")) > 0
     assert "2 already done, 0 to run" in run(*words, cwd=tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_a_sweep_on_object_storage_runs_resumes_and_loads(tmp_path: Path, tiny: 
     assert f"rows: {bucket}/cells" in run(*words, cwd=tmp_path)
     rows = sweep.load(bucket)
     assert len(rows) == 3 and set(rows.status) == {"ok"}
-    assert set(store.table(bucket, "latency").cell) == set(rows.cell)
+    assert set(store.read_table(bucket, "latency").cell) == set(rows.cell)
     assert "3 already done, 0 to run" in run(*words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())  # nothing of it lies here
     run(bucket, "--no-html", "--out", "figures", cwd=tmp_path, module="sweep.report")

@@ -45,10 +45,10 @@ def test_pandas_alone_sees_every_column_whichever_row_came_first(tmp_path: Path)
 def test_a_cell_written_again_replaces_its_row_and_its_tables(tmp_path: Path) -> None:
     samples = pd.DataFrame({"task": ["t"], "document": ["0"], "metric": ["acc"], "value": [1.0]})
     store.write(tmp_path, row("aa"), {"samples": samples})
-    assert store.table(tmp_path, "samples").cell.tolist() == ["aa"]
+    assert store.read_table(tmp_path, "samples").cell.tolist() == ["aa"]
     assert store.write(tmp_path, row("aa", seed=7), {}) is None
     assert sweep.load(tmp_path).seed.tolist() == [7]
-    assert store.table(tmp_path, "samples").empty
+    assert store.read_table(tmp_path, "samples").empty
     assert store.read_row(tmp_path, "aa")["schema_version"] == store.SCHEMA_VERSION
     assert store.read_row(tmp_path, "bb") is None
 
@@ -68,7 +68,7 @@ def test_an_ok_row_and_its_tables_are_never_replaced_by_one_that_is_not(
     assert standing is not None and (standing["status"], standing["seed"]) == ("ok", 7)
     for rows in (sweep.load(tmp_path), pd.read_parquet(tmp_path / "cells")):
         assert rows.status.tolist() == ["ok"] and rows.seed.tolist() == [7]
-    assert store.table(tmp_path, "samples").value.tolist() == [1.0]
+    assert store.read_table(tmp_path, "samples").value.tolist() == [1.0]
 
 
 def test_of_two_writers_of_one_cell_the_one_that_is_ok_wins(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_of_two_writers_of_one_cell_the_one_that_is_ok_wins(tmp_path: Path) -> N
         for writer in writers:
             writer.join()
     assert sweep.load(tmp_path).status.tolist() == ["ok"] * 20
-    assert len(store.table(tmp_path, "samples")) == 20
+    assert len(store.read_table(tmp_path, "samples")) == 20
 
 
 def test_where_files_of_both_kinds_lie_the_ok_row_is_read(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_results_folder_on_object_storage(kind: str, tmp_path: Path, request: 
         store.write(bucket, row(cell_name(i), seed=i, **{f"t{i}/acc": 0.5}), {"samples": samples})
     store.write(bucket, {"cell": cell_name(9), "status": "failed", "error": "because"}, {})
     assert store.read_row(bucket, cell_name(2))["seed"] == 2
-    assert store.table(bucket, "samples").cell.tolist() == [cell_name(i) for i in range(5)]
+    assert store.read_table(bucket, "samples").cell.tolist() == [cell_name(i) for i in range(5)]
     before = sweep.load(bucket)
     assert len(before) == 6
     assert store.compact(bucket) == (5, 5)
@@ -443,7 +443,7 @@ def test_merging_takes_what_is_better_or_newer_with_its_tables(
     rows = sweep.load(a).set_index("cell")
     assert (rows.status == "ok").all() and rows.seed[cell_name(3)] == 1 and rows.seed[cell_name(4)] == 2
     assert rows["b/acc"][cell_name(9)] == 0.5 and pd.isna(rows["a/acc"][cell_name(9)])  # the newer row, and it alone
-    tables = store.table(a, "samples").set_index("cell")
+    tables = store.read_table(a, "samples").set_index("cell")
     assert tables.value.to_dict() == {cell_name(1): 0.25, cell_name(2): 0.5, cell_name(9): 0.5}
     plain = pd.read_parquet(a / "cells").set_index("cell").sort_index()
     pd.testing.assert_frame_equal(plain[rows.columns], rows, check_dtype=False)
@@ -475,7 +475,7 @@ def test_an_interrupted_merge_loses_nothing_and_goes_on(
             except KeyboardInterrupt:
                 assert {cell_name(1), cell_name(9)} <= set(sweep.load(a).cell) and len(sweep.load(b)) == 2
                 continue
-    assert set(sweep.load(a).cell) == both and set(store.table(a, "samples").cell) == both
+    assert set(sweep.load(a).cell) == both and set(store.read_table(a, "samples").cell) == both
     assert store.merge(a, b) == {str(b): (0, 2)}
 
 

@@ -36,7 +36,7 @@ def measured(results: Path) -> pd.DataFrame:
 
 def gaps(results: Path) -> pd.DataFrame:
     """One line a pruned cell: by how much more the loss of the rarest words grows than that of the most common."""
-    rows, samples = store.load(results).set_index("cell"), store.table(results, "samples")
+    rows, samples = store.load(results).set_index("cell"), store.read_table(results, "samples")
     lines = []
     for before, after in paired.against_dense(rows[rows.status == "ok"]):
         a, b = (paired.outcomes(samples, cell, "pydoc") for cell in (before, after))

@@ -233,7 +233,7 @@ def expectation(steps: list[Step], results: str) -> Expectation | None:
     seed; failing that, of any method.
     """
     wanted = ["status", "config", "model_fingerprint", "cell_seconds", "peak_memory_bytes"]
-    rows = store.recent(results, wanted) if steps else None
+    rows = store.read_some(results, wanted) if steps else None
     if rows is None or rows.empty:
         return None
     rows = rows[(rows.status == "ok") & rows.cell_seconds.notna()].tail(_ENOUGH)

@@ -53,7 +53,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     names = [step.name for step in (*plan.done, *plan.left, *plan.todo)]
     rows = store.read_rows(options.results, names)
     store.mend_schema(options.results)
-    print("\n" + table(rows.values()) + f"\nrows: {options.results}/cells")
+    print("\n" + listing(rows.values()) + f"\nrows: {options.results}/cells")
     not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
     outdone = [step for step in plan.todo if step.name in endings and endings[step.name].outdone]
     if not_ok:
@@ -209,7 +209,7 @@ def headline(row: dict[str, Any]) -> str:
     return ", ".join([*metrics, f"{row['cell_seconds']:.0f} s"])
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
+def listing(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as a table of a few columns."""
     lines = []
     for found in rows:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sweep.report import frontier, plot, tables
+from sweep.report import frontier, plot
 from sweep.report.chance import LEVEL
 from sweep.report.evidence import NOTHING, Evidence
+from sweep.report.summary import number
 from sweep.store.columns import is_loss, label, scale
 
 _DRAWS = 500  # resamplings of the knee
@@ -53,12 +54,12 @@ def cheapest_within(
 def best_within(rows: pd.DataFrame, cost: str, metric: str, limit: float, evidence: Evidence = NOTHING) -> str:
     """The best metric among the cells whose cost is at most `limit` (in the column's unit), in a sentence."""
     points = _named(rows, cost, metric)
-    shown = f"{tables.number(limit / scale(cost))}"
+    shown = f"{number(limit / scale(cost))}"
     start = f"Best {label(metric)} with {label(cost)} at most {shown}: "
     affordable = points[points.x <= limit].reset_index(drop=True)
     if affordable.empty:
         cheapest = points.x.min() / scale(cost)
-        return f"{start}no cell; the cheapest needs {tables.number(cheapest)}."
+        return f"{start}no cell; the cheapest needs {number(cheapest)}."
     best = affordable.sort_values("y", ascending=is_loss(metric, rows), kind="stable").iloc[0]
     others = affordable.index.drop(best.name).to_numpy()
     tied = affordable.loc[others[evidence.alike(affordable, others, np.full(len(others), best.name), metric)]]
@@ -150,5 +151,5 @@ def _describe(point: pd.Series, cost: str, metric: str) -> str:
 
 def _with_interval(point: pd.Series, axis: str, column: str) -> str:
     value, low, high = (point[axis + end] / scale(column) for end in ("", "_low", "_high"))
-    text = tables.number(value)
-    return f"{text} ({tables.number(low)} to {tables.number(high)})" if pd.notna(low) and high > low else text
+    text = number(value)
+    return f"{text} ({number(low)} to {number(high)})" if pd.notna(low) and high > low else text

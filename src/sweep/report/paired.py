@@ -175,7 +175,7 @@ def compare(
     verdict  `better`, `worse`, or `within noise` where Holm's p-value over the whole table is 0.05 or more; null where
              a loss is no number. A table that is too large for so few documents to say anything is told in a warning.
     """
-    rows, samples = store.load(results), store.table(results, "samples")
+    rows, samples = store.load(results), store.read_table(results, "samples")
     rows = rows[rows.status == "ok"].set_index("cell")
     current, left_out = frontier.newest(rows, "name their cells in pairs to compare them")
     if pairs is None and left_out:

@@ -29,11 +29,10 @@ from sweep.formats import declared
 from sweep.metrics import BANDS
 from sweep.report import frontier
 from sweep.report.evidence import NOTHING, Evidence
-from sweep.store import columns
-from sweep.store.columns import is_loss, label, scale
+from sweep.store.columns import COLUMNS, MADE, is_loss, label, scale
 
 AXES = {  # what is typed after --x, and the column it stands for
-    column.short: column.name for column in [*columns.MADE.values(), *columns.COLUMNS.values()] if column.short
+    column.short: column.name for column in [*MADE.values(), *COLUMNS.values()] if column.short
 }
 WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
 FORMATS = ("png", "svg", "pdf")
@@ -163,7 +162,7 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
     relative  in per cent of the dense value, NaN where that is zero; else in the unit of the metric
     Where a loss explodes the number is large and true.
     """
-    columns = []
+    changes = []
     for metric in metrics:
         points = _points(rows, "sparsity", metric)
         points["dense"] = frontier.dense_value(points, "y")
@@ -173,8 +172,8 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
         if relative:
             drop = 100 * drop / pruned.dense.where(pruned.dense != 0)
         index = pd.MultiIndex.from_arrays([series(pruned), pruned.sparsity], names=["method", "sparsity"])
-        columns.append(pd.Series(drop.to_numpy(), index=index, name=metric))
-    return pd.concat(columns, axis=1).sort_index() if columns else pd.DataFrame()
+        changes.append(pd.Series(drop.to_numpy(), index=index, name=metric))
+    return pd.concat(changes, axis=1).sort_index() if changes else pd.DataFrame()
 
 
 def heat_figure(

@@ -36,7 +36,7 @@ def compare(rows: pd.DataFrame, path: Path) -> tuple[str, bool]:
     """(the table as text, whether every dense number that we have agrees).
 
     A line of the file matches the rows that agree in model, method, sparsity and every further column that it fills: a
-    column of the rows, or a knob of the method or the calibration. A knob of the method that the file has and the line
+    column of the rows, or a setting of the method or the calibration. A setting of the method that the file has and the line
     leaves empty is at its default. Seeds are averaged, and nothing else is: a line that matches rows of several settings
     stands there once for each.
     """

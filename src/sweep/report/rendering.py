@@ -17,7 +17,7 @@ import pandas as pd
 
 from sweep import messages, store
 from sweep.metrics import main_metrics, task_metrics
-from sweep.report import advice, frontier, page, paired, plot, published, tables, variants
+from sweep.report import advice, frontier, page, paired, plot, published, summary, variants
 from sweep.report.evidence import Evidence
 from sweep.settings import RequestError, byte_size, did_you_mean
 from sweep.store import columns
@@ -123,21 +123,21 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
             if layers is not None and (figure := plot.layer_figure(part, layers, wanted.width)) is not None:
                 save(figure, out / f"sparsity-by-block{words}")
         advised = _advice(ok, metrics, costs, limit, wanted, evidence)
-        summary = tables.summary(ok, metrics, costs)
+        lines = summary.lines(ok, metrics, costs)
     drops = plot.drop_table(ok, metrics)
     files = list(save.files)
     shown = [*metrics, *costs]
     losses = {column for column in shown if columns.is_loss(column, ok)}
-    failed = tables.failures(rows)
-    markdown = tables.markdown(summary, shown, losses, evidence)
-    notes = " ".join(filter(None, [_MARKS, _told_by(evidence, metrics), tables.intervals(summary, shown)]))
+    failed = summary.failures(rows)
+    markdown = summary.markdown(lines, shown, losses, evidence)
+    notes = " ".join(filter(None, [_MARKS, _told_by(evidence, metrics), summary.intervals(lines, shown)]))
     caption = f"{len(ok)} cells. {notes.replace('~', 'Dagger')}"
     texts = {
         "table.md": f"{markdown}\n{notes}\n",
-        "table.tex": tables.latex(summary, shown, losses, caption, evidence),
-        "table.csv": summary.drop(columns="point", errors="ignore").to_csv(index=False),
+        "table.tex": summary.latex(lines, shown, losses, caption, evidence),
+        "table.csv": lines.drop(columns="point", errors="ignore").to_csv(index=False),
         "drop-by-benchmark.csv": drops.to_csv(),
-        "README.md": _readme(results, rows, left_out, failed, advised, files, len(summary), f"{notes}\n\n{markdown}"),
+        "README.md": _readme(results, rows, left_out, failed, advised, files, len(lines), f"{notes}\n\n{markdown}"),
     }
     for name, text in texts.items():
         (out / name).write_text(text)
@@ -234,7 +234,7 @@ def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFram
     """A table of all cells, such as the outcomes of single documents; None where there is none, or of too many cells."""
     if len(rows) > _SAMPLED:
         return None
-    found = [table for folder in results if len(table := store.table(folder, name))]
+    found = [table for folder in results if len(table := store.read_table(folder, name))]
     return pd.concat(found, ignore_index=True) if found else None
 
 

@@ -87,7 +87,7 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with one name for each model, and with four columns of words, empty where all rows agree.
 
     setting  how, and on what, the cell is measured: benchmarks, timing, dtype, device, threads
-    variant  the knobs of the method that vary between rows of one method and criterion, such as `scope=global`
+    variant  the settings of the method that vary between rows of one method and criterion, such as `scope=global`
     version  the measuring version
     machine  processor and GPU
     Of setting and variant, what is at its default goes without saying. A dense row has the setting of what is compared

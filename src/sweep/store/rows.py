@@ -41,34 +41,15 @@ from sweep.store.storage import Folder
 
 log = logging.getLogger(__name__)
 
-
 TABLES = ("samples", "latency", "layers", "units")
-
-
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
-
-
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
-
-
 _COMPACT = "0-table-"
-
-
 _VERSION, _FILES = b"sweep_schema_version", b"sweep_files"
-
-
 _NAMELESS = range(1, 6)  # measuring versions whose rows do not tell it
-
-
 _ALWAYS = ["cell", "status", "started_at", "schema_version"]  # read with any selection of columns
-
-
 _LOCK, _COMPACTION_LOCK = "cells/.lock", "cells/.compaction"
-
-
 _PROBE = 65536  # bytes: on a full disk empty files can still be made
-
-
 Where = str | os.PathLike[str]
 
 
@@ -106,7 +87,7 @@ def read_row(results: Where, cell: str) -> dict[str, Any] | None:
     return read_rows(results, [cell]).get(cell)
 
 
-def recent(results: Where, columns: list[str], at_most: int = 200) -> pd.DataFrame:
+def read_some(results: Where, columns: list[str], at_most: int = 200) -> pd.DataFrame:
     """These columns of compacted rows and of `at_most` others: enough to tell what cells cost, and quick to read."""
     try:
         singles = [name for name in Folder(results).names("cells") if not name.startswith("0-")][:at_most]
@@ -115,7 +96,7 @@ def recent(results: Where, columns: list[str], at_most: int = 200) -> pd.DataFra
     return _some_rows(results, set(map(_cell, singles)), columns, []).select(columns).to_pandas()
 
 
-def table(results: Where, name: str) -> pd.DataFrame:
+def read_table(results: Where, name: str) -> pd.DataFrame:
     """The rows of one of TABLES, of all cells, with the column `cell`."""
     folder, frames = Folder(results), []
     for file in folder.names(name) if folder.exists(name) else []:

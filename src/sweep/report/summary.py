@@ -1,4 +1,4 @@
-"""Tables from rows: Markdown for reading, CSV for spreadsheets, LaTeX (booktabs) for a paper."""
+"""A summary of the rows, one line a point: in Markdown for reading, for spreadsheets, and in LaTeX (booktabs) for a paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_THE_LINE = ["name", "point", "seeds"]  # the same for all columns of a line
 _DECIMALS = 3  # significant digits of a measured number
 
 
-def summary(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> pd.DataFrame:
+def lines(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> pd.DataFrame:
     """One line a point (seeds together): what was asked, then each metric and cost with its 95 % interval.
 
     Columns `NAME`, `NAME_low`, `NAME_high`, and `NAME_over`, what the interval is over (see frontier.points); `seeds` is
@@ -48,40 +48,45 @@ def summary(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) ->
     return joined.assign(_order=order).sort_values(["_order", "name", "sparsity"]).drop(columns="_order")
 
 
-def marks(table: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence = NOTHING) -> pd.Series:
+def marks(summary: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence = NOTHING) -> pd.Series:
     """`best`, `within noise` of the best, or nothing, among the pruned lines of one sparsity and model.
 
     Within noise: chance alone may make the line as different from the best, after Holm's correction for their number;
     by the documents that both have answered where `evidence` has them, else by their intervals.
     """
-    found = pd.Series("", index=table.index)
-    points = table[["point", "seeds"]].assign(
-        y=table[column], y_low=table[f"{column}_low"], y_high=table[f"{column}_high"], interval=table[f"{column}_over"]
+    found = pd.Series("", index=summary.index)
+    points = summary[["point", "seeds"]].assign(
+        y=summary[column],
+        y_low=summary[f"{column}_low"],
+        y_high=summary[f"{column}_high"],
+        interval=summary[f"{column}_over"],
     )
-    pruned = table[(table.method != "dense") & table[column].notna()]
+    pruned = summary[(summary.method != "dense") & summary[column].notna()]
     for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
         if len(group) < 2:
             continue
         best = group[column] == (group[column].min() if loss else group[column].max())
-        others = table.index.get_indexer(group.index[~best])
-        winner = np.full(len(others), table.index.get_loc(best.idxmax()))
+        others = summary.index.get_indexer(group.index[~best])
+        winner = np.full(len(others), summary.index.get_loc(best.idxmax()))
         alike = evidence.alike(points, others, winner, column)
         found.iloc[others[alike]] = frontier.WITHIN_NOISE
         found[group.index[best]] = "best"
     return found
 
 
-def intervals(table: pd.DataFrame, columns: Sequence[str]) -> str:
+def intervals(summary: pd.DataFrame, columns: Sequence[str]) -> str:
     """What ± says of each column, in a sentence; empty where no line has an interval."""
     over: dict[str, list[str]] = {}
     for column in columns:
-        for kind in table[f"{column}_over"].dropna().unique():
+        for kind in summary[f"{column}_over"].dropna().unique():
             over.setdefault(kind, []).append(label(column))
     said = [f"over {kind} for {', '.join(labels)}" for kind, labels in sorted(over.items()) if kind != "none"]
     return f"±: half a 95 % interval, {'; '.join(said)}." if said else ""
 
 
-def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str], evidence: Evidence = NOTHING) -> str:
+def markdown(
+    summary: pd.DataFrame, columns: Sequence[str], losses: Collection[str], evidence: Evidence = NOTHING
+) -> str:
     """The summary as a Markdown table: the best of each sparsity bold, what is within noise of it marked with ~.
 
     losses  the columns of which lower is better
@@ -89,9 +94,9 @@ def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str
     header = ["method", "sparsity", "seeds", *map(label, columns)]
     lines = [header, ["---"] * len(header)]
     texts = {
-        column: _texts(table, column, column in losses, evidence, "**{}**", "{} ~", "{} ± {}") for column in columns
+        column: _texts(summary, column, column in losses, evidence, "**{}**", "{} ~", "{} ± {}") for column in columns
     }
-    for i, row in table.iterrows():
+    for i, row in summary.iterrows():
         lines.append(
             [row["name"].replace("|", "\\|"), f"{row.sparsity:g}", f"{row.seeds:g}", *(texts[c][i] for c in columns)]
         )
@@ -99,7 +104,7 @@ def markdown(table: pd.DataFrame, columns: Sequence[str], losses: Collection[str
 
 
 def latex(
-    table: pd.DataFrame, columns: Sequence[str], losses: Collection[str], caption: str, evidence: Evidence = NOTHING
+    summary: pd.DataFrame, columns: Sequence[str], losses: Collection[str], caption: str, evidence: Evidence = NOTHING
 ) -> str:
     """The summary as a LaTeX table for booktabs: best in bold, within noise of the best with a dagger."""
     lines = [
@@ -113,10 +118,10 @@ def latex(
         r"\midrule",
     ]
     texts = {
-        column: _texts(table, column, column in losses, evidence, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
+        column: _texts(summary, column, column in losses, evidence, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
         for column in columns
     }
-    for i, row in table.iterrows():
+    for i, row in summary.iterrows():
         lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in columns)]) + r" \\")
         if row.method == "dense":
             lines.append(r"\midrule")
@@ -144,14 +149,14 @@ def number(value: float) -> str:
 
 
 def _texts(
-    table: pd.DataFrame, column: str, loss: bool, evidence: Evidence, bold: str, near: str, interval: str
+    summary: pd.DataFrame, column: str, loss: bool, evidence: Evidence, bold: str, near: str, interval: str
 ) -> dict[int, str]:
     """Each line's number in the unit of its label, with half its interval, marked."""
     unit = scale(column)
-    numbers = (table[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
+    numbers = (summary[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
     found = {}
     for i, mark, value, low, high in zip(
-        table.index, marks(table, column, loss=loss, evidence=evidence), *numbers, strict=True
+        summary.index, marks(summary, column, loss=loss, evidence=evidence), *numbers, strict=True
     ):
         text = number(value)
         if text and pd.notna(low) and high > low:
