@@ -19,13 +19,13 @@ import sweep
 from conftest import FAMILIES, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Cell, Execution, parse
-from sweep.formats import declared, semi_structured
+from sweep.formats import bitmap, declared, semi_structured
 from sweep.formats.declared import FORMATS, Format, Kernel
 from sweep.formats.packing import PackedLinear, packed
 from sweep.measuring import counting
 from sweep.models import anatomy
 from sweep.pruning import methods
-from sweep.pruning.families import Weight
+from sweep.pruning.families import Head, Method, Neuron, Weight
 from sweep.settings import RequestError, build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,6 +332,37 @@ def test_a_checkpoint_says_of_a_packed_layer_what_its_tensors_do_not(
         RequestError, match=f"layer {name} of the checkpoint is damaged: it has no tensor '{part.split('.')[-1]}'"
     ):
         sweep.load_model(folder)
+
+
+@each([form for form in HERE if form.stored])
+@pytest.mark.parametrize(
+    "method", [Neuron(criterion="l2"), Head(criterion="l2", scope="layer")], ids=lambda m: m.family
+)
+def test_packed_matrices_that_removal_of_units_has_made_smaller_are_read_again(
+    form: Format, method: Method, family: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    model = tiny_model(family)
+    methods.prune(model, method, 0.5, random_tokens())
+    methods.prune(model, Weight("weight"), 0.5, None)
+    model, _ = execution.prepare(model, Execution(form.name, fallback=True))
+    again, _ = sweep.load_model(saved(model, tmp_path / "saved", tiny_checkpoint))
+    assert packed(again).keys() == packed(model).keys() != set()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=random_tokens()).logits, again(input_ids=random_tokens()).logits)
+
+
+def test_a_checkpoint_whose_kernel_cannot_be_built_is_read_and_told(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(prepared(declared.BITMAP), tmp_path / "saved", tiny_checkpoint)
+
+    def none() -> tuple[str, ...]:
+        raise bitmap.KernelError("there is no C++ compiler")
+
+    monkeypatch.setattr(bitmap, "kernels", none)
+    with pytest.warns(UserWarning, match="layers in the format bitmap run slowly: there is no C\\+\\+ compiler"):
+        again, _ = sweep.load_model(folder)
+    assert {typing.cast(bitmap.BitmapLinear, layer).kernel for layer in packed(again).values()} == {"torch"}
 
 
 def test_a_checkpoint_of_bitmap_layers_is_written_as_it_always_was(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """What every format gives: layers that hold a matrix in its form alone, and how they are made.
 
-The module of a format has one function, `packing(kernel, dtype)`, which decides what can run on this machine, and a layer.
+The module of a format has a layer, and a function `packing(kernel, dtype)` that decides what can run on this machine. A
+layer gives back the very matrix that it was made from: what rounds weights is a stage before it.
 """
 
 from __future__ import annotations
