@@ -135,12 +135,12 @@ FEW = {"source": "pydoc", "sequences": 4, "length": 32}
 
 def composed(checkpoint: Path, asked: dict) -> dict:
     """What the command line composes for a request of `sweep.prune`."""
-    knobs = {k: v for k, v in asked.items() if k not in ("method", "sparsity", "seed", "sequential")}
+    own = {k: v for k, v in asked.items() if k not in ("method", "sparsity", "seed", "sequential")}
     name = asked["method"]
     family = {"family": name} if name in families.FAMILIES else {"family": "weight", "criterion": name}
     return {
         "model": {"name": "tiny", "source": "local", "path": str(checkpoint)},
-        "method": family | knobs,
+        "method": family | own,
         "sparsity": asked.get("sparsity", 0.5),
         "seed": asked.get("seed", 0),
         "benchmarks": {"tasks": []},

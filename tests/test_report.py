@@ -122,7 +122,7 @@ def test_points_within_noise_are_hollow() -> None:
     assert sum(len(line.get_xdata()) for line in hollow) == (rows.method != "dense").sum()
 
 
-def test_rows_that_differ_in_a_knob_are_two_methods_and_not_two_seeds() -> None:
+def test_rows_that_differ_in_a_setting_are_two_methods_and_not_two_seeds() -> None:
     rows = frames.rows(seeds=1, methods=frames.METHODS[:1])
     other = rows.assign(config=[text.replace('"matrix"', '"global"') for text in rows.config])
     both = variants.with_variant(pd.concat([rows, other[other.method != "dense"]], ignore_index=True))
@@ -388,7 +388,7 @@ def test_published_numbers_stand_beside_ours_and_dense_comes_first(tmp_path: Pat
     assert agrees and "has not been measured" in text
 
 
-def test_a_knob_that_a_published_line_leaves_empty_is_at_its_default(tmp_path: Path) -> None:
+def test_a_setting_that_a_published_line_leaves_empty_is_at_its_default(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1, methods=frames.METHODS[:1], sparsities=(0.5,))
     other = rows[1:].assign(cell="global", config=rows.config[1].replace('"matrix"', '"global"'))
     rows = pd.concat([rows, other.assign(**{"capitals/acc": 0.25})], ignore_index=True)

@@ -39,23 +39,23 @@ def prune(
     sequential: bool = True,
     device: torch.device | str | None = None,
     data_root: str | None = None,
-    **knobs: Any,
+    **further: Any,
 ) -> Pruned:
     """Prune a model in place and say what was removed.
 
-    method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its knobs
+    method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its settings
                  (method="neuron", scope="layer")
     calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
     data_root    folder of data sets laid out as the hub names them, for calibration="wikitext2" or "c4" offline
     device       where a weight method works, one block at a time, while the rest of the model stays where it is
-    knobs        the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
+    further      the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
     Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
     """
     of_weights = criteria.names("weight")
     if method in of_weights:
-        knobs = {"family": "weight", "criterion": method, **knobs}
+        further = {"family": "weight", "criterion": method, **further}
     elif method in families.FAMILIES:
-        knobs = {"family": method, **knobs}
+        further = {"family": method, **further}
     else:
         known = [*of_weights, *families.FAMILIES]
         raise RequestError(
@@ -64,7 +64,7 @@ def prune(
     (cell, _) = config.parse(
         {
             "model": {"name": type(model).__name__, "source": "local"},
-            "method": knobs,
+            "method": further,
             "sparsity": sparsity,
             "seed": seed,
             "calibration": {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential},
