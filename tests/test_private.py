@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ast
 import multiprocessing
-import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sweep import command_line, forkserver, isolate, launchers, machine
+from sweep import command_line, launchers, machine
 from sweep.config import Benchmarks
 from sweep.measuring import catalogue, lm_eval_private
 from test_identity import write_task
@@ -41,12 +41,11 @@ def is_private(name: str) -> bool:
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
 
 
-def insides(path: Path, own: set[str]) -> Iterator[str]:
+def insides(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """What a module imports of another library's insides, reaches for there, or replaces.
 
     own  private names that are defined in this package
     """
-    tree = ast.parse(path.read_text())
     modules: set[str] = set()  # names by which other libraries are known in this module
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -72,32 +71,32 @@ def insides(path: Path, own: set[str]) -> Iterator[str]:
 
 
 def test_the_insides_of_other_libraries_are_used_in_few_files() -> None:
+    trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in SOURCES}
     own = set()
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for tree in trees.values():
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 own.add(node.attr)
-    found = {str(path.relative_to(ROOT)): [*insides(path, own)] for path in SOURCES}
+    found = {path: [*insides(tree, own)] for path, tree in trees.items()}
     astray = {path: used for path, used in found.items() if used and path not in FILES}
     assert not astray, f"used beyond what a library offers, outside of the files for that: {astray}"
     assert all(found.get(path, True) for path in FILES), "a file for the insides of another library holds none any more"
 
 
-def test_what_is_used_beyond_what_is_offered_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "m.py").write_text(
-        "import math, numpy as np\nfrom a.b import _c\nfrom hydra._internal.x import Y\nnp.z = np._q\n_own = math.pi"
-        "\nself._mine = other._theirs\nsuper()._mine()\n"
-    )
-    assert [*insides(tmp_path / "m.py", {"_mine"})] == [
-        "a.b._c",
-        "hydra._internal.x.Y",
-        "np.z = …",
-        "np._q",
-        "other._theirs",
-        "super()._mine",
-    ]
+def test_what_is_used_beyond_what_is_offered_is_seen() -> None:
+    code = """
+import math, numpy as np
+from a.b import _c
+from hydra._internal.x import Y
+np.z = np._q
+_own = math.pi
+self._mine = other._theirs
+super()._mine()
+"""
+    seen = ["a.b._c", "hydra._internal.x.Y", "np.z = …", "np._q", "other._theirs", "super()._mine"]
+    assert [*insides(ast.parse(code), {"_mine"})] == seen
 
 
 # lm-eval: sweep/measuring/lm_eval_private.py
@@ -187,6 +186,7 @@ def test_tasks_find_their_data_in_a_folder_and_all_is_as_it_was(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SWEEP_CACHE", "cache")  # relative to where the command was given
+    monkeypatch.setattr(lm_eval_private, "installed", dict)  # of lm-eval's own 14,000 files none is read
     before = Path.cwd(), datasets.config.HF_DATASETS_CACHE, datasets.are_progress_bars_disabled()
     settings = Benchmarks(("stored",), include_path="tasks")
     (task,) = catalogue.load(settings, "data")["tasks"].values()
@@ -199,46 +199,44 @@ def test_tasks_find_their_data_in_a_folder_and_all_is_as_it_was(
 # multiprocessing and joblib: sweep/forkserver.py
 
 
-def test_the_forkserver_holds_what_a_child_gives_up() -> None:
-    isolate._context()
-    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    assert hasattr(server, "_forkserver_alive_fd"), "multiprocessing.forkserver has no _forkserver_alive_fd any more"
-    assert os.fstat(server._forkserver_alive_fd), "_forkserver_alive_fd is no open file"
+CHILD = """
+import os, signal, sys
+from multiprocessing import forkserver as server
+from sweep import forkserver
+
+def pipe_and_signal(answer):
+    pipe, before = server._forkserver._forkserver_alive_fd, os.listdir("/proc/self/fd")
+    forkserver.end_with_the_parent()
+    after, blocked = os.listdir("/proc/self/fd"), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    answer.send((str(pipe) in before, str(pipe) in after, signal.SIGINT in blocked))
+
+if __name__ == "__main__":
+    context = forkserver.started([])
+    answers, answer = context.Pipe(duplex=False)
+    child = context.Process(target=pipe_and_signal, args=(answer,))
+    child.start()
+    print(*answers.recv())
+    child.join()
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_child_of_the_server_has_given_up_the_pipe_and_blocks_the_interrupt() -> None:
-    context = isolate._context()
-    answers, answer = context.Pipe(duplex=False)
-    child = context.Process(target=_pipes_and_signals, args=(answer,))
-    child.start()
-    alive, before, after, blocked = answers.recv()
-    child.join()
-    assert alive in before and alive not in after, "sweep.forkserver.end_with_the_parent"
-    assert blocked, "sweep.forkserver.started: Ctrl-C reaches the children"
-
-
-def _pipes_and_signals(answer: Any) -> None:
-    import signal
-    from multiprocessing import forkserver as server
-
-    alive = server._forkserver._forkserver_alive_fd  # type: ignore[attr-defined]
-    before = {path.name for path in Path("/proc/self/fd").iterdir()}
-    forkserver.end_with_the_parent()
-    after = {path.name for path in Path("/proc/self/fd").iterdir()}
-    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    answer.send((str(alive), before, after, blocked))
+def test_a_child_of_the_server_gives_up_its_pipe_and_blocks_the_interrupt(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(CHILD)
+    said = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, (
+        f"multiprocessing.forkserver has other names than sweep.forkserver asks for: {said.stderr}"
+    )
+    held, holds, blocks = said.stdout.split()
+    assert (held, holds) == ("True", "False"), "sweep.forkserver.end_with_the_parent: the pipe is another one"
+    assert blocks == "True", "sweep.forkserver.started: Ctrl-C reaches the children"
 
 
 def test_a_worker_of_joblib_has_a_start_method_of_its_own() -> None:
     from joblib import Parallel, delayed
 
-    (method,) = Parallel(n_jobs=2, backend="loky")([delayed(_start_method)()])
-    assert method == "loky", "sweep.forkserver.started asks for this name"
-
-
-def _start_method() -> str | None:
-    return multiprocessing.get_start_method(allow_none=True)
+    asked = "__import__('multiprocessing').get_start_method(allow_none=True)"
+    assert Parallel(n_jobs=2, backend="loky")([delayed(eval)(asked)]) == ["loky"], "sweep.forkserver.started"
 
 
 # submitit, and the configuration of Hydra's launchers: sweep/launchers.py, sweep/machine.py
