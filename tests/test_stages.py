@@ -15,6 +15,7 @@ from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, M
 from sweep.models import anatomy
 from sweep.pruning import families, sharing
 from sweep.pruning.families import Dense, Weight
+from sweep.pruning.masks import Masks
 from sweep.store import columns
 
 
@@ -24,6 +25,7 @@ class Scaled:
 
     calibration_tokens: int = 7
     tokenizer: Any = None
+    masks: Masks = field(default_factory=Masks)
     columns: dict[str, Any] = field(default_factory=lambda: {"damping": 0.5})
     tables: dict[str, pd.DataFrame] = field(default_factory=lambda: {"scales": pd.DataFrame({"scale": [0.0]})})
 
@@ -76,6 +78,7 @@ def test_a_row_has_what_each_stage_did_and_cost_and_counts_what_became_of_the_mo
     row, tables = run.run_cell(cell)
     (told,) = scaling
     assert told.memo is sharing.unshared  # the model is no longer the one that others measure
+    assert told.masks.count() == 0.5 * sum(keep.numel() for keep in told.masks.values())
     assert told.tokens is not None and told.tokens.shape == (4, 16)
     assert row["prune_forward_passes"] == 1.5 and row["scale_forward_passes"] == 0
     assert row["scale_seconds"] > 0 and row["damping"] == 0.5

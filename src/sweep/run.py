@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pandas as pd
@@ -24,6 +24,7 @@ from sweep.measuring import counting, divergence, efficiency, energy, perplexity
 from sweep.measuring.counting import Stock
 from sweep.models import loading
 from sweep.pruning import methods, sharing
+from sweep.pruning.masks import Masks
 from sweep.settings import plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text
@@ -37,6 +38,7 @@ class Known:
 
     tokenizer: Any
     tokens: Tensor | None  # (sequences, length) calibration text
+    masks: Masks = field(default_factory=Masks)  # of weights that earlier stages have removed, and that stay so
     memo: sharing.Memo = (
         sharing.unshared
     )  # where statistics of the model come from, while it is the one that was loaded
@@ -49,6 +51,8 @@ class Done(Protocol):
     def calibration_tokens(self) -> int: ...  # that it read
     @property
     def tokenizer(self) -> Any: ...  # the model's from now on, or None when it is the one that it was
+    @property
+    def masks(self) -> Masks: ...  # of the weights that it has removed
     @property
     def columns(self) -> Mapping[str, Any]: ...  # of the row
     @property
@@ -118,7 +122,7 @@ def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Any, dict
                 done = WORK[stage.name](cell, model, known)
         columns |= bill.columns(stage.name, done.calibration_tokens) | dict(done.columns)
         tables |= done.tables
-        known = replace(known, tokenizer=done.tokenizer or known.tokenizer)
+        known = replace(known, tokenizer=done.tokenizer or known.tokenizer, masks=done.masks or known.masks)
     return known.tokenizer, columns, tables
 
 

@@ -68,7 +68,7 @@ def prune(
         removed=removed,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=len(candidates),
-        units_removed=len(sizes) - len(left),
+        gone=np.setdiff1d(np.arange(len(sizes)), left),
         measured=drop.latest(tables),
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from sweep.pruning.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,9 @@ class Pruned:
     removed: int  # weights that were
     calibration_tokens: int = 0
     units: int | None = None  # neurons, heads, layers or tokens that could have been removed
-    units_removed: int = 0
+    # those that were, by their numbers in the unpruned model: blocks or tokens (n,), neurons or heads (n, 2) with their block
+    gone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    masks: Masks = field(default_factory=Masks)  # of the weights, where single ones were removed
     tokenizer: Any = None  # the model's tokenizer from now on, where the vocabulary has changed
     measured: pd.DataFrame | None = None  # criterion=drop: block and unit as numbered before, importance, measured
     damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal
@@ -23,6 +28,10 @@ class Pruned:
     def sparsity(self) -> float:
         """The fraction removed of the targets."""
         return self.removed / self.targets if self.targets else 0.0
+
+    @property
+    def units_removed(self) -> int:
+        return len(self.gone)
 
     @property
     def sparsity_units(self) -> float | None:

@@ -109,7 +109,7 @@ def prune(
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
     check(before, method, sparsity)
     expected, tables = weights, []
-    numbers = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
+    numbers = every = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
         now, goal = parts(model, method), sparsity * step / method.steps
         seen: list[dict[str, Activations]] = [{} for _ in now]
@@ -129,15 +129,22 @@ def prune(
         cut(model, now, keeps, compensation, tokens if method.repair else None)
     surgery.describe_shape(model)
     after = parts(model, method)
-    left = sum(p.weights for p in after)
-    if left != expected:
-        raise RuntimeError(f"removal of units left {left} weights, {expected} expected")
+    remaining = sum(p.weights for p in after)
+    if remaining != expected:
+        raise RuntimeError(f"removal of units left {remaining} weights, {expected} expected")
     return Pruned(
         targets=weights,
-        removed=weights - left,
+        removed=weights - remaining,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=units,
-        units_removed=units - sum(p.units for p in after),
+        gone=np.array(
+            [
+                (part.block, unit)
+                for part, all_, left in zip(before, every, numbers, strict=True)
+                for unit in np.setdiff1d(all_.numpy(), left.numpy())
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 2),
         measured=drop.latest(tables),
     )
 

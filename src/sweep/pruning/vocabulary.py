@@ -63,7 +63,7 @@ def prune(
         removed=removed,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
-        units_removed=gone,
+        gone=np.setdiff1d(np.arange(size), kept.numpy()),
         tokenizer=cut_tokenizer.remapped(tokenizer, kept.tolist(), size),
     )
 

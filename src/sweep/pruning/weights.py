@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from sweep.pruning import calibrate, criteria, rebuild, scores, scoring, select,
 from sweep.pruning.calibrate import Inputs
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Weight, checked_weight, groups
+from sweep.pruning.masks import Masks
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
 
@@ -47,6 +48,7 @@ class Job:
     shapes: dict[str, torch.Size]  # of the targets, in order
     memo: sharing.Memo  # where the norms of what the dense model's layers read come from
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
+    masks: Masks = field(default_factory=Masks)  # of what is pruned so far
 
     @property
     def criterion(self) -> Criterion:
@@ -124,7 +126,11 @@ def prune(
     if removed != expected:
         raise RuntimeError(f"{removed} of {size} weights were removed, {expected} asked")
     return Pruned(
-        size, removed, 0 if tokens is None else tokens.numel(), damping=max(filter(None, dampings), default=None)
+        targets=size,
+        removed=removed,
+        calibration_tokens=0 if tokens is None else tokens.numel(),
+        damping=max(filter(None, dampings), default=None),
+        masks=job.masks,
     )
 
 
@@ -339,7 +345,7 @@ def _prune_to(job: Job, sparsity: float) -> tuple[int, float | None]:
             dampings.append(damping)
     else:
         for name, weight, importance in _scored(job):
-            removed += _zero(name, weight, _mask(name, job.method, weight, importance, counts[name]), counts[name])
+            removed += _zero(job, name, weight, _mask(name, job.method, weight, importance, counts[name]), counts[name])
     return removed, max(dampings, default=None)
 
 
@@ -435,7 +441,7 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
             together.setdefault(id(inputs[name]), []).append(name)
         else:  # an embedding
             mask = _mask(name, job.method, weights[name], job.score(name, weights[name], {}), counts[name])
-            removed += _zero(name, weights[name], mask, counts[name])
+            removed += _zero(job, name, weights[name], mask, counts[name])
     for names in together.values():
         hessian = inputs[names[0]].hessian
         assert hessian is not None
@@ -463,7 +469,7 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
             if not torch.isfinite(values).all():
                 raise ValueError(f"{name}: the rebuilt weights are not finite; raise method.damping")
             surgery.write_weights(weights[name], values)
-            removed += _zero(name, weights[name], keep, counts[name])
+            removed += _zero(job, name, weights[name], keep, counts[name])
     return removed, most
 
 
@@ -474,8 +480,9 @@ def _mask(name: str, method: Weight, weight: Tensor, importance: Tensor, removed
         raise ValueError(f"{name}: {error}") from error
 
 
-def _zero(name: str, weight: Tensor, keep: Tensor, asked: int) -> int:
+def _zero(job: Job, name: str, weight: Tensor, keep: Tensor, asked: int) -> int:
     """Zero what is not kept, and return how many that are. Raises RuntimeError unless they are `asked`, and zero."""
+    job.masks[name] = keep
     surgery.zero_weights(weight, keep)
     removed = keep.numel() - int(keep.sum())
     if removed != asked:
