@@ -89,10 +89,10 @@ def test_masks_of_another_model_are_refused_before_anything_changes() -> None:
         ValueError, match=r"the mask of .*gate_proj is of shape \(24, 16\), and the model's .* \(15, 16\)"
     ):
         masks.apply(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     methods.prune(model, Layer(criterion="random"), 0.5, None)
-    with pytest.raises(ValueError, match="is of shape"):
+    with pytest.raises(ValueError, match="model.layers.1.* not there|is of shape"):
         masks.apply(model)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items() if "layers.0" in name)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
