@@ -6,11 +6,12 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 ENGINES := $(VENV)/.ready-launchers
 
-.PHONY: help setup setup-launchers sweep test style benchmark reference clean
+.PHONY: help setup setup-launchers sweep test test-quick style benchmark reference clean
 
 help:
 	@echo "make sweep      set up, run the first sweep (five to eight minutes on two cores), draw the figures"
 	@echo "make test       set up, run the tests in WORKERS=2 processes"
+	@echo "make test-quick set up, run those tests that take seconds: under two minutes, for use while writing"
 	@echo "make style      set up, run ruff, mypy and import-linter"
 	@echo "make benchmark  set up, time what a user waits for"
 	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
@@ -50,6 +51,9 @@ sweep: setup
 
 test: setup
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+test-quick: setup
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m quick
 
 style: setup
 	$(VENV)/bin/ruff check .

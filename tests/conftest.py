@@ -1,16 +1,55 @@
-"""Tiny random models, made on the fly; a local S3 server; the embedded model, for the tests marked slow."""
+"""Tiny random models, made on the fly; a local S3 server; which tests are quick."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
+
+# What makes a test take seconds: other programs and servers, child processes of cells, notebooks, whole reports.
+HEAVY = {"subprocess", "isolate", "runner", "launchers", "ThreadedMotoServer", "NotebookClient", "rendering"}
+QUICK_CASES = 4  # of a test with many cases so many are quick, spread evenly
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m quick` looks for the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what neither is slow nor names anything heavy, in the test itself or in a helper or fixture of it."""
+    cases = defaultdict(list)
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+        heavy = any(HEAVY & set(_names(code, set())) for code in (item.function, *fixtures))
+        if not heavy and not any(map(item.get_closest_marker, ("slow", "data", "thorough"))):
+            cases[item.module, item.originalname].append(item)
+    for found in cases.values():
+        for place in {i * len(found) // QUICK_CASES for i in range(QUICK_CASES)}:
+            found[place].add_marker("quick")
+
+
+def _names(function: Callable, seen: set[Callable]) -> Iterator[str]:
+    """The names that a function reads, and those of the functions of the same file that it calls."""
+    seen.add(function)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        yield from code.co_names
+        for called in (function.__globals__.get(name) for name in code.co_names):
+            if (
+                getattr(called, "__module__", None) == function.__module__
+                and hasattr(called, "__code__")
+                and called not in seen
+            ):
+                yield from _names(called, seen)
+
 
 TINY = {
     "vocab_size": 64,

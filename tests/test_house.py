@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs/house.md").read_text()
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "hydra", "omegaconf"}
 
 
@@ -79,3 +80,41 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert not used - declared, "imported in src and not declared in pyproject.toml"
     assert declared - used == NEEDED_BY_OTHERS, "declared in pyproject.toml and not imported in src"
     assert imported >= OF_AN_EXTRA | BUILDS
+
+
+def test_the_page_of_the_house_names_every_module_and_no_other() -> None:
+    named = []
+    for room, rows in re.findall(r"^### (sweep\S*):.*?\n(.*?)(?=^#)", PAGE, re.M | re.S):
+        named += [f"{room}/{name.replace('.', '/')}.py" for name in re.findall(r"^\| `([\w.]+)` \|", rows, re.M)]
+    there = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/sweep").rglob("*.py")}
+    entrances = {name for name in there if name.count("/") > 1 and name.endswith("/__main__.py")}
+    assert sorted(named) == sorted(name for name in there - entrances if not name.endswith("/__init__.py"))
+
+
+def test_the_page_of_the_house_draws_the_floors_that_are_checked() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    floors = next(contract["layers"] for contract in project["contracts"] if contract["id"] == "floors")
+    drawn = PAGE.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert drawn == [floor.replace(" : ", " · ") for floor in floors]
+
+
+def test_files_that_the_page_of_the_house_sends_to_are_there() -> None:
+    for place in re.findall(r"`((?:conf|tests|benchmarks|src|experiments)/[\w./]+)`", PAGE):
+        assert (ROOT / place).exists(), place
+
+
+def test_long_functions_are_the_exception() -> None:
+    known = {  # of more than 60 lines, and why
+        "inputs_of": "its hooks share what they have seen",
+        "gather": "its hooks share what they have seen",
+        "not_waiting_for_the_dead": "it holds a class that cannot be made where submitit is not installed",
+        "test_every_counted_column_is_what_a_hand_count_says": "it is a table",
+    }
+    paths = [path for folder in ("src", "tests", "benchmarks", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    functions = [
+        node
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    ]
+    assert {f.name for f in functions if f.end_lineno - f.lineno >= 60} <= set(known)
