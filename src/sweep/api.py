@@ -11,6 +11,7 @@ blocks are equally wide and its vocabulary is whole.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +49,51 @@ def prune(
     calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
     data_root    folder of data sets laid out as the hub names them, for calibration="wikitext2" or "c4" offline
     device       where a weight method works, one block at a time, while the rest of the model stays where it is
-    further      the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...
+    further      the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...;
+                 a criterion of your own is also taken as a function, criterion=my_score
     Raises RequestError for a request that makes no sense or that the model cannot meet, before it is changed.
     """
-    of_weights = criteria.names("weight")
-    if method in of_weights:
-        further = {"family": "weight", "criterion": method, **further}
-    elif method in families.FAMILIES:
-        further = {"family": method, **further}
-    else:
-        known = [*of_weights, *families.FAMILIES]
-        raise RequestError(
-            f"method must be one of {', '.join(known)}; got {method!r}.{settings.did_you_mean(method, known)}"
+    own = further.get("criterion")
+    with criteria.given(own) if callable(own) else nullcontext(own) as criterion:
+        asked = further if criterion is None else {**further, "criterion": criterion}
+        (cell, _) = config.parse(
+            {
+                "model": {"name": type(model).__name__, "source": "local"},
+                "method": {**_family(method), **asked},
+                "sparsity": sparsity,
+                "seed": seed,
+                "calibration": {
+                    "source": calibration,
+                    "sequences": sequences,
+                    "length": length,
+                    "sequential": sequential,
+                },
+                "benchmarks": {"tasks": []},
+                "efficiency": {"repeats": 0},
+                "execution": {},
+                "data_root": data_root,
+            }
         )
-    (cell, _) = config.parse(
-        {
-            "model": {"name": type(model).__name__, "source": "local"},
-            "method": further,
-            "sparsity": sparsity,
-            "seed": seed,
-            "calibration": {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential},
-            "benchmarks": {"tasks": []},
-            "efficiency": {"repeats": 0},
-            "execution": {},
-            "data_root": data_root,
-        }
-    )
-    if device is not None and not isinstance(cell.method, Weight):
-        raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
-    plan.check_method(cell, model.config.to_dict())
-    pruned = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
+        if device is not None and not isinstance(cell.method, Weight):
+            raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
+        plan.check_method(cell, model.config.to_dict())
+        pruned = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
     if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
     return pruned
+
+
+def _family(method: str) -> dict[str, str]:
+    """The settings that a method stands for: those of a family, or of a criterion of weights."""
+    of_weights = criteria.Names("weight")
+    if method in families.FAMILIES:
+        return {"family": method}
+    if method in of_weights:
+        return {"family": "weight", "criterion": method}
+    known = [*of_weights, *families.FAMILIES]
+    raise RequestError(
+        f"method must be one of {', '.join(known)}; got {method!r}.{settings.did_you_mean(method, known)}"
+    )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

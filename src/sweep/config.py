@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from sweep.formats.declared import FORMATS, SHRUNK, Format, FormatName, KernelName
-from sweep.pruning import families
+from sweep.pruning import criteria, families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
 from sweep.settings import Named, RequestError, build, byte_size, setting, told
 
@@ -125,7 +125,7 @@ class Cell(Named):
 
     def label(self) -> str:
         """The words by which a person recognises the cell in a list."""
-        criterion = getattr(self.method, "criterion", None)
+        criterion = criteria.shown(getattr(self.method, "criterion", None))
         words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
         words += [stage.name for stage in self.stages() if stage.group != "method"]
         words.append(f"seed {self.seed}" if self.seed else None)

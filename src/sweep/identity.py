@@ -34,6 +34,7 @@ FINGERPRINTED = {
     "calibration.split": "by its text",
     "calibration.column": "by its text",
 }
+CRITERION = "method.criterion"  # a user's own function is hashed by its source, and not by where that lies
 
 
 def cell_name(cell: Cell) -> str:
@@ -42,12 +43,15 @@ def cell_name(cell: Cell) -> str:
 
 
 def data_fingerprints(cell: Cell) -> dict[str, str]:
-    """Fingerprints of the texts that a cell reads, as far as they are known before it runs."""
+    """Fingerprints of the texts that a cell reads, and of a criterion of the user's own, as far as they are known before it runs."""
     found = catalogue.check(cell.benchmarks, cell.data_root)
     found |= perplexity.check(cell.perplexity, cell.data_root, cell.model)
     probe = families.probe_task(cell.method)
     if probe is not None:
         found[f"{probe} of the drop"] = text.questions_fingerprint(probe)
+    criterion = families.criterion_of(cell.method)
+    if criterion is not None and criterion.source is not None:
+        found[CRITERION] = criterion.source.fingerprint
     if cell.calibration is not None:
         found["calibration"] = text.calibration_facts(cell.calibration, cell.data_root).fingerprint
     return found
@@ -60,11 +64,14 @@ def _content(cell: Cell) -> dict[str, Any]:
         holder = content.get(group) if group else content
         if holder is not None:
             holder.pop(name, None)
+    data = data_fingerprints(cell)
+    if CRITERION in data:
+        del content["method"]["criterion"]
     versions_of_stages = {stage.name: stage.version for stage in cell.stages() if stage.version > 1}
     if versions_of_stages:  # so that neither a new stage nor the first version of one renames a recorded row
         content["stages"] = versions_of_stages
     return content | {
         "fingerprint": origin.fingerprint(cell.model),
-        "data": data_fingerprints(cell),
+        "data": data,
         "measuring_version": versions.MEASURING_VERSION,
     }

@@ -9,6 +9,7 @@ from typing import Any
 from sweep import identity, machine, versions
 from sweep.config import Cell
 from sweep.models import origin
+from sweep.pruning import criteria
 from sweep.settings import plain
 
 
@@ -18,7 +19,7 @@ def columns(cell: Cell, command: str) -> dict[str, Any]:
         "cell": identity.cell_name(cell),
         "model": cell.model.name,
         "method": cell.method.family,
-        "criterion": getattr(cell.method, "criterion", None),
+        "criterion": criteria.shown(getattr(cell.method, "criterion", None)),
         "sparsity": cell.sparsity,
         "seed": cell.seed,
         "execution": cell.execution.name,

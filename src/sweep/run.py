@@ -23,9 +23,9 @@ from sweep.locks import working_seconds
 from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
 from sweep.measuring.counting import Stock
 from sweep.models import loading
-from sweep.pruning import methods, sharing
+from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
-from sweep.settings import plain
+from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text
 
@@ -79,6 +79,7 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     row: dict[str, Any] = {"status": "ok", "gpu": machine.gpu_name(cell.device)}
     started = working_seconds()
 
+    criterion = families.criterion_of(cell.method)
     model, tokenizer = loading.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = working_seconds() - started
     if cell.benchmarks.tasks:
@@ -88,6 +89,9 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
 
     known = Known(tokenizer, text.for_cell(cell, tokenizer))
     tokenizer, columns, tables = changed(cell, model, known)
+    if families.criterion_of(cell.method) != criterion:
+        name = getattr(cell.method, "criterion", None)
+        raise RequestError(f"method.criterion={name}: its file changed while the cell ran: run the command again")
     row |= columns | before.units_gone(cell, model)
     model, row["kernel"] = execution.prepare(model, cell.execution)
 

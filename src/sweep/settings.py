@@ -58,7 +58,7 @@ def told(
     """The metadata of a field with a range, legal names or another name.
 
     minimum, below  a number is at least the one, and less than the other
-    names           what the text may be, where others declare that: a Literal otherwise
+    names           what the text may be, where others declare that (a Literal otherwise); as a text, they are listed
     alias           a second name for the same key
     was             its name before it was renamed: accepted and told, and the name under which it is hashed
     """
@@ -116,9 +116,10 @@ def choices(cls: type) -> dict[str, Collection[str]]:
     return found
 
 
-def _not_among(where: str, value: Any, allowed: Iterable[Any]) -> str:
+def _not_among(where: str, value: Any, allowed: Collection[Any]) -> str:
     words = [str(choice) for choice in allowed]
-    return f"{where} must be one of {', '.join(words)}; got {value!r}.{did_you_mean(str(value), words)}"
+    listed = ", ".join(words) if isinstance(allowed, tuple) else str(allowed)
+    return f"{where} must be one of {listed}; got {value!r}.{did_you_mean(str(value), words)}"
 
 
 # ---- settings as plain containers ----

@@ -5,6 +5,9 @@ parameters; `READABLE` lists what there is for each kind. What is calibrated, se
 the tables of docs/methods.md and the tests of invariants are made from these records:
 
     python -m sweep.pruning.criteria docs/methods.md     writes the tables of the page anew
+
+A user's own function is one like any other, whether it is named as FILE.py:FUNCTION, offered by an installed package, or
+given from Python: what it reads is told by its parameters all the same.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sweep.pruning import own_functions
+from sweep.pruning.own_functions import Parameters, Source
 from sweep.settings import RequestError, did_you_mean
 
 Kind = Literal["weight", "unit", "block", "token"]  # what is scored: a weight; a neuron or head; a block; a token
@@ -103,6 +109,7 @@ class Criterion:
     corrects_after: str = ""
     compensates: bool = False  # what the removed columns give on average goes into a bias
     measured: bool = False  # what removing it costs is measured, as method.metric and method.task say
+    source: Source | None = None  # of a function from outside the package
 
     def given(self) -> list[Readable]:
         return [READABLE[self.of][name] for name in self.reads]
@@ -117,6 +124,10 @@ class Criterion:
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
+        if self.name in _GIVEN:
+            return _GIVEN[self.name]
+        if self.source is not None:
+            return own_functions.load(self.name, self.source)
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -320,11 +331,74 @@ def names(of: Kind) -> tuple[str, ...]:
 
 def find(name: str, of: Kind) -> Criterion:
     """The criterion of a kind that goes by this name. Raises RequestError where there is none: never another."""
-    if (of, name) not in _DECLARED:
-        raise RequestError(
-            f"method.criterion must be one of {', '.join(names(of))}; got {name!r}.{did_you_mean(name, names(of))}"
+    if (of, name) in _DECLARED:
+        return _DECLARED[of, name]
+    if name not in Names(of):
+        raise RequestError(f"method.criterion must be one of {Names(of)}; got {name!r}.{did_you_mean(name, Names(of))}")
+    if name in _GIVEN:
+        return _own(name, of, own_functions.parameters(_GIVEN[name]), None)
+    source = own_functions.source(name)
+    return _own(name, of, source.parameters, source)
+
+
+# ---- functions from outside the package ----
+
+_GIVEN: dict[str, Callable[..., Any]] = {}  # from Python, while a pruning lasts
+
+
+class Names(Collection[str]):
+    """What the criterion of a kind may be called. Those declared here are listed first."""
+
+    def __init__(self, of: Kind) -> None:
+        self._declared = names(of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._declared or (
+            isinstance(name, str) and (name in _GIVEN or own_functions.is_file(name) or name in own_functions.offered())
         )
-    return _DECLARED[of, name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._declared, *(name for name in own_functions.offered() if name not in self._declared)))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __str__(self) -> str:
+        return f"{', '.join(self)}, or FILE.py:FUNCTION"
+
+
+@contextmanager
+def given(function: Callable[..., Any]) -> Iterator[str]:
+    """While open, the name by which a function is a criterion in this process."""
+    name = f"{getattr(function, '__name__', type(function).__name__)}()"
+    _GIVEN[name] = function
+    try:
+        yield name
+    finally:
+        del _GIVEN[name]
+
+
+def shown(name: str | None) -> str | None:
+    """What a criterion is called in rows: of a file its name alone, wherever it lies."""
+    if name is None or not own_functions.is_file(name):
+        return name
+    file, colon, function = name.rpartition(":")
+    return f"{Path(file).name}{colon}{function}"
+
+
+def _own(name: str, of: Kind, parameters: Parameters, source: Source | None) -> Criterion:
+    readable = {what: readable for what, readable in READABLE[of].items() if not readable.corrects}
+    for parameter, optional in parameters:
+        if parameter not in readable and not optional:
+            kinds = [kind for kind, things in READABLE.items() if parameter in things and kind != of]
+            there = f", which is there for a {' or a '.join(kinds)}" if kinds else ""
+            listed = "".join(f"\n  {what}: {known.what}" for what, known in readable.items())
+            raise RequestError(
+                f"method.criterion={name} reads {parameter!r}{there}.{did_you_mean(parameter, readable)} Of a {of} it may "
+                f"read, by these names:{listed}"
+            )
+    reads = tuple(parameter for parameter, _ in parameters if parameter in readable)
+    return Criterion(name, of, "a function of one's own", reads=reads, source=source)
 
 
 # ---- the tables of docs/methods.md ----

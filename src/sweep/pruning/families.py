@@ -21,7 +21,7 @@ class Weight(Named):
     of: ClassVar[criteria.Kind] = "weight"
     removes_units: ClassVar[bool] = False
     family: Literal["weight"] = "weight"
-    criterion: str = setting("magnitude", names=criteria.names("weight"), alias="importance")
+    criterion: str = setting("magnitude", names=criteria.Names("weight"), alias="importance")
     scope: Literal["matrix", "row", "global"] | None = None  # what weights compete within; None = as in the paper
     pattern: str | None = None  # "2:4": at most 2 of each 4 along the input stay; instead of a scope
     allocation: Literal["uniform", "global", "owl"] | tuple[float, ...] = "uniform"  # sparsity over blocks
@@ -59,7 +59,7 @@ class Neuron(Named):
     of: ClassVar[criteria.Kind] = "unit"
     removes_units: ClassVar[bool] = True
     family: Literal["neuron"] = "neuron"
-    criterion: str = setting("taylor_sampled", names=criteria.names("unit"), alias="importance")
+    criterion: str = setting("taylor_sampled", names=criteria.Names("unit"), alias="importance")
     drop: Drop = part(Drop())
     scope: Literal["global", "layer"] = "global"
     steps: int = setting(1, minimum=1)  # rounds of measuring and removing
@@ -75,7 +75,7 @@ class Head(Named):
     of: ClassVar[criteria.Kind] = "unit"
     removes_units: ClassVar[bool] = True
     family: Literal["head"] = "head"
-    criterion: str = setting("taylor_abs", names=criteria.names("unit"), alias="importance")
+    criterion: str = setting("taylor_abs", names=criteria.Names("unit"), alias="importance")
     drop: Drop = part(Drop())
     scope: Literal["global", "layer"] = "global"
     unit: Literal["group", "query"] = "group"  # a key-value group, or one query head of every group of a block
@@ -90,7 +90,7 @@ class Layer(Named):
     of: ClassVar[criteria.Kind] = "block"
     removes_units: ClassVar[bool] = True
     family: Literal["layer"] = "layer"
-    criterion: str = setting("block_influence", names=criteria.names("block"), alias="importance")
+    criterion: str = setting("block_influence", names=criteria.Names("block"), alias="importance")
     drop: Drop = part(Drop())
     steps: int = setting(1, minimum=1)
     sparsity_of: Literal["parameters", "units"] = "parameters"
@@ -102,7 +102,7 @@ class Vocab(Named):
     of: ClassVar[criteria.Kind] = "token"
     removes_units: ClassVar[bool] = True
     family: Literal["vocab"] = "vocab"
-    criterion: str = setting("frequency", names=criteria.names("token"), alias="importance")
+    criterion: str = setting("frequency", names=criteria.Names("token"), alias="importance")
 
 
 Method = Dense | Weight | Neuron | Head | Layer | Vocab

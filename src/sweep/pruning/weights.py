@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,11 +51,11 @@ class Job:
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
     masks: Masks = field(default_factory=Masks)  # of what is pruned so far
 
-    @property
+    @cached_property
     def criterion(self) -> Criterion:
         return criteria.find(self.method.criterion, self.method.of)
 
-    @property
+    @cached_property
     def scores_by(self) -> Criterion:
         """What ranks weights of several matrices: the criterion, or for one that corrects within each, its deputy."""
         return criteria.find(self.criterion.corrects_after or self.criterion.name, self.method.of)
@@ -87,7 +88,7 @@ class Job:
         criterion = self.scores_by
         if not given.keys() >= set(criterion.reads):
             criterion = criteria.find("magnitude", self.method.of)
-        importance = scoring.scored(criterion, given, weight.shape, name)
+        importance = scoring.scored(criterion, given, weight.shape, name).to(weight.device, torch.float32)
         return importance.masked_fill(weight == 0, -torch.inf) if self.gone else importance
 
 

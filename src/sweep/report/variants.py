@@ -118,7 +118,10 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     chosen = [
         {k: v for k, v in s.items() if _is_choice(k) and not _is_default(k, s, of)}
-        for s, of in zip(settings, version, strict=True)
+        | (
+            {"method.source": d["method.criterion"][:8]} if "method.criterion" in d else {}
+        )  # of a function of one's own
+        for s, d, of in zip(settings, data, version, strict=True)
     ]
     machines = [
         {k: v for k, v in zip(("cpu", "gpu"), pair, strict=True) if isinstance(v, str)}
@@ -181,7 +184,9 @@ def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: i
     tasks = {
         name: mark
         for name, mark in data.items()
-        if name != "calibration" and not name.startswith("perplexity:") and not name.endswith(" of the drop")
+        if name not in ("calibration", "method.criterion")
+        and not name.startswith("perplexity:")
+        and not name.endswith(" of the drop")
     }
     if not tasks:
         return None
