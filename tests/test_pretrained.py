@@ -30,7 +30,7 @@ from transformers import (
 from conftest import random_tokens, tiny_model
 from sweep import plan, saving
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model
-from sweep.models import anatomy, headers, loading, pretrained
+from sweep.models import anatomy, headers, loading, pretrained, requirements
 from sweep.pruning import methods
 from sweep.pruning.families import Neuron, Vocab, Weight
 from sweep.settings import RequestError
@@ -416,7 +416,7 @@ def test_a_model_that_sees_later_tokens_is_found_out_by_trying(folder: Path) -> 
 
 def test_decoders_are_found_to_be_decoders(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        loading._check_causal(tiny_model(family).to(dtype), "here")
+        requirements.check_causal(tiny_model(family).to(dtype), "here")
 
 
 def test_numbers_too_large_for_the_dtype_are_refused_with_another(folder: Path) -> None:

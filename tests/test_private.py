@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import GATED, tiny_model
 from sweep import command_line, launchers, machine
 from sweep.config import Benchmarks
 from sweep.measuring import catalogue, lm_eval_private
+from sweep.models import anatomy, transformers_private
 from test_identity import write_task
 from test_text import data_set
 
@@ -32,8 +37,6 @@ FILES = {  # where the insides of which library may be used
     "src/sweep/forkserver.py": "multiprocessing, joblib",
     "src/sweep/launchers.py": "submitit",
     "src/sweep/models/transformers_private.py": "transformers",
-    "src/sweep/measuring/scorer.py": "transformers",
-    "src/sweep/pruning/calibrate.py": "transformers",
 }
 
 
@@ -319,3 +322,76 @@ def test_hydra_names_the_launcher_that_is_chosen() -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", ["+method=weight"], return_hydra_config=True)
     assert composed.hydra.runtime.choices["hydra/launcher"] == "basic", "hydra_plugins.sweep_sweeper"
+
+
+# transformers: sweep/models/transformers_private.py
+
+EXPERTS = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {"num_experts": 3, "moe_intermediate_size": 8},
+    "gpt_oss": {"num_local_experts": 3},  # transposed, gate and up alternate, with biases
+}
+
+
+def experts_of(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The experts of the first block, and their matrices by name."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **GATED, **EXPERTS[family], num_experts_per_tok=2, pad_token_id=0)
+    block = anatomy.blocks(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())[0]
+    found = {path: module for path, module in block.named_modules() if anatomy.fused(module)}
+    ((path, module),) = found.items()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module, {name.removeprefix(f"{path}."): m for name, m in anatomy.matrices(block).items() if path in name}
+
+
+def test_the_kernel_of_attention_is_the_one_that_was_set() -> None:
+    model = tiny_model("llama")
+    for kernel in ("eager", "sdpa"):
+        model.set_attn_implementation(kernel)
+        assert transformers_private.attention_kernel(model.config) == kernel, "config._attn_implementation"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@torch.no_grad()
+def test_an_expert_gives_what_its_matrices_give(family: str) -> None:
+    module, matrices = experts_of(family)
+    assert transformers_private.tells_neurons(module), "attributes of experts: _apply_gate, gate_up_proj, down_proj"
+    x = torch.randn(5, 16)
+    for expert in range(3):
+        gate, up, down = (matrices[f"{expert}.{name}"] for name in ("gate_proj", "up_proj", "down_proj"))
+        neurons = nn.functional.silu(x @ gate.t()) * (x @ up.t())
+        torch.testing.assert_close(transformers_private.expert_neurons(module, expert, x), neurons)
+        chosen, share = torch.full((5, 1), expert), torch.ones(5, 1)
+        torch.testing.assert_close(
+            module(x, chosen, share), neurons @ down.t(), msg="experts.forward(x, chosen, share)"
+        )
+
+
+@torch.no_grad()
+def test_experts_that_are_held_otherwise_are_told() -> None:
+    module, matrices = experts_of("gpt_oss")
+    assert module.is_transposed and module.has_bias and not module.is_concatenated, "use_experts_implementation"
+    assert not transformers_private.tells_neurons(module)
+    assert matrices["1.gate_up_proj"].shape == (48, 16) and matrices["1.down_proj"].shape == (16, 24)
+    assert matrices["1.gate_up_proj"].data_ptr() == module.gate_up_proj[1].data_ptr(), "matrices are views"
+
+
+def test_what_a_quantised_file_leaves_is_forgotten(tmp_path: Any) -> None:
+    from transformers.quantizers.base import HfQuantizer
+
+    class Quantiser(HfQuantizer):
+        def is_serializable(self) -> bool:
+            return False
+
+        def is_trainable(self) -> bool:
+            return False
+
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "none"}
+    model.hf_quantizer = Quantiser(type("Config", (), {"quant_method": "none"})())
+    with pytest.raises(ValueError, match="quantized"):
+        model.save_pretrained(tmp_path)
+    transformers_private.forget_quantiser(model)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in AutoConfig.from_pretrained(tmp_path).to_dict()

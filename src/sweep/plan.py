@@ -132,14 +132,14 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
     convert  GGUF files that were never converted are converted, where cells run that would do it
     Raises RequestError.
     """
-    from sweep.models import cut_tokenizer, loading
+    from sweep.models import cut_tokenizer, loading, requirements
 
     loading.quiet()
     tokenizers = {model: loading.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
     for cell in cells:
         if (tokenizer := tokenizers[cell.model]) is not None:
             if cell.benchmarks.tasks:
-                loading.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
+                requirements.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
             if isinstance(cell.method, Vocab):
                 cut_tokenizer.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
 

@@ -22,7 +22,7 @@ from sweep.config import Cell
 from sweep.locks import working_seconds
 from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
 from sweep.measuring.counting import Stock
-from sweep.models import loading
+from sweep.models import loading, requirements
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
 from sweep.settings import RequestError, plain
@@ -83,7 +83,7 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     model, tokenizer = loading.load(cell.model, cell.dtype, cell.device)
     row["load_seconds"] = working_seconds() - started
     if cell.benchmarks.tasks:
-        loading.check_tokenizer(tokenizer, cell.model.name)
+        requirements.check_tokenizer(tokenizer, cell.model.name)
     can_generate = efficiency.fits(model, cell.efficiency)
     before = Before.of(cell, model, tokenizer)
 

@@ -45,17 +45,14 @@ def save(
     """
     facts = facts or {}
     path = check_place(folder, facts.get("cell"))
-    from sweep.models import checkpoint  # brings torch, which a look at a folder does not need
+    from sweep.models import checkpoint, transformers_private  # bring torch, which a look at a folder does not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(path)
     mine = f".{path.name}.{socket.gethostname()}-{os.getpid()}."
     half = Path(tempfile.mkdtemp(prefix=mine, dir=path.parent))
     try:
-        # Left from a quantised file, these make save_pretrained refuse: the weights are no longer quantised.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        transformers_private.forget_quantiser(model)
         checkpoint.write(model, tokenizer, half)
         (half / "README.md").write_text(card(facts), encoding="utf-8")
         (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from sweep.models import cut_tokenizer, token_ids
 from sweep.models.logits import Tail
 from sweep.models.token_ids import Rows
+from sweep.models.transformers_private import attention_kernel
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def widest_tree(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     if not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
         return 0
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if attention_kernel(config) not in ("sdpa", "eager"):
         return 0
     shared, own = 8, 4  # tokens
     pairs = np.random.default_rng(0).integers(0, token_ids.embedded(model), (4, shared + 2 * own)).tolist()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sweep.models import transformers_private
 from sweep.models.decoders import DECODERS, Decoder
 from sweep.settings import RequestError
 
@@ -135,14 +136,11 @@ def experts(model: PreTrainedModel) -> dict[str, float]:
 
 
 def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
-    found = {}
-    for expert, matrix in enumerate(fused.detach()):
-        matrix = matrix.t() if getattr(module, "is_transposed", False) else matrix
-        if name == "gate_up_proj" and getattr(module, "is_concatenated", True):
-            found[f"{path}{expert}.gate_proj"], found[f"{path}{expert}.up_proj"] = matrix.chunk(2)
-        else:
-            found[f"{path}{expert}.{name}"] = matrix
-    return found
+    return {
+        f"{path}{expert}.{matrix}": found
+        for expert, tensor in enumerate(fused.detach())
+        for matrix, found in transformers_private.expert_matrices(module, name, tensor).items()
+    }
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Models whose blocks differ in width, whose vocabulary was cut, or whose matrices are packed, as folders: what
-transformers' format lacks.
+"""sweep's own format of checkpoints, written and read: models whose blocks differ in width, whose vocabulary was cut, or
+whose matrices are packed, which transformers' format cannot say.
 
 The weights lie in safetensors as always. `sweep.json` beside them says that their shapes, not the configuration's, are
 the model's, which token ids are left, and which layers are packed in which format. No code is stored. The tokenizer of a

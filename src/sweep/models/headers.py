@@ -1,5 +1,5 @@
 """What the files of a checkpoint tell before a weight is read: where the tensors lie, their names, types and shapes, and
-what no pruned model can come of. No torch.
+what no model to prune can come of. No torch.
 
 A file of safetensors opens with the length of its header, 8 bytes, and the header itself: JSON that gives every tensor's
 type, shape and place (https://huggingface.co/docs/safetensors). A folder of several has an index that says what lies where.
@@ -188,3 +188,8 @@ def tensors(file: Path) -> dict[str, Tensor]:
 def some(names: list[str], shown: int = 3) -> str:
     """The first few of many names."""
     return ", ".join(names[:shown]) + (f", … {len(names) - shown} more" if len(names) > shown else "")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,5 +1,5 @@
-"""A model from its files, whole or not at all: transformers gives random numbers to what a checkpoint lacks, and says so
-nowhere but in a log.
+"""A checkpoint in transformers' own format, read whole or not at all: transformers gives random numbers to what is missing,
+and says so nowhere but in a log.
 
 What is missing is asked of transformers itself, which knows ties, old names, and what modules make anew. Tried on tensors
 without data it tells the same from the files' headers, before a weight is read.
@@ -197,7 +197,7 @@ def _each(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(file, "pt") as opened:
                     yield from ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - no mapping
         except _UNREADABLE as error:
-            raise RequestError(f"{file} is damaged, or no file of tensors: {str(error).splitlines()[0]}") from error
+            raise RequestError(f"{file} is damaged, or no file of tensors: {headers.first_line(error)}") from error
 
 
 def _renamed(stored: dict[str, Tensor], place: Path) -> dict[str, Tensor] | None:

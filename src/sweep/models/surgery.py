@@ -1,4 +1,4 @@
-"""The only code that changes a model: write zeros or new weights, cut units. Nothing here decides what goes.
+"""The only code that changes a model's tensors: write zeros or new weights, cut units. Nothing here decides what goes.
 
 True in a keep-mask = stays. `describe_shape` makes the configuration say what the matrices have become.
 """

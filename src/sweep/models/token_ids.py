@@ -1,4 +1,4 @@
-"""A tokenizer beside its model: what it puts around a text, which ids it gives, and which rows they are in the model.
+"""The ids that a tokenizer gives: what it puts around a text, which ids there are, and which rows of the model they are.
 
 Three numbers are easily taken for one: how many tokens a tokenizer has, the largest id it gives (vocabularies have
 gaps), and the rows of the embedding, which is often padded to a round number and sometimes short of a token that was

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.models import anatomy
+from sweep.models import anatomy, transformers_private
 from sweep.models.logits import Tail, descend, given
 from sweep.settings import RequestError
 
@@ -193,8 +193,7 @@ def inputs_of(
         for expert in range(len(module.down_proj)):
             x = hidden.flatten(0, -2)[(chosen == expert).flatten(0, -2).any(-1)]
             add([f"{path}.{expert}.gate_proj", f"{path}.{expert}.up_proj"], x)
-            neurons = module._apply_gate(nn.functional.linear(x, module.gate_up_proj[expert]))
-            add([f"{path}.{expert}.down_proj"], neurons)
+            add([f"{path}.{expert}.down_proj"], transformers_private.expert_neurons(module, expert, x))
 
     def stop(*_: Any) -> None:
         raise _Noted
@@ -232,10 +231,7 @@ def inputs_of(
 
 
 def _check_experts(module: nn.Module, path: str) -> None:
-    plain = not (getattr(module, "is_transposed", False) or getattr(module, "has_bias", False))
-    if not (
-        plain and hasattr(module, "_apply_gate") and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
-    ):
+    if not transformers_private.tells_neurons(module):
         raise RequestError(
             f"{path} ({type(module).__name__}) keeps its experts in a form whose inputs sweep cannot "
             "observe; use a criterion that reads no text, such as magnitude, or exclude it"
