@@ -38,7 +38,7 @@ class Piece:
         return self.size - self.nonzeros
 
 
-Pieces = dict[str, Piece]  # by the names of `models.tensors`; a tied tensor once
+Pieces = dict[str, Piece]  # by the names of `anatomy.tensors`; a tied tensor once
 _ABSENT = Piece(0, 0, 0)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import transformers_private
+from sweep.models import decoders, transformers_private
 from sweep.models.decoders import DECODERS, Decoder
 from sweep.settings import RequestError
 
@@ -126,7 +126,7 @@ def experts(model: PreTrainedModel) -> dict[str, float]:
 
     All of them where the configuration does not say how many a token takes.
     """
-    taken = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    taken = decoders.size(model.config.get_text_config().to_dict(), "experts_per_token")
     return {
         matrix: taken / len(parameter) if taken else 1.0
         for path, module in model.named_modules()

@@ -24,6 +24,7 @@ class Keys:
     groups: str = "num_key_value_heads"  # as many as there are heads where the configuration names none
     head_dim: str = "head_dim"
     positions: str = "max_position_embeddings"
+    experts_per_token: str = "num_experts_per_tok"
 
 
 def _counts() -> dict[str, str]:

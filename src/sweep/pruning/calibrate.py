@@ -166,7 +166,7 @@ def _to(value: Any, device: torch.device) -> Any:
 def inputs_of(
     text: Text, index: int, block: nn.Module, prefix: str, *, hessian: bool, advance: bool
 ) -> dict[str, Inputs]:
-    """What each matrix of block `index` reads of the text, by the matrix's name, as `models.matrices` names it.
+    """What each matrix of block `index` reads of the text, by the matrix's name, as `anatomy.matrices` names it.
 
     Unless the text is to advance, a block is left when its last layer has read its input, since nobody needs the
     product. Which is the last, the first batch tells; where layers did not read once each, every batch runs to its end.
@@ -270,7 +270,7 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
 def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """||g||_2 of each weight over the calibration sequences, (out, in) float32, by the names of `weights`.
 
-    weights  views of the model's parameters, as `models.matrices` gives them
+    weights  views of the model's parameters, as `anatomy.matrices` gives them
     Only the parameters that these are views of take part in the backward pass.
     """
     owners = {name: _owner(view, model) for name, view in weights.items()}

@@ -87,7 +87,7 @@ def prune_as(
 
 
 def targets(model: PreTrainedModel, method: Method) -> frozenset[str]:
-    """What of an unpruned model the method may remove, by the names of `models.tensors`: of what a sparsity is a fraction.
+    """What of an unpruned model the method may remove, by the names of `anatomy.tensors`: of what a sparsity is a fraction.
 
     Of blocks that go as a whole, all that is in them; else matrices, without the biases that go with their rows.
     """
