@@ -42,11 +42,14 @@ def test_the_column_reference_is_made_from_the_schema() -> None:
     assert page == columns.markdown(), "stale: python -m sweep.store.columns > docs/metrics.md"
 
 
-def test_the_tables_of_criteria_are_made_from_the_declarations() -> None:
-    page = (ROOT / "docs/methods.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "heading"), [("methods", "| criterion | score of a {} |"), ("adding", "| read of a {} | what it is |")]
+)
+def test_the_tables_of_criteria_are_made_from_the_declarations(page: str, heading: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
     for of in criteria.READABLE:
-        assert f"| criterion | score of a {of} |" in page
-    assert page == criteria.with_tables(page), "stale: python -m sweep.pruning.criteria docs/methods.md"
+        assert heading.format(of) in text
+    assert text == criteria.with_tables(text), "stale: python -m sweep.pruning.criteria docs/methods.md docs/adding.md"
 
 
 def test_the_files_of_methods_list_the_criteria_that_are_declared() -> None:
@@ -55,8 +58,8 @@ def test_the_files_of_methods_list_the_criteria_that_are_declared() -> None:
         start = next((i for i, line in enumerate(lines) if re.match("(criterion|importance): ", line)), None)
         if start is not None:
             end = next(i for i, line in enumerate(lines[start + 1 :], start + 1) if re.match(r"\w", line))
-            comment = " ".join(line.partition("# ")[2] for line in lines[start:end]).partition(":")[0]
-            assert re.findall(r"\w+", re.sub(r"\(.*?\)", "", comment)) == list(criteria.names(family.of)), name
+            comment = re.sub(r"\(.*?\)", "", " ".join(line.partition("# ")[2] for line in lines[start:end]))
+            assert re.findall(r"\w+", comment.partition(":")[0]) == list(criteria.names(family.of)), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}-{p.stem}")

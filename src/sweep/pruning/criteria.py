@@ -2,9 +2,9 @@
 
 A criterion is one plain function from what it reads to scores, higher = keep. What it reads is named by the function's
 parameters; `READABLE` lists what there is for each kind. What is calibrated, seeded or ranked by row, the legal names,
-the tables of docs/methods.md and the tests of invariants are made from these records:
+the tables of docs/methods.md and docs/adding.md and the tests of invariants are made from these records:
 
-    python -m sweep.pruning.criteria docs/methods.md     writes the tables of the page anew
+    python -m sweep.pruning.criteria docs/methods.md docs/adding.md     writes the tables of the pages anew
 
 A user's own function is one like any other, whether it is named as FILE.py:FUNCTION, offered by an installed package, or
 given from Python: what it reads is told by its parameters all the same.
@@ -401,7 +401,7 @@ def _own(name: str, of: Kind, parameters: Parameters, source: Source | None) -> 
     return Criterion(name, of, "a function of one's own", reads=reads, source=source)
 
 
-# ---- the tables of docs/methods.md ----
+# ---- the tables of the documentation ----
 
 
 def table(of: Kind) -> str:
@@ -413,26 +413,38 @@ def table(of: Kind) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readable_table(of: Kind) -> str:
+    """What a function of one's own may read, likewise."""
+    lines = [f"| read of a {of} | what it is | costs |", "|---|---|---|"]
+    for name, readable in READABLE[of].items():
+        if not readable.corrects:
+            lines.append(f"| `{name}` | {readable.what} | {_pass(of, [readable])} |")
+    return "\n".join(lines) + "\n"
+
+
 def _cost(criterion: Criterion) -> str:
     """What a criterion costs, in a word."""
-    if criterion.measured:
-        return "a forward pass for each"
-    if any(readable.labels for readable in criterion.given()):
+    return "a forward pass for each" if criterion.measured else _pass(criterion.of, criterion.given())
+
+
+def _pass(of: Kind, read: list[Readable]) -> str:
+    if any(readable.labels for readable in read):
         return "backward"
-    if criterion.reads_text:
-        return "text" if criterion.of == "token" else "forward"
+    if any(readable.text for readable in read):
+        return "text" if of == "token" else "forward"  # tokens are counted, and no model reads them
     return "weights"
 
 
 def with_tables(page: str) -> str:
-    """The page with each table of criteria as it is now."""
-    for of in READABLE:
-        before, heading, rest = page.partition(f"| criterion | score of a {of} |")
-        if heading:
-            page = before + table(of) + re.sub(r"\A.*\n(\|.*\n)*", "", rest)
+    """The page with each of these tables as it is now."""
+    for made in (make(of) for of in READABLE for make in (table, readable_table)):
+        heading = made.partition("\n")[0]
+        before, found, rest = page.partition(heading)
+        if found:
+            page = before + made + re.sub(r"\A.*\n(\|.*\n)*", "", rest)
     return page
 
 
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in map(Path, sys.argv[1:]):
+        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
