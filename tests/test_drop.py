@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from conftest import random_tokens, tiny_model
 from sweep import cache
 from sweep.models import anatomy
-from sweep.pruning import drop, drop_file, methods, unit_requests, units
+from sweep.pruning import checks, drop, drop_file, methods, units
 from sweep.pruning.families import Drop, Head, Layer, Neuron
 from sweep.settings import RequestError
 
@@ -274,13 +274,13 @@ def test_answers_that_begin_alike_share_a_row() -> None:
 )
 def test_a_metric_that_a_task_does_not_have_is_refused(method: Neuron | Layer, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        unit_requests.check_drop(method)
+        checks.check_drop(method)
 
 
 def test_documents_of_one_class_are_refused() -> None:
     with pytest.raises(RequestError, match="the 3 documents of continents are all of one class"):
-        unit_requests.check_classes("continents", [1, 1, 1])
-    unit_requests.check_drop(Neuron(criterion="drop", drop=Drop(metric="f1", task="continents", documents=50)))
+        checks.check_classes("continents", [1, 1, 1])
+    checks.check_drop(Neuron(criterion="drop", drop=Drop(metric="f1", task="continents", documents=50)))
 
 
 def test_bfloat16_is_refused() -> None:

@@ -189,3 +189,7 @@ def test_a_criterion_that_is_not_declared_is_an_error(method: Method, monkeypatc
     with pytest.raises(RequestError, match="method.criterion must be one of .*; got 'forgotten'"):
         methods.prune(model, method, 0.5, random_tokens(), tokenizer=tokenizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_family_of_settings_has_its_work() -> None:
+    assert set(methods.WORK) == set(FAMILIES.values())

@@ -18,11 +18,11 @@ from sweep.config import Cell
 from sweep.models import anatomy, origin, surgery
 from sweep.pruning import (
     calibrate,
+    checks,
     criteria,
     methods,
     repair,
     select,
-    unit_requests,
     unit_scores,
     unit_statistics,
     units,
@@ -343,7 +343,7 @@ def test_a_request_that_no_such_model_can_meet_is_refused(
         }
     )
     with pytest.raises(RequestError, match=message):
-        unit_requests.check(cell, origin.shape(cell.model))
+        checks.check(cell, origin.shape(cell.model))
 
 
 @pytest.mark.parametrize(
@@ -392,18 +392,18 @@ def test_a_refusal_names_a_way_out_that_is_one(
         return cell, cell.method
 
     with pytest.raises(RequestError, match=message) as refusal:
-        unit_requests.check(asked(sparsity)[0], model.config.to_dict())
+        checks.check(asked(sparsity)[0], model.config.to_dict())
     with pytest.raises(RequestError, match="leaves a block without a head: ") as from_python:
         units.prune(model, asked(sparsity)[1], sparsity, None)
     for said in (str(refusal.value), str(from_python.value)):
         if found := re.search(r"use at most (0.\d+)", said):
             most = float(found[1])
-            unit_requests.check(asked(most)[0], model.config.to_dict())
+            checks.check(asked(most)[0], model.config.to_dict())
             assert units.prune(copy.deepcopy(model), asked(most)[1], most, None).sparsity == pytest.approx(most)
         assert ("method.unit=query" in said) == (family == "llama")
     if family == "llama":
         other, method_by_query = asked(0.3, unit="query")
-        unit_requests.check(other, model.config.to_dict())
+        checks.check(other, model.config.to_dict())
         assert units.prune(model, method_by_query, 0.3, None).removed > 0
 
 

@@ -14,7 +14,7 @@ from sweep import config, identity, machine, saving, settings, store
 from sweep.config import Calibration, Cell, Model, Options
 from sweep.measuring import catalogue, perplexity
 from sweep.models import decoders, headers, origin
-from sweep.pruning import families, unit_requests
+from sweep.pruning import checks
 from sweep.pruning.families import Vocab, Weight
 from sweep.settings import RequestError
 from sweep.texts import text
@@ -121,9 +121,7 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
     """
     if cell.calibration is not None:
         _check_calibration(cell.calibration, cell.data_root)
-    if isinstance(cell.method, Weight):
-        _check_shapes(cell.method, shape)
-    unit_requests.check(cell, shape)
+    checks.check(cell, shape)
 
 
 def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
@@ -151,25 +149,6 @@ def _check_calibration(asked: Calibration, data_root: str | None) -> None:
         raise RequestError(
             f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
             f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length"
-        )
-
-
-def _check_shapes(method: Weight, shape: Mapping[str, Any]) -> None:
-    """Refuse what the model's configuration tells that it cannot meet; the rest is told once the model is loaded."""
-    if method.pattern is not None:
-        _, m = families.groups(method.pattern)
-        for what in ("hidden", "neurons", "expert_neurons"):
-            size = decoders.size(shape, what)
-            if size % m and not method.exclude:
-                raise RequestError(
-                    f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
-                    f"model's {decoders.key(shape, what)} is {size}: choose another pattern, or method.exclude=[...] the "
-                    "matrices that read it"
-                )
-    blocks = decoders.size(shape, "blocks")
-    if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
-        raise RequestError(
-            f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks: give one for each"
         )
 
 

@@ -1,12 +1,14 @@
-"""The seam: every method, as a change of the model in place.
+"""Every family of methods as one record: how it changes a model in place, of what a sparsity is a fraction, its units.
 
-To add a criterion: a function in scores.py, its line in weights.py or units.py, its name in config.py,
-a YAML in conf/method, and a row in the test of invariants.
+A new family is its settings in families.py, what no model can meet of them in checks.py, a module of its own, and a record
+here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,25 @@ from sweep.models import anatomy, token_ids
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.pruned import Pruned
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a family may read beside the model and what is asked: the arguments of `prune`."""
+
+    tokens: Tensor | None
+    seed: int
+    tokenizer: PreTrainedTokenizerBase | None
+    sequential: bool
+    memo: sharing.Memo
+    device: torch.device | str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    prune: Callable[[PreTrainedModel, Any, float, Given], Pruned]
+    targets: Callable[[PreTrainedModel, Any], Iterable[Tensor]]  # what an unpruned model may lose
+    units: Callable[[PreTrainedModel, Any], Sequence[int]] = lambda model, method: ()  # how many each block has
 
 
 def prune(
@@ -44,23 +65,8 @@ def prune(
     """
     if tokens is not None and tokenizer is not None:
         token_ids.refuse(tokens[tokens >= token_ids.embedded(model)].cpu().numpy(), tokenizer)
-    match method:
-        case Dense():
-            return Pruned(
-                targets=sum(w.numel() for block in anatomy.blocks(model) for w in anatomy.matrices(block).values()),
-                removed=0,
-            )
-        case Weight():
-            return weights.prune(
-                model, method, sparsity, tokens, seed=seed, sequential=sequential, device=device, memo=memo
-            )
-        case Neuron() | Head():
-            return units.prune(model, method, sparsity, tokens, seed, tokenizer, memo)
-        case Layer():
-            return depth.prune(model, method, sparsity, tokens, seed, tokenizer, memo)
-        case Vocab():
-            assert tokenizer is not None
-            return vocabulary.prune(model, tokenizer, method, sparsity, tokens, seed)
+    given = Given(tokens, seed, tokenizer, sequential, memo, device)
+    return WORK[type(method)].prune(model, method, sparsity, given)
 
 
 def prune_as(
@@ -91,42 +97,81 @@ def targets(model: PreTrainedModel, method: Method) -> frozenset[str]:
 
     Of blocks that go as a whole, all that is in them; else matrices, without the biases that go with their rows.
     """
-    found: Iterable[Tensor]
-    match method:
-        case Dense():
-            found = [matrix for block in anatomy.blocks(model) for matrix in anatomy.matrices(block).values()]
-        case Weight():
-            found = weights.targets(model, method).values()
-        case Neuron() | Head():
-            found = [layer.weight for part in units.parts(model, method) for layer in (*part.inputs, part.output)]
-        case Layer():
-            gone = tuple(
-                f"{name}." for number, name in enumerate(anatomy.block_names(model)) if _chosen(method, number)
-            )
-            return frozenset(name for name in anatomy.tensors(model) if name.startswith(gone))
-        case Vocab():
-            rows = [model.get_input_embeddings(), model.get_output_embeddings()]
-            found = [parameter for module in rows if module is not None for parameter in module.parameters()]
     places = {tensor.data_ptr(): name for name, tensor in anatomy.tensors(model).items()}
-    return frozenset(places[tensor.data_ptr()] for tensor in found)
+    return frozenset(places[tensor.data_ptr()] for tensor in WORK[type(method)].targets(model, method))
 
 
 def count_units(model: PreTrainedModel, method: Method) -> tuple[int, int]:
     """(units of the method's kind that the model has, those of an unpruned one that it may remove); 0 where it has none."""
-    match method:
-        case Dense() | Weight():
-            of_block = []
-        case Neuron():
-            of_block = [ffn.width for ffn in anatomy.ffns(model)]
-        case Head():
-            of_block = [a.groups if method.unit == "group" else a.heads for a in anatomy.attentions(model)]
-        case Layer():
-            of_block = [1] * len(anatomy.blocks(model))
-        case Vocab():
-            return (len(model.get_input_embeddings().weight),) * 2
+    of_block = WORK[type(method)].units(model, method)
     return sum(of_block), sum(count for number, count in enumerate(of_block) if _chosen(method, number))
 
 
 def _chosen(method: Method, block: int) -> bool:
     blocks = getattr(method, "blocks", None)
     return blocks is None or block in blocks
+
+
+# ---- the families ----
+
+
+def _nothing(model: PreTrainedModel, method: Dense, sparsity: float, given: Given) -> Pruned:
+    return Pruned(targets=sum(matrix.numel() for matrix in _matrices(model, method)), removed=0)
+
+
+def _matrices(model: PreTrainedModel, method: Dense) -> list[Tensor]:
+    return [matrix for block in anatomy.blocks(model) for matrix in anatomy.matrices(block).values()]
+
+
+def _weights(model: PreTrainedModel, method: Weight, sparsity: float, given: Given) -> Pruned:
+    return weights.prune(
+        model,
+        method,
+        sparsity,
+        given.tokens,
+        seed=given.seed,
+        sequential=given.sequential,
+        device=given.device,
+        memo=given.memo,
+    )
+
+
+def _units(model: PreTrainedModel, method: Neuron | Head, sparsity: float, given: Given) -> Pruned:
+    return units.prune(model, method, sparsity, given.tokens, given.seed, given.tokenizer, given.memo)
+
+
+def _of_parts(model: PreTrainedModel, method: Neuron | Head) -> list[Tensor]:
+    return [linear.weight for part in units.parts(model, method) for linear in (*part.inputs, part.output)]
+
+
+def _blocks(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) -> Pruned:
+    return depth.prune(model, method, sparsity, given.tokens, given.seed, given.tokenizer, given.memo)
+
+
+def _of_blocks(model: PreTrainedModel, method: Layer) -> list[Tensor]:
+    gone = tuple(f"{name}." for number, name in enumerate(anatomy.block_names(model)) if _chosen(method, number))
+    return [tensor for name, tensor in anatomy.tensors(model).items() if name.startswith(gone)]
+
+
+def _tokens(model: PreTrainedModel, method: Vocab, sparsity: float, given: Given) -> Pruned:
+    assert given.tokenizer is not None
+    return vocabulary.prune(model, given.tokenizer, method, sparsity, given.tokens, given.seed)
+
+
+def _rows(model: PreTrainedModel, method: Vocab) -> list[Tensor]:
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [parameter for module in modules if module is not None for parameter in module.parameters()]
+
+
+WORK: dict[type, Family] = {
+    Dense: Family(_nothing, _matrices),
+    Weight: Family(_weights, lambda model, method: weights.targets(model, method).values()),
+    Neuron: Family(_units, _of_parts, lambda model, method: [ffn.width for ffn in anatomy.ffns(model)]),
+    Head: Family(
+        _units,
+        _of_parts,
+        lambda model, method: [a.groups if method.unit == "group" else a.heads for a in anatomy.attentions(model)],
+    ),
+    Layer: Family(_blocks, _of_blocks, lambda model, method: [1] * len(anatomy.blocks(model))),
+    Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block
+}

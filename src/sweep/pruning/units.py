@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import anatomy, surgery
-from sweep.pruning import criteria, drop, repair, scoring, select, sharing, unit_requests, unit_statistics
+from sweep.pruning import checks, criteria, drop, repair, scoring, select, sharing, unit_statistics
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Head, Neuron
 from sweep.pruning.pruned import Pruned
@@ -249,10 +249,8 @@ def check(parts: list[Part], method: Neuron | Head, sparsity: float) -> None:
         together = [tuple(map(sum, zip(*sizes, strict=True)))] if method.scope == "global" else sizes
         most = min(gone / size for size, gone in together)
         noun = "neuron" if isinstance(method, Neuron) else "head"
-        ways = [unit_requests.at_most(most) if most > 0 else "choose another method"]
-        ways += (
-            [unit_requests.QUERY] if isinstance(method, Head) and method.unit == "group" and _shares_keys(parts) else []
-        )
+        ways = [checks.at_most(most) if most > 0 else "choose another method"]
+        ways += [checks.QUERY] if isinstance(method, Head) and method.unit == "group" and _shares_keys(parts) else []
         raise RequestError(f"sparsity={sparsity:g} leaves a block without a {noun}: {', or '.join(ways)}") from None
 
 

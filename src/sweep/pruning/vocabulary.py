@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import cut_tokenizer, surgery
-from sweep.pruning import criteria, scoring, select, unit_requests
+from sweep.pruning import checks, criteria, scoring, select
 from sweep.pruning.families import Vocab
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
@@ -44,7 +44,7 @@ def prune(
     if gone > size - len(protected):
         raise RequestError(
             f"sparsity={sparsity:g} removes {gone} of {size} tokens, special ones among them: "
-            f"{unit_requests.at_most(1 - len(protected) / size)}"
+            f"{checks.at_most(1 - len(protected) / size)}"
         )
     criterion = criteria.find(method.criterion, method.of)
     given: dict[str, Any] = {"units": size, "generator": torch.Generator().manual_seed(seed)}

@@ -1,4 +1,7 @@
-"""Requests for unit pruning that no model of this shape can meet, told before anything is loaded. No torch."""
+"""Requests for pruning that no model of this shape can meet, told before anything is loaded. No torch.
+
+What contradicts itself whatever the model is told where settings are declared: families.normalised.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any
 
 from sweep.config import Cell
 from sweep.models import decoders
-from sweep.pruning.families import Head, Layer, Neuron, measures_drops
+from sweep.pruning import families
+from sweep.pruning.families import Head, Layer, Neuron, Weight
 from sweep.settings import RequestError
 from sweep.texts.embedded import EMBEDDED, QUESTIONS
 
@@ -17,19 +21,43 @@ HIGHER_IS_WORSE = {"loss", "perplexity"}  # of the metrics whose drop is measure
 
 
 def check(cell: Cell, shape: Mapping[str, Any]) -> None:
-    """Refuse a cell that would leave a block without a unit, or names blocks that are not there.
+    """Refuse a method that no model of this shape can meet.
 
     shape  of the model, as its configuration says it
-    Raises RequestError. What the model's configuration does not tell is left to the surgery.
+    Raises RequestError. What the model's configuration does not tell is left to the pruning.
     """
-    method = cell.method
-    if not isinstance(method, Neuron | Head | Layer):
-        return
-    if measures_drops(method):
-        check_drop(method)
+    match cell.method:
+        case Weight():
+            _check_matrices(cell.method, shape)
+        case Neuron() | Head() | Layer():
+            if families.measures_drops(cell.method):
+                check_drop(cell.method)
+            if decoders.size(shape, "blocks"):
+                _check_blocks(cell, cell.method, shape)
+
+
+def _check_matrices(method: Weight, shape: Mapping[str, Any]) -> None:
+    """Refuse a pattern that the matrices' sizes are no multiple of, and an allocation for another number of blocks."""
+    if method.pattern is not None:
+        _, m = families.groups(method.pattern)
+        for what in ("hidden", "neurons", "expert_neurons"):
+            size = decoders.size(shape, what)
+            if size % m and not method.exclude:
+                raise RequestError(
+                    f"method.pattern={method.pattern} needs input dimensions divisible by {m}, and the "
+                    f"model's {decoders.key(shape, what)} is {size}: choose another pattern, or method.exclude=[...] the "
+                    "matrices that read it"
+                )
+    blocks = decoders.size(shape, "blocks")
+    if isinstance(method.allocation, tuple) and blocks and len(method.allocation) != blocks:
+        raise RequestError(
+            f"method.allocation lists {len(method.allocation)} sparsities; the model has {blocks} blocks: give one for each"
+        )
+
+
+def _check_blocks(cell: Cell, method: Neuron | Head | Layer, shape: Mapping[str, Any]) -> None:
+    """Refuse blocks that are not there, and a sparsity that leaves one of them without a unit."""
     depth = decoders.size(shape, "blocks")
-    if not depth:
-        return
     if method.blocks is not None:
         wrong = [block for block in method.blocks if not 0 <= block < depth]
         if wrong or not method.blocks:
@@ -37,21 +65,28 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
                 f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got {list(method.blocks)}"
             )
     blocks = depth if method.blocks is None else len(set(method.blocks))
-    if isinstance(method, Layer):
-        _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
+    match method:
+        case Neuron():
+            _check_neurons(cell, method, blocks, decoders.size(shape, "neurons"))
+        case Head():
+            heads = decoders.size(shape, "heads")
+            _check_heads(cell, method, blocks, heads, decoders.size(shape, "groups") or heads)
+        case Layer():
+            _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
+
+
+def _check_neurons(cell: Cell, method: Neuron, blocks: int, width: int) -> None:
+    if not width:
         return
-    if isinstance(method, Neuron):
-        width = decoders.size(shape, "neurons")
-        if width:
-            bundle = max(method.multiple_of, method.group)
-            if bundle > width:
-                raise RequestError(
-                    f"method.multiple_of and method.group must be at most {width}, the neurons of a block; got {bundle}"
-                )
-            _check_parts(cell, method.scope, "a block without a neuron", blocks, width, bundle, "neurons")
-        return
-    heads = decoders.size(shape, "heads")
-    groups = decoders.size(shape, "groups") or heads
+    bundle = max(method.multiple_of, method.group)
+    if bundle > width:
+        raise RequestError(
+            f"method.multiple_of and method.group must be at most {width}, the neurons of a block; got {bundle}"
+        )
+    _check_parts(cell, method.scope, "a block without a neuron", blocks, width, bundle, "neurons")
+
+
+def _check_heads(cell: Cell, method: Head, blocks: int, heads: int, groups: int) -> None:
     if not heads:
         return
     if method.unit == "group" or groups == heads:
