@@ -242,3 +242,10 @@ def test_what_is_refused_is_not_what_is_offered(columns: set[str]) -> None:
         with pytest.raises(RequestError) as refused:
             paired._check(f"t/{metric}", found)
         assert f"have no {metric}." in str(refused.value) and f"'{metric}'" not in str(refused.value)
+
+
+def test_a_task_whose_right_answer_is_not_always_a_choice_has_no_f1() -> None:
+    found = pd.DataFrame({"acc": [1.0, 0.0], "target": [1.0, np.nan], "chosen": [1.0, np.nan]})
+    with pytest.raises(RequestError, match="t/f1_macro: the examples of t have no f1_macro"):
+        paired._check("t/f1_macro", found)
+    paired._check("t/acc", found)

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lm_eval.api import metrics as aggregations
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Benchmarks, Perplexity
-from sweep.measuring import classification, perplexity, quality, words
+from sweep.measuring import classification, measures, perplexity, quality, words
 from sweep.models import cut_tokenizer, surgery
 from sweep.texts import embedded
 from test_identity import write_task
@@ -348,3 +349,17 @@ def test_five_examples_of_arc_are_lm_evals(loaded: Loaded, data_root: Path, monk
     expected, log_likelihoods = theirs(loaded, "arc_easy", limit=6, num_fewshot=5)
     assert metrics["arc_easy/acc"] == expected["acc,none"] and metrics["arc_easy/acc_norm"] == expected["acc_norm,none"]
     assert right_answers(samples, "arc_easy") == pytest.approx(log_likelihoods, abs=1e-3)
+
+
+def test_a_task_whose_right_answer_is_not_always_a_choice_is_no_classifier() -> None:
+    task = SimpleNamespace(doc_to_choice=lambda doc: doc)
+    examples = [
+        {"doc": ["yes", "no"], "target": target, "filtered_resps": [(-1.0, False), (-2.0, False)]}
+        for target in ("no", 0, "perhaps", 2)
+    ]
+    documents = [measures.Document(task, example, None, None) for example in examples]  # type: ignore[arg-type]
+    outcomes: list[dict[str, float]] = [{} for _ in examples]
+    assert measures.columns(documents, outcomes, "multiple_choice") == {}
+    assert [o.get("target") for o in outcomes] == [1, 0, None, None] and outcomes[0]["log_likelihood"] == -2.0
+    found = measures.columns(documents[:2], outcomes[:2], "multiple_choice")
+    assert found["recall"] == 0 and found["f1_macro"] == pytest.approx(1 / 3) and found["f1_macro_stderr"] > 0

@@ -88,9 +88,10 @@ def estimate(found: Outcomes, metric: str) -> Estimate:
 
 def comparable(found: Outcomes) -> list[str]:
     """The metrics that a task's outcomes are enough for."""
+    all_have = set(found.dropna(axis="columns"))
     declared = [known.name for known in METRICS if known.classes is None]
     means = {name for name in (*found, *declared) if mean_of(name, found) is not None}
-    classes = [known.name for known in METRICS if known.classes is not None and set(CHOICES) <= set(found)]
+    classes = [known.name for known in METRICS if known.classes is not None and set(CHOICES) <= all_have]
     return sorted(means.union(classes))
 
 
