@@ -42,10 +42,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Format:
-    """One form. What is left at its default can be anything."""
+    """One form. A field left at its default says that it needs nothing, or that anything will do."""
 
     name: FormatName
-    what: str  # it is, for the table of executions
+    what: str  # words for the table of executions
     module: str | None = None  # has `packing(kernel, dtype)`; None: the model runs as pruning has left it
     # what it is for: matrices with zeros in them, those that removal of units has made smaller, or both
     holds: Literal["zeros", "cut", "any"] = "zeros"
@@ -56,9 +56,8 @@ class Format:
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")
     where: str = "anywhere"  # these devices in words
     elsewhere: str = ""  # what to do on another device
-    kernels: Mapping[str, Kernel] = field(
-        default_factory=dict
-    )  # what execution.kernel may name beside auto, fastest first
+    # what execution.kernel may name beside auto, fastest first
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
     # what execution.fallback=true runs where it cannot: a kernel that needs no compiler, or the zeros in dense matrices
     fallback: Literal["kernel", "dense"] | None = None
     stored: Stored | None = None
