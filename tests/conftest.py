@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     cases = defaultdict(list)
     for item in items:
         assert isinstance(item, pytest.Function)
-        fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
-        heavy = any(HEAVY & set(_names(code, set())) for code in (item.function, *fixtures))
+        functions = [item.function, *(found[-1].func for found in item._fixtureinfo.name2fixturedefs.values())]
+        heavy = any(HEAVY & set(_names(function, set())) for function in functions)
         if not heavy and not any(map(item.get_closest_marker, ("slow", "data", "thorough"))):
             cases[item.module, item.originalname].append(item)
     for found in cases.values():
@@ -34,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             found[place].add_marker("quick")
 
 
-def _names(function: Callable, seen: set[Callable]) -> Iterator[str]:
-    """The names that a function reads, and those of the functions of the same file that it calls."""
+def _names(function: Any, seen: set[Any]) -> Iterator[str]:
+    """The names that a function reads, and those of the functions of the tests' files that it calls."""
     seen.add(function)
     codes = [function.__code__]
     while codes:
@@ -43,11 +44,8 @@ def _names(function: Callable, seen: set[Callable]) -> Iterator[str]:
         codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
         yield from code.co_names
         for called in (function.__globals__.get(name) for name in code.co_names):
-            if (
-                getattr(called, "__module__", None) == function.__module__
-                and hasattr(called, "__code__")
-                and called not in seen
-            ):
+            own = getattr(called, "__code__", None)
+            if own is not None and called not in seen and Path(own.co_filename).parent == Path(__file__).parent:
                 yield from _names(called, seen)
 
 
