@@ -14,11 +14,10 @@ def test_pareto_is_what_nothing_dominates() -> None:
     for _ in range(50):
         x, y = draw.integers(0, 8, (2, 30)).astype(float)
         expected = [
-            not any(x[j] <= x[i] and y[j] >= y[i] and (x[j] < x[i] or y[j] > y[i]) for j in range(30))
+            not any(x[j] <= x[i] and y[j] <= y[i] and (x[j] < x[i] or y[j] < y[i]) for j in range(30))
             for i in range(30)
         ]
-        found = frontier.pareto(pd.Series(x), pd.Series(y), x_is_loss=True, y_is_loss=False)
-        assert found.tolist() == expected
+        assert frontier.undominated(x, y).tolist() == expected
 
 
 def rows(**changes: object) -> pd.DataFrame:

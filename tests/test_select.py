@@ -34,13 +34,3 @@ def test_nan_and_impossible_counts_are_refused() -> None:
         select.lowest(torch.tensor([1.0, float("nan"), 2.0]), 1)
     with pytest.raises(ValueError, match="cannot remove 4 of 3 entries"):
         select.lowest(torch.ones(3), 4)
-
-
-def test_across_tensors_the_total_is_exact_and_each_keeps_its_best() -> None:
-    scores = [torch.full((5,), 0.1), torch.arange(1.0, 9.0), torch.full((3,), 9.0)]
-    keeps = select.lowest_across(scores, 9, at_least=1)
-    assert sum(int((~k).sum()) for k in keeps) == 9
-    assert [int(k.sum()) for k in keeps] == [1, 3, 3]
-    assert keeps[1].tolist() == [False] * 5 + [True] * 3
-    with pytest.raises(ValueError, match="leaves less than 1 in each of 3"):
-        select.lowest_across(scores, 14, at_least=1)

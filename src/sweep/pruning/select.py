@@ -84,22 +84,6 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     return keep.t().reshape(scores.shape)
 
 
-def lowest_across(scores: Sequence[Tensor], removed: int, at_least: int = 0) -> list[Tensor]:
-    """Keep-masks that remove exactly the `removed` lowest of all tensors together.
-
-    at_least  entries that every tensor keeps, its highest ones, whatever the others score
-    Raises ValueError when `removed` leaves less than `at_least` in each.
-    """
-    protected = [s.clone() for s in scores]
-    for s in protected:
-        if at_least:
-            s[s.topk(min(at_least, s.numel())).indices] = torch.inf
-    joined = torch.cat(protected)
-    if removed > joined.numel() - at_least * len(scores):
-        raise ValueError(f"removing {removed} of {joined.numel()} leaves less than {at_least} in each of {len(scores)}")
-    return list(lowest(joined, removed).split([s.numel() for s in scores]))
-
-
 def nearest(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float, at_least: int = 0) -> list[Tensor]:
     """Keep-masks that remove the lowest entries of all tensors together, as many as cost nearest to `budget`.
 

@@ -137,16 +137,16 @@ def prune(
         removed=weights - remaining,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=units,
-        gone=np.array(
-            [
-                (part.block, unit)
-                for part, all_, left in zip(before, every, numbers, strict=True)
-                for unit in np.setdiff1d(all_.numpy(), left.numpy())
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 2),
+        gone=_gone([part.block for part in before], every, numbers),
         measured=drop.latest(tables),
     )
+
+
+def _gone(blocks: Sequence[int], every: Sequence[Tensor], left: Sequence[Tensor]) -> np.ndarray:
+    """(units, 2) int64: block and number of each unit that was there and is not left, part by part."""
+    lost = [np.setdiff1d(all_.numpy(), numbers.numpy()) for all_, numbers in zip(every, left, strict=True)]
+    pairs = [(block, unit) for block, units in zip(blocks, lost, strict=True) for unit in units]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def cut(

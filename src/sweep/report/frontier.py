@@ -200,16 +200,11 @@ def _dominated(x: pd.Series, y: pd.Series, others_x: pd.Series, others_y: pd.Ser
     return found
 
 
-def pareto(x: pd.Series, y: pd.Series, *, x_is_loss: bool, y_is_loss: bool) -> pd.Series:
-    """Boolean: True where no other point is at least as good in both and better in one.
+def undominated(a: ArrayLike, b: ArrayLike) -> NDArray[np.bool_]:
+    """Where no other point is at least as low in both and lower in one.
 
     Of points that are equal in both, all are on the frontier.
     """
-    return pd.Series(undominated(*(v if loss else -v for v, loss in ((x, x_is_loss), (y, y_is_loss)))), index=x.index)
-
-
-def undominated(a: ArrayLike, b: ArrayLike) -> NDArray[np.bool_]:
-    """`pareto` of two arrays in both of which lower is better."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     order = np.lexsort((b, a))
     costs, first, group = np.unique(a[order], return_index=True, return_inverse=True)
