@@ -52,16 +52,6 @@ def test_the_tables_of_criteria_are_made_from_the_declarations(page: str, headin
     assert text == criteria.with_tables(text), "stale: python -m sweep.pruning.criteria docs/methods.md docs/adding.md"
 
 
-def test_the_files_of_methods_list_the_criteria_that_are_declared() -> None:
-    for name, family in families.FAMILIES.items():
-        lines = (ROOT / "conf/method" / f"{name}.yaml").read_text().splitlines()
-        start = next((i for i, line in enumerate(lines) if re.match("(criterion|importance): ", line)), None)
-        if start is not None:
-            end = next(i for i, line in enumerate(lines[start + 1 :], start + 1) if re.match(r"\w", line))
-            comment = re.sub(r"\(.*?\)", "", " ".join(line.partition("# ")[2] for line in lines[start:end]))
-            assert re.findall(r"\w+", comment.partition(":")[0]) == list(criteria.names(family.of)), name
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_what_a_page_points_at_is_there(page: Path) -> None:
     text = page.read_text()
