@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 import frames
 from sweep import config, settings
 from sweep.measuring import catalogue
-from sweep.pruning import criteria, families
+from sweep.pruning import criteria
 from sweep.report import published, rendering
 from sweep.store import columns
 

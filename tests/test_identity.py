@@ -362,7 +362,7 @@ def test_a_task_is_hashed_as_lm_eval_resolves_it(cell: Cell, tmp_path: Path) -> 
 def test_names_are_the_same_in_every_process(cell: Cell, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks")
     mine = replace(cell, benchmarks=Benchmarks(("mine", "pydoc"), include_path=str(tmp_path / "tasks")))
-    code = f"from sweep.config import *\nfrom sweep import identity\nprint(identity.cell_name({mine!r}))"
+    code = f"from sweep.config import *\nfrom sweep.pruning.families import *\nfrom sweep import identity\nprint(identity.cell_name({mine!r}))"
     for seed in ("1", "2"):
         found = subprocess.run(
             [sys.executable, "-c", code],

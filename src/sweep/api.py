@@ -55,25 +55,9 @@ def prune(
     """
     own = further.get("criterion")
     with criteria.given(own) if callable(own) else nullcontext(own) as criterion:
-        asked = further if criterion is None else {**further, "criterion": criterion}
-        (cell, _) = config.parse(
-            {
-                "model": {"name": type(model).__name__, "source": "local"},
-                "method": {**_family(method), **asked},
-                "sparsity": sparsity,
-                "seed": seed,
-                "calibration": {
-                    "source": calibration,
-                    "sequences": sequences,
-                    "length": length,
-                    "sequential": sequential,
-                },
-                "benchmarks": {"tasks": []},
-                "efficiency": {"repeats": 0},
-                "execution": {},
-                "data_root": data_root,
-            }
-        )
+        asked = _family(method) | further | ({} if criterion is None else {"criterion": criterion})
+        text_read = {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential}
+        cell = _cell(model, method=asked, sparsity=sparsity, seed=seed, calibration=text_read, data_root=data_root)
         if device is not None and not isinstance(cell.method, Weight):
             raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
         plan.check_method(cell, model.config.to_dict())
@@ -81,6 +65,12 @@ def prune(
     if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
     return pruned
+
+
+def _cell(model: PreTrainedModel, **asked: Any) -> config.Cell:
+    """The cell that measures nothing of a model in memory."""
+    unmeasured = {"benchmarks": {"tasks": []}, "efficiency": {"repeats": 0}, "execution": {}}
+    return config.parse({"model": {"name": type(model).__name__, "source": "local"}, **unmeasured, **asked})[0]
 
 
 def _family(method: str) -> dict[str, str]:

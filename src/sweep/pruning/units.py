@@ -112,8 +112,7 @@ def prune(
     numbers = every = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
         now, goal = parts(model, method), sparsity * step / method.steps
-        seen: list[dict[str, Activations]] = [{} for _ in now]
-        bundles = None
+        seen, bundles = [dict[str, Activations]() for _ in now], None
         if criterion.measured:
             gone = 1 - (sum(p.weights for p in now) / weights)
             measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
