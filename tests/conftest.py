@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much wh
 
 # What makes a test take seconds: other programs and servers, child processes of cells, notebooks, whole reports.
 HEAVY = {"subprocess", "isolate", "runner", "launchers", "ThreadedMotoServer", "NotebookClient", "rendering"}
-QUICK_CASES = 4  # of a test with many cases so many are quick, spread evenly
+QUICK_CASES = 3  # of a test with many cases so many are quick, spread evenly
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m quick` looks for the marks
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         assert isinstance(item, pytest.Function)
         functions = [item.function, *(found[-1].func for found in item._fixtureinfo.name2fixturedefs.values())]
         heavy = any(HEAVY & set(_names(function, set())) for function in functions)
-        if not heavy and not any(map(item.get_closest_marker, ("slow", "data", "thorough"))):
+        if not heavy and not any(map(item.get_closest_marker, ("slow", "data"))):
             cases[item.module, item.originalname].append(item)
     for found in cases.values():
         for place in {i * len(found) // QUICK_CASES for i in range(QUICK_CASES)}:
