@@ -64,15 +64,39 @@ hydra:
 """
 NAME = "same_numbers"
 VOCABULARY = 512
-WEIGHTS = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
-           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
-           "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+WEIGHTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 # Columns that differ between two runs of one code: what was timed or read from the system, by whom, when and where.
 OF_THE_RUN = {
-    "error", "load_seconds", "prune_seconds", "cell_seconds", "waited_seconds", "peak_memory_bytes", "base_memory_bytes",
-    "prune_peak_memory_bytes", "peak_device_memory_bytes", "other_cores_busy", "command", "started_at", "git_commit", "host",
-    "openmp_wait", "cuda_visible_devices",
-}  # fmt: skip
+    "error",
+    "load_seconds",
+    "prune_seconds",
+    "cell_seconds",
+    "waited_seconds",
+    "peak_memory_bytes",
+    "base_memory_bytes",
+    "prune_peak_memory_bytes",
+    "peak_device_memory_bytes",
+    "other_cores_busy",
+    "command",
+    "started_at",
+    "git_commit",
+    "host",
+    "openmp_wait",
+    "cuda_visible_devices",
+}
 NOT_COMPARED = {"cells", "latency"}  # folders of results: the rows, which are read on their own, and what was timed
 
 Difference = tuple[str, str, str, str]  # cell, what, old, new
@@ -102,8 +126,9 @@ def make_inputs(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(special.values()),
-                                  initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(topics[0:20], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
 
@@ -119,8 +144,14 @@ def make_inputs(folder: Path) -> None:
 def python(checkout: Path, *words: str, folder: Path, cache: str) -> subprocess.CompletedProcess[str]:
     """Python with the code of a checkout, started in a folder; what it prints is in `stdout`."""
     source = {"PYTHONPATH": str(checkout.resolve() / "src"), "SWEEP_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | source,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | source,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def check(checkout: Path) -> None:

@@ -84,4 +84,4 @@ def _line(
         "started_at": f"2026-01-01T00:00:{seed:02d}+00:00",
         "pydoc/token_perplexity": 15 * np.exp(harm**2) * (1 + noise), "pydoc/token_perplexity_stderr": np.nan,
         "capitals/acc": 0.25 + 0.55 * np.exp(-harm) + noise / 4, "capitals/acc_stderr": 0.02,
-    }  # fmt: skip
+    }  # fmt: skip  # a row, read as a table: a column a line would fill two pages
