@@ -79,6 +79,20 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def packed_request(**changes: object) -> dict[str, object]:
+    """A composed configuration of a cell that runs packed, but for the changes."""
+    return {
+        "model": {"name": "a", "source": "local", "path": "a"},
+        "method": {"family": "weight"},
+        "sparsity": 0.5,
+        "benchmarks": {"tasks": []},
+        "calibration": None,
+        "efficiency": {},
+        "execution": {"name": "bitmap"},
+        "device": "cpu",
+    } | changes
+
+
 def random_tokens(sequences: int = 6, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 64, (sequences, length), generator=torch.Generator().manual_seed(seed))
 

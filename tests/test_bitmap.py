@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sweep
-from conftest import random_tokens, tiny_model
+from conftest import packed_request, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Execution, parse
 from sweep.formats import bitmap, declared
@@ -233,30 +233,18 @@ def test_the_kernel_refuses_other_inputs() -> None:
         made(torch.zeros(1, 70, requires_grad=True))
 
 
-REQUEST = {
-    "model": {"name": "a", "source": "local", "path": "a"},
-    "method": {"family": "weight"},
-    "sparsity": 0.5,
-    "benchmarks": {"tasks": []},
-    "calibration": None,
-    "efficiency": {},
-    "execution": {"name": "bitmap"},
-    "device": "cpu",
-}
-
-
 def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     bitmap.extension.cache_clear()
     try:
-        cell, _ = parse(REQUEST)
+        cell, _ = parse(packed_request())
         with pytest.raises(
             RequestError, match="there is no no-such-compiler here: install one .* execution.fallback=true"
         ):
             machine.check_execution(cell)
         with pytest.raises(RequestError, match="there is no C\\+\\+ compiler .* Install a C\\+\\+ compiler"):
             execution.prepare(tiny_model("llama"), Execution("bitmap"))
-        allowed, _ = parse(REQUEST | {"execution": {"name": "bitmap", "fallback": True}})
+        allowed, _ = parse(packed_request(execution={"name": "bitmap", "fallback": True}))
         machine.check_execution(allowed)
         assert execution.prepare(tiny_model("llama"), allowed.execution)[1] == "bitmap torch"
         monkeypatch.setenv("CXX", "false")  # a compiler that fails

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sweep
-from conftest import FAMILIES, random_tokens, tiny_model
+from conftest import FAMILIES, packed_request, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Cell, Execution, parse
 from sweep.formats import bitmap, declared, semi_structured
@@ -38,24 +38,11 @@ def each(forms: list[Format]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("form", forms, ids=lambda form: form.name)
 
 
-def request(**changes: object) -> dict[str, object]:
-    return {
-        "model": {"name": "a", "source": "local", "path": "a"},
-        "method": {"family": "weight"},
-        "sparsity": 0.5,
-        "benchmarks": {"tasks": []},
-        "calibration": None,
-        "efficiency": {},
-        "execution": {"name": "bitmap"},
-        "device": "cpu",
-    } | changes
-
-
 def asked(form: Format, **changes: object) -> dict[str, object]:
     """A request that the format can serve, but for the changes."""
     method = {"family": "neuron"} if form.holds == "cut" else {"family": "weight"}
     method |= {"pattern": form.patterns[0]} if form.patterns else {}
-    return request(method=method, execution={"name": form.name}, device=form.devices[0]) | changes
+    return packed_request(method=method, execution={"name": form.name}, device=form.devices[0]) | changes
 
 
 def cell(form: Format, **changes: object) -> Cell:
@@ -198,22 +185,22 @@ def test_a_format_of_one_pattern_needs_it(form: Format) -> None:
 )
 def test_wrong_requests_are_told_before_anything_runs(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        parse(request(**changes))
+        parse(packed_request(**changes))
 
 
 def test_a_kernel_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "csr", replace(declared.CSR, kernels={"portable": Kernel(("float32",))}))
     with pytest.raises(RequestError, match="kernel must be one of auto, portable with execution=csr; got 'avx2'"):
-        parse(request(execution={"name": "csr", "kernel": "avx2"}))
-    assert parse(request(execution={"name": "csr", "kernel": "portable"}))[0].execution.kernel == "portable"
+        parse(packed_request(execution={"name": "csr", "kernel": "avx2"}))
+    assert parse(packed_request(execution={"name": "csr", "kernel": "portable"}))[0].execution.kernel == "portable"
 
 
 def test_removal_of_units_leaves_its_own_form_unless_a_format_holds_that_too(monkeypatch: pytest.MonkeyPatch) -> None:
     neuron = {"family": "neuron", "criterion": "l2"}
-    assert parse(request(method=neuron))[0].execution == Execution("shrunk")
+    assert parse(packed_request(method=neuron))[0].execution == Execution("shrunk")
     monkeypatch.setitem(FORMATS, "csr", replace(declared.CSR, holds="any"))
     for method in (neuron, {"family": "weight"}):
-        assert parse(request(method=method, execution={"name": "csr"}))[0].execution == Execution("csr")
+        assert parse(packed_request(method=method, execution={"name": "csr"}))[0].execution == Execution("csr")
 
 
 @each(list(FORMATS.values()))
@@ -227,7 +214,7 @@ def test_an_execution_ignores_what_its_format_does_not_read(form: Format) -> Non
 
 def test_an_execution_that_multiplies_one_dtype_decides_it_for_its_baseline_too() -> None:
     def dtype(baseline: bool, **execution: str) -> str:
-        return parse(request(execution=execution, baseline=baseline))[0].dtype
+        return parse(packed_request(execution=execution, baseline=baseline))[0].dtype
 
     for baseline in (False, True):
         assert dtype(baseline, name="csr") == "float32"

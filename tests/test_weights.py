@@ -275,10 +275,11 @@ def test_alps_leaves_less_error_than_sparsegpt(pattern: str | None) -> None:
         weight, hessian = problem(32, 64, seed)
         method = Weight("weight", pattern=pattern)
         choose, m = chooser(method, weight, 0.5), 4 if pattern else 1
-        left = [
-            error(weight, solve([weight], hessian, [choose], 0.01, m=m)[0][0][0], hessian)
-            for solve in (rebuild.alps, rebuild.sparsegpt)
-        ]
+        solved = (
+            rebuild.alps([weight], hessian, [choose], 0.01),
+            rebuild.sparsegpt([weight], hessian, [choose], 0.01, m=m),
+        )
+        left = [error(weight, found[0][0][0], hessian) for found in solved]
         assert left[0] < 0.95 * left[1]
 
 

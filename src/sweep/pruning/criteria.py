@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +131,13 @@ class Criterion:
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(module), name)
 
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the function: of what is given by name, what it reads."""
+        return {what: given[what] for what in self.reads}
+
 
 _MOLCHANOV = "Molchanov et al. 2019, arXiv:1906.10771"
 _AN = "An et al. 2023, arXiv:2312.11983"
-_CORRECTION = ("weights", "hessian", "choose", "damping", "m", "gone")
 
 CRITERIA = (
     Criterion(
@@ -185,7 +188,7 @@ CRITERIA = (
         "weight",
         "W_ij² / [H⁻¹]_jj with H = x xᵀ, factored for each matrix; the weights that stay are corrected",
         "sweep.pruning.rebuild:sparsegpt",
-        reads=_CORRECTION,
+        reads=("weights", "hessian", "choose", "damping", "m", "gone"),
         corrects_after="wanda",
         paper="Frantar and Alistarh 2023, arXiv:2301.00774",
     ),
@@ -194,7 +197,7 @@ CRITERIA = (
         "weight",
         "the same loss by ADMM, many solves a matrix, then least squares for the weights that stay",
         "sweep.pruning.rebuild:alps",
-        reads=_CORRECTION,
+        reads=("weights", "hessian", "choose", "damping", "gone"),
         corrects_after="wanda",
         paper="Meng et al. 2024, arXiv:2406.07831",
     ),

@@ -108,12 +108,11 @@ def alps(
     choose: Sequence[Choose],
     damping: float,
     *,
-    m: int = 1,
     gone: Sequence[Tensor] | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """Each weight's (new values, keep-mask), and the damping used (Meng et al. 2024, ALPS, arXiv:2406.07831).
 
-    The arguments are those of `sparsegpt`; `m` is not needed, since all columns are chosen at once.
+    The arguments are those of `sparsegpt`, without `m`, since all columns are chosen at once.
 
     Minimises tr (W - W0) H (W - W0)^T under the sparsity pattern. ADMM splits W, which minimises, from D, which has the
     pattern, with multipliers V and a penalty rho that rises while the support of D still changes:

@@ -24,7 +24,7 @@ def scored(criterion: Criterion, given: Mapping[str, Any], shape: Sequence[int],
     name = f"method.criterion={criterion.name}"
     function = criterion.load()
     try:
-        scores = function(**{what: given[what] for what in criterion.reads})
+        scores = function(**criterion.arguments(given))
     except Exception as error:
         if criterion.function or "memory" in f"{type(error).__name__} {error}".lower():
             raise  # the package's own; or what makes a row of status out_of_memory

@@ -446,16 +446,16 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
     for names in together.values():
         hessian = inputs[names[0]].hessian
         assert hessian is not None
-        m = groups(job.method.pattern)[1] if job.method.pattern else 1
+        given = {
+            "weights": [weights[name].float() for name in names],
+            "hessian": hessian,
+            "choose": [_choose(job.method, counts[name]) for name in names],
+            "damping": job.method.damping,
+            "m": groups(job.method.pattern)[1] if job.method.pattern else 1,
+            "gone": [weights[name] == 0 for name in names] if job.gone else None,
+        }
         try:
-            rebuilt, damping = job.criterion.load()(
-                [weights[name].float() for name in names],
-                hessian,
-                [_choose(job.method, counts[name]) for name in names],
-                job.method.damping,
-                m=m,
-                gone=[weights[name] == 0 for name in names] if job.gone else None,
-            )
+            rebuilt, damping = job.criterion.load()(**job.criterion.arguments(given))
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from error
         if damping > job.method.damping:
