@@ -235,7 +235,7 @@ def test_a_layer_holds_its_matrix_and_multiplies_it(form: Format) -> None:
             weight, bias = matrix(rows, columns, dtype), torch.linspace(-1, 1, rows).to(getattr(torch, dtype))
             x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
             for added in (None, bias):
-                layer = packing.make(weight, added)
+                layer = packing.make(weight, added, None)
                 assert (layer.format, layer.out_features, layer.in_features) == (form, rows, columns)
                 assert torch.equal(layer.dense(), weight) and layer.nonzeros == int((weight != 0).sum())
                 wide = None if added is None else added.double()
@@ -245,7 +245,8 @@ def test_a_layer_holds_its_matrix_and_multiplies_it(form: Format) -> None:
                 assert got.dtype == weight.dtype and got.shape == expected.shape
                 scale = (x.double().abs() @ weight.double().abs().t()).clamp(min=1)
                 assert ((got.double() - expected).abs() / scale).max() < TOLERANCE[dtype]
-        assert packing.suits(matrix(9, 65, dtype)) and not packing.suits(torch.ones(9, 64, dtype=weight.dtype))
+        assert packing.suits(matrix(9, 65, dtype), None)
+        assert not packing.suits(torch.ones(9, 64, dtype=weight.dtype), None)
 
 
 @each(HERE)
@@ -257,7 +258,7 @@ def test_bytes_are_those_that_a_file_of_the_layer_takes(form: Format) -> None:
 
     for dtype in form.dtypes:
         packing = form.packing("auto", getattr(torch, dtype))
-        small, large = (packing.make(matrix(rows, 256, dtype), None) for rows in (64, 1024))
+        small, large = (packing.make(matrix(rows, 256, dtype), None, None) for rows in (64, 1024))
         assert file_bytes(large) - file_bytes(small) == pytest.approx(large.held_bytes - small.held_bytes, abs=1024)
         assert large.held_bytes > 12 * small.held_bytes
 

@@ -6,18 +6,24 @@ matrices of the blocks that suit it, those with a zero for most; embeddings and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PreTrainedModel
 
 from sweep.config import Execution
+from sweep.formats.grid import Grid
 from sweep.formats.packing import Packing
 from sweep.models import anatomy
 from sweep.settings import RequestError
 
 
-def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
+def prepare(
+    model: PreTrainedModel, execution: Execution, grids: Mapping[str, Grid] | None = None
+) -> tuple[PreTrainedModel, str]:
     """(the model in the form in which it will be measured, the kernel that will run it).
 
+    grids  to which matrices were quantised, by the names of `anatomy.matrices`
     Changes the model in place. Raises RequestError when the execution cannot run here and `fallback` is off.
     """
     form = execution.format
@@ -30,22 +36,22 @@ def prepare(model: PreTrainedModel, execution: Execution) -> tuple[PreTrainedMod
             f"execution={form.name}, kernel {execution.kernel}: {packing.lacks}. Install a C++ compiler, choose another "
             "execution.kernel, or set execution.fallback=true to run a slow substitute"
         )
-    _pack(model, packing)
+    _pack(model, packing, grids or {})
     return model, packing.kernel
 
 
 @torch.no_grad()
-def _pack(model: PreTrainedModel, packing: Packing) -> None:
+def _pack(model: PreTrainedModel, packing: Packing, grids: Mapping[str, Grid]) -> None:
     """Put a packed layer in place of each linear layer of the blocks that suits, freeing its matrix.
 
     Raises RequestError, which names the layer, for one that cannot be packed.
     """
     for name in anatomy.linears(model):
         layer = model.get_submodule(name)
-        weight = anatomy.weight(layer)
-        if packing.suits(weight):
+        weight, grid = anatomy.weight(layer), grids.get(name)
+        if packing.suits(weight, grid):
             try:
-                model.set_submodule(name, packing.make(weight, layer.bias))
+                model.set_submodule(name, packing.make(weight, layer.bias, grid))
             except (RuntimeError, ValueError) as error:
                 raise RequestError(
                     f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from "

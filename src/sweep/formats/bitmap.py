@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from sweep import cache, machine
 from sweep.formats import declared
+from sweep.formats.grid import Grid
 from sweep.formats.packing import PackedLinear, Packing
 
 WORD = 64  # columns a word of the mask
@@ -150,7 +151,7 @@ def packing(kernel: str, dtype: torch.dtype) -> Packing:
     """How matrices are packed for this kernel, `auto` for the fastest here; where it cannot run, for "torch"."""
     kernel, lacks = _runs(kernel, dtype)
 
-    def make(weight: Tensor, bias: Tensor | None) -> BitmapLinear:
+    def make(weight: Tensor, bias: Tensor | None, grid: Grid | None = None) -> BitmapLinear:
         return BitmapLinear(*compress(weight), weight.shape[1], bias, kernel)
 
     def read(tensors: Mapping[str, Tensor], columns: int) -> BitmapLinear:

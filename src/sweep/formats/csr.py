@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sweep.formats import declared
+from sweep.formats.grid import Grid
 from sweep.formats.packing import PackedLinear, Packing
 
 
@@ -17,7 +18,7 @@ class CsrLinear(PackedLinear):
     format = declared.CSR
     weight: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid | None = None) -> None:
         super().__init__(weight.shape, bias)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

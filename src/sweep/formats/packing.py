@@ -1,7 +1,8 @@
 """What every format gives: layers that hold a matrix in its form alone, and how they are made.
 
 The module of a format has a layer, and a function `packing(kernel, dtype)` that decides what can run on this machine. A
-layer gives back the very matrix that it was made from: what rounds weights is a stage before it.
+layer gives back the very matrix that it was made from: what rounds weights is a stage before it, which leaves the grid that it
+rounded to. A format that holds codes takes them from there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sweep.formats.declared import Format
+from sweep.formats.grid import Grid
 
 
 class PackedLinear(nn.Module):
@@ -56,18 +58,21 @@ class PackedLinear(nn.Module):
         )
 
 
-def has_zeros(weight: Tensor) -> bool:
+def has_zeros(weight: Tensor, grid: Grid | None = None) -> bool:
     return bool(torch.count_nonzero(weight) < weight.numel())
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How matrices are packed on this machine, in one format and for one kernel."""
+    """How matrices are packed on this machine, in one format and for one kernel.
+
+    Both functions are given a matrix (out, in) and the grid that it was quantised to, None where it was not.
+    """
 
     kernel: str  # that multiplies, as rows call it
-    # a layer from a matrix (out, in) and a bias; raises ValueError or RuntimeError for what the format cannot hold
-    make: Callable[[Tensor, Tensor | None], PackedLinear]
-    suits: Callable[[Tensor], bool] = has_zeros  # whether a matrix (out, in) is to be packed
+    # a layer from a matrix, a bias and a grid; raises ValueError or RuntimeError for what the format cannot hold
+    make: Callable[[Tensor, Tensor | None, Grid | None], PackedLinear]
+    suits: Callable[[Tensor, Grid | None], bool] = has_zeros  # whether a matrix is to be packed
     lacks: str | None = None  # why a slow substitute runs in place of the kernel that was asked for
     # a layer from its tensors in a checkpoint, by their names in it, and its `facts`, for formats that are stored;
     # raises ValueError or KeyError for tensors that do not belong together

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
 from sweep.formats import declared
+from sweep.formats.grid import Grid
 from sweep.formats.packing import PackedLinear, Packing
 
 
@@ -16,7 +17,7 @@ class SemiStructuredLinear(PackedLinear):
     format = declared.SEMI_STRUCTURED
     weight: SparseSemiStructuredTensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid | None = None) -> None:
         super().__init__(weight.shape, bias)
         matrix = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
         self.register_buffer("weight", matrix, persistent=False)
@@ -32,7 +33,7 @@ class SemiStructuredLinear(PackedLinear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def is_two_of_four(weight: Tensor) -> bool:
+def is_two_of_four(weight: Tensor, grid: Grid | None = None) -> bool:
     """Whether each four neighbours along the input, (out, in), hold two non-zeros at most."""
     rows, columns = weight.shape
     return columns % 4 == 0 and int((weight.reshape(rows, -1, 4) != 0).sum(2).max()) <= 2
