@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from sweep import metrics
 from sweep.config import Calibration
 from sweep.measuring import scorer
-from sweep.models import anatomy, loading
+from sweep.models import loading, parts
 from sweep.pruning import criteria, repair, unit_scores, unit_statistics, units
 from sweep.pruning.families import Neuron
 from sweep.pruning.unit_scores import Activations
@@ -85,7 +85,7 @@ def main() -> None:
         text.calibration_tokens(Calibration("pydoc", asked.sequences, asked.length), tokenizer, seed)
         for seed in range(asked.seeds)
     ]
-    outputs = [ffn.output for ffn in anatomy.ffns(dense)]
+    outputs = [ffn.output for ffn in parts.ffns(dense)]
     bare = {name: name.partition("+")[0] for name in asked.criteria}  # without the repair
     wanted = {name for criterion in bare.values() for name in criteria.find(criterion, "unit").reads}
     wanted = {name for name in wanted if criteria.READABLE["unit"][name].text}

@@ -12,7 +12,7 @@ import sweep
 from conftest import FAMILIES, random_tokens, tiny_model
 from sweep.config import Model, Perplexity
 from sweep.measuring import perplexity
-from sweep.models import anatomy, decoders
+from sweep.models import anatomy, decoders, parts
 from sweep.models.decoders import DECODERS
 from sweep.pruning import methods
 from sweep.pruning.families import Head, Layer, Neuron
@@ -25,7 +25,7 @@ def test_every_family_with_a_record_is_tested() -> None:
 
 def test_the_parts_of_a_family_are_all_matrices_of_its_blocks(family: str) -> None:
     model = tiny_model(family)
-    found = zip(anatomy.blocks(model), anatomy.ffns(model), anatomy.attentions(model), strict=True)
+    found = zip(anatomy.blocks(model), parts.ffns(model), parts.attentions(model), strict=True)
     for block, ffn, attention in found:
         held = {id(parameter) for parameter in block.parameters() if parameter.ndim == 2}
         assert {id(m.weight) for m in (*ffn.inputs, ffn.output, *attention.inputs, attention.output)} == held
@@ -35,7 +35,7 @@ def test_the_parts_of_a_family_are_all_matrices_of_its_blocks(family: str) -> No
 def test_what_the_configuration_says_is_what_the_matrices_are(family: str) -> None:
     model = tiny_model(family)
     config = model.config.to_dict()
-    ffn, attention = anatomy.ffns(model)[1], anatomy.attentions(model)[1]
+    ffn, attention = parts.ffns(model)[1], parts.attentions(model)[1]
     assert decoders.size(config, "blocks") == len(anatomy.blocks(model)) == 2
     assert decoders.size(config, "hidden") == anatomy.weight(ffn.output).shape[0] == 16
     assert decoders.size(config, "neurons") == ffn.width == 24
@@ -49,9 +49,9 @@ def test_what_the_configuration_says_is_what_the_matrices_are(family: str) -> No
 def test_the_configuration_follows_a_cut(family: str, method: Layer | Neuron | Head) -> None:
     model = tiny_model(family)
     methods.prune(model, method, 0.5, random_tokens())
-    config, attention = model.config.to_dict(), anatomy.attentions(model)[0]
+    config, attention = model.config.to_dict(), parts.attentions(model)[0]
     assert decoders.size(config, "blocks") == len(anatomy.blocks(model)) == (1 if method.family == "layer" else 2)
-    assert decoders.size(config, "neurons") == anatomy.ffns(model)[0].width == (12 if method.family == "neuron" else 24)
+    assert decoders.size(config, "neurons") == parts.ffns(model)[0].width == (12 if method.family == "neuron" else 24)
     assert attention.heads == (2 if method.family == "head" else 4)
     if "head_dim" in config:  # else fewer heads would be read as larger ones
         assert decoders.size(config, "heads") == attention.heads
@@ -59,7 +59,7 @@ def test_the_configuration_follows_a_cut(family: str, method: Layer | Neuron | H
 
 
 def test_counts_that_attention_keeps_agree_with_its_matrices(family: str) -> None:
-    whole = anatomy.attentions(tiny_model(family))[0]
+    whole = parts.attentions(tiny_model(family))[0]
     for name, what in whole.family.counts.items():
         if hasattr(whole.module, name):
             assert getattr(whole.module, name) == getattr(whole, what), name
@@ -93,7 +93,7 @@ def test_a_family_without_a_record_is_said_to_have_none() -> None:
         RequestError,
         match="the parts of a 'novel' block are not known: use .method=weight, which needs none, or add a line to DECODERS",
     ):
-        anatomy.ffns(model)
+        parts.ffns(model)
     assert len(anatomy.linears(model)) == 14  # weight pruning needs no record
 
 
@@ -101,9 +101,9 @@ def test_a_module_that_is_not_built_as_its_record_says_is_named() -> None:
     model = tiny_model("llama")
     model.config.model_type = "gpt_neox"
     with pytest.raises(RequestError, match="method=head: LlamaDecoderLayer is not built .*method.targets=attention"):
-        anatomy.attentions(model)
+        parts.attentions(model)
     with pytest.raises(RequestError, match="method=neuron: LlamaDecoderLayer is not built .*method.targets=ffn"):
-        anatomy.ffns(model)
+        parts.ffns(model)
 
 
 def test_a_cut_vocabulary_of_a_family_without_a_record_is_loaded_again(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import sweep
 from conftest import tiny_model
 from sweep import plan, run
 from sweep.config import Calibration
-from sweep.models import anatomy
+from sweep.models import parts
 from sweep.pruning import families, weights
 from sweep.pruning.families import Weight
 from sweep.settings import RequestError
@@ -35,7 +35,7 @@ def test_families_of_units_are_pruned_too(tiny_checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     sweep.prune(model, tokenizer, method="neuron", sparsity=0.5, scope="layer", sequences=4, length=32)
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [12, 12]
+    assert [ffn.width for ffn in parts.ffns(model)] == [12, 12]
 
 
 METHODS: dict[str, dict] = {

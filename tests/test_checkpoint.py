@@ -13,7 +13,7 @@ import sweep
 from conftest import random_tokens, tiny_model
 from sweep import saving
 from sweep.config import Model
-from sweep.models import anatomy, checkpoint, loading
+from sweep.models import checkpoint, loading, parts
 from sweep.pruning import methods
 from sweep.pruning.families import Head, Layer, Method, Neuron, Vocab
 from sweep.settings import RequestError
@@ -61,7 +61,7 @@ def test_unequal_widths_load_as_a_local_model_and_in_another_dtype(tmp_path: Pat
     methods.prune(model, Neuron(blocks=(0,)), 0.5, random_tokens())
     saving.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", FACTS)
     loaded, _ = loading.load(Model("m", "local", path=str(tmp_path / "saved")), "bfloat16", "cpu")
-    assert [ffn.width for ffn in anatomy.ffns(loaded)] == [12, 24] and loaded.dtype == torch.bfloat16
+    assert [ffn.width for ffn in parts.ffns(loaded)] == [12, 24] and loaded.dtype == torch.bfloat16
     torch.testing.assert_close(logits(loaded).float(), logits(model.bfloat16()).float())
     assert not any("remote" in path.read_text() for path in (tmp_path / "saved").glob("*.json"))
 

@@ -15,7 +15,7 @@ from conftest import FAMILIES, GATED, TINY, random_tokens, tiny_model
 from sweep import cost
 from sweep.config import Perplexity
 from sweep.measuring import perplexity, scorer
-from sweep.models import anatomy, logits
+from sweep.models import anatomy, logits, parts
 from sweep.models.logits import Tail, descend
 from sweep.pruning import calibrate, drop, unit_statistics
 
@@ -36,7 +36,7 @@ def other(name: str) -> PreTrainedModel:
 
 
 def outputs(model: PreTrainedModel) -> list[nn.Module]:
-    return [ffn.output for ffn in anatomy.ffns(model)]
+    return [ffn.output for ffn in parts.ffns(model)]
 
 
 @pytest.fixture(params=[*FAMILIES, *(f"other {name}" for name in OTHERS)])

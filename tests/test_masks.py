@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import random_tokens, tiny_model
-from sweep.models import anatomy
+from sweep.models import anatomy, parts
 from sweep.pruning import masks as masks_module
 from sweep.pruning import methods
 from sweep.pruning.families import Head, Layer, Neuron, Weight
@@ -112,7 +112,7 @@ def test_units_that_went_are_told_by_their_numbers_in_the_unpruned_model(method:
     assert pruned.units_removed == methods.count_units(dense, method)[0] - left > 0
     assert not pruned.masks
     assert len(np.unique(pruned.gone, axis=0)) == len(pruned.gone)
-    wide = anatomy.ffns if isinstance(method, Neuron) else anatomy.attentions
+    wide = parts.ffns if isinstance(method, Neuron) else parts.attentions
     for block, (was, now) in enumerate(zip(wide(dense), wide(model), strict=True)):
         units = pruned.gone[pruned.gone[:, 0] == block][:, 1]
         old = anatomy.weight(was.output)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from conftest import random_tokens, tiny_model
 from sweep import config, settings
 from sweep.config import GROUPS
-from sweep.models import anatomy
+from sweep.models import anatomy, parts
 from sweep.pruning import methods, select, unit_statistics
 from sweep.pruning.families import FAMILIES, Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.settings import RequestError
@@ -28,7 +28,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def taylor_abs(
     model: PreTrainedModel, tokens: torch.Tensor, labels: Literal["text", "model"] = "text"
 ) -> list[torch.Tensor]:
-    outputs = [ffn.output for ffn in anatomy.ffns(model)]
+    outputs = [ffn.output for ffn in parts.ffns(model)]
     found = unit_statistics.gather(model, outputs, [1] * len(outputs), tokens, labels=labels)
     return [seen.product_abs.float() for seen in found]
 
@@ -76,7 +76,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
     shrunk = copy.deepcopy(model)
     pruned = methods.prune(shrunk, Neuron(criterion="taylor_abs", scope=scope), sparsity, tokens)
     removed = 0
-    for ffn, small, scores in zip(anatomy.ffns(model), anatomy.ffns(shrunk), importance, strict=True):
+    for ffn, small, scores in zip(parts.ffns(model), parts.ffns(shrunk), importance, strict=True):
         gone = scores.argsort(stable=True)[: ffn.width - small.width]
         removed += len(gone)
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(family: str, scope: st
 def test_every_block_keeps_a_neuron(family: str) -> None:
     model = tiny_model(family)
     methods.prune(model, Neuron(scope="global"), 46 / 48, random_tokens())
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [1, 1]
+    assert [ffn.width for ffn in parts.ffns(model)] == [1, 1]
 
 
 def test_calibration_changes_nothing_and_holds_nothing(family: str) -> None:
@@ -110,7 +110,7 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(
     model, tokens = tiny_model(family), random_tokens()
     # as if the likeliest token were drawn at every position
     monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(1, keepdim=True))
-    ffn = anatomy.ffns(model)[1]
+    ffn = parts.ffns(model)[1]
     seen = []
 
     def keep(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -130,7 +130,7 @@ def test_neuron_importance_is_the_literal_sum_over_tokens(
 
 def test_drawn_next_tokens_follow_the_model_and_the_seed() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
-    outputs = [ffn.output for ffn in anatomy.ffns(model)]
+    outputs = [ffn.output for ffn in parts.ffns(model)]
 
     def signed(seed: int, labels: Literal["text", "model"] = "model") -> torch.Tensor:
         return unit_statistics.gather(model, outputs, [1, 1], tokens, labels=labels, seed=seed)[1].product

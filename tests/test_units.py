@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from conftest import random_tokens, tiny_model
 from sweep import config, identity
 from sweep.config import Cell
-from sweep.models import anatomy, origin, surgery
+from sweep.models import anatomy, origin, parts, surgery
 from sweep.pruning import (
     calibrate,
     checks,
@@ -64,24 +64,24 @@ def test_heads_shrunk_equal_heads_masked(family: str, unit: str, scope: str) -> 
     tokens, method = random_tokens(), Head(unit=unit, scope=scope, sparsity_of="units")
     shrunk = copy.deepcopy(model)
     methods.prune(shrunk, method, 0.5, tokens)
-    parts = units.parts(model, method)
-    seen = units._statistics(model, method, parts, tokens)
+    found = units.parts(model, method)
+    seen = units._statistics(model, method, found, tokens)
     scores = [
         units.score(criteria.find("taylor_abs", "unit"), part, s, torch.Generator())
-        for part, s in zip(parts, seen, strict=True)
+        for part, s in zip(found, seen, strict=True)
     ]
-    total = sum(part.units for part in parts)
-    for part, keep in zip(parts, units.choose(parts, scores, method, 0.5, 0, total), strict=True):
+    total = sum(part.units for part in found)
+    for part, keep in zip(found, units.choose(found, scores, method, 0.5, 0, total), strict=True):
         with torch.no_grad():
             anatomy.weight(part.output)[:, ~keep.repeat_interleave(part.size)] = 0
-    assert sum(a.heads for a in anatomy.attentions(shrunk)) == sum(a.heads for a in anatomy.attentions(model)) // 2
-    assert all(a.heads % a.groups == 0 for a in anatomy.attentions(shrunk))
+    assert sum(a.heads for a in parts.attentions(shrunk)) == sum(a.heads for a in parts.attentions(model)) // 2
+    assert all(a.heads % a.groups == 0 for a in parts.attentions(shrunk))
     torch.testing.assert_close(logits(shrunk), logits(model), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoded(shrunk), logits(shrunk)[:, -1], rtol=1e-3, atol=1e-4)
 
 
 def test_key_value_groups_of_unequal_size_are_refused() -> None:
-    attention = anatomy.attentions(tiny_model("llama"))[0]
+    attention = parts.attentions(tiny_model("llama"))[0]
     with pytest.raises(ValueError, match=r"block 0: key-value groups would keep \[1, 2\] query heads"):
         surgery.remove_heads(attention, torch.tensor([True, True, True, False]))
 
@@ -186,14 +186,14 @@ def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) 
 def test_steps_measure_again_and_reach_the_same_count() -> None:
     model = tiny_model("llama")
     pruned = methods.prune(model, Neuron(steps=3), 0.5, random_tokens())
-    assert pruned.units_removed == 24 and sum(ffn.width for ffn in anatomy.ffns(model)) == 24
+    assert pruned.units_removed == 24 and sum(ffn.width for ffn in parts.ffns(model)) == 24
 
 
 @pytest.mark.parametrize("multiple", [4, 5, 8])
 def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: int) -> None:
     model = tiny_model("llama")
     methods.prune(model, Neuron(multiple_of=multiple), 0.4, random_tokens())
-    widths = [ffn.width for ffn in anatomy.ffns(model)]
+    widths = [ffn.width for ffn in parts.ffns(model)]
     assert all(width % multiple == 0 for width in widths)
     assert abs(sum(widths) - 0.6 * 48) <= multiple
 
@@ -201,7 +201,7 @@ def test_widths_are_multiples_and_the_total_is_as_near_as_they_allow(multiple: i
 def test_only_the_named_blocks_are_pruned() -> None:
     model = tiny_model("llama")
     pruned = methods.prune(model, Neuron(blocks=(1,)), 0.5, random_tokens())
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [24, 12] and pruned.sparsity == 0.5
+    assert [ffn.width for ffn in parts.ffns(model)] == [24, 12] and pruned.sparsity == 0.5
 
 
 def test_the_configuration_states_equal_widths() -> None:
@@ -214,15 +214,13 @@ def test_the_configuration_states_equal_widths() -> None:
 
 def test_flap_puts_the_mean_of_what_goes_into_a_bias() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
-    ffn = anatomy.ffns(model)[0]
+    ffn = parts.ffns(model)[0]
     seen = units._statistics(model, Neuron(criterion="flap"), units.parts(model, Neuron()), tokens)[0]["activations"]
     before = ffn.output.weight.detach().clone()
     methods.prune(model, Neuron(criterion="flap", blocks=(0,)), 0.5, tokens)
     scores = unit_scores.flap(before, seen, 1)
     gone = ~select.lowest(scores, 12)
-    torch.testing.assert_close(
-        anatomy.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone].float()
-    )
+    torch.testing.assert_close(parts.ffns(model)[0].output.bias, before[:, gone] @ (seen.input_sum / 72)[gone].float())
 
 
 def test_scores_are_their_formulas() -> None:
@@ -261,7 +259,7 @@ def test_the_variance_of_what_hardly_fluctuates_is_exact(ratio: float) -> None:
     """mean / standard deviation = ratio, over many batches, against numpy in float64 of the same float32 values."""
     table = ratio + torch.randn(5000, 24, generator=torch.Generator().manual_seed(0))
     model, batches = tiny_model("llama"), iter(table.view(-1, 4, 50, 24))
-    output = anatomy.ffns(model)[0].output
+    output = parts.ffns(model)[0].output
     output.register_forward_pre_hook(lambda *_: (next(batches),))  # the matrix reads the table, batch by batch
     (seen,) = unit_statistics.gather(model, [output], [1], random_tokens(100, 50), labels=None)
     exact = table.double().numpy()
@@ -416,7 +414,7 @@ def test_the_most_that_is_possible_is_named_exactly(multiple_of: int) -> None:
     assert most == math.floor((24 - multiple_of) / 24 * 10_000) / 10_000
     model = tiny_model("llama")
     units.prune(model, method, most, None)
-    assert [ffn.width for ffn in anatomy.ffns(model)] == [multiple_of, multiple_of]
+    assert [ffn.width for ffn in parts.ffns(model)] == [multiple_of, multiple_of]
 
 
 def test_the_questions_of_a_drop_are_part_of_the_cell(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

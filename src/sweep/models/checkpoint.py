@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sweep.formats.declared import FORMATS, Stored
 from sweep.formats.packing import PackedLinear, packed
-from sweep.models import anatomy, cut_tokenizer, headers, origin, pretrained, surgery
+from sweep.models import cut_tokenizer, headers, origin, parts, pretrained, surgery
 from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
@@ -220,12 +220,12 @@ def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor], layers: dic
             module.nx, module.nf = module.weight.shape
         else:
             module.out_features, module.in_features = module.weight.shape
-    for attention in anatomy.attentions(model) if anatomy.is_known(model) else ():  # else no head of it was cut
+    for attention in parts.attentions(model) if parts.is_known(model) else ():  # else no head of it was cut
         surgery.set_head_counts(attention)
 
 
 def _head_counts(model: PreTrainedModel) -> list[tuple[int, int, int]] | None:
     """Equal shapes do not make equal heads: eight of size 16 are as wide as four of size 32."""
-    if not anatomy.is_known(model):
+    if not parts.is_known(model):
         return None
-    return [(a.heads, a.groups, a.head_dim) for a in anatomy.attentions(model)]
+    return [(a.heads, a.groups, a.head_dim) for a in parts.attentions(model)]

@@ -46,7 +46,7 @@ class Decoder:
     interleaved: bool = False  # such a matrix holds the three of each head together, not all queries first
     attention_out: str = "o_proj"
     head_dim: str = "head_dim"  # the attribute that keeps the size of a head, which no shape tells
-    # Attributes that keep what a cut changes, by the property of `anatomy.Attention` that each agrees with. Those that
+    # Attributes that keep what a cut changes, by the property of `parts.Attention` that each agrees with. Those that
     # the module does not have are passed over.
     counts: Mapping[str, str] = field(default_factory=_counts)
     ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # matrices whose outputs are the neurons

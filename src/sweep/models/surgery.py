@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy, decoders
+from sweep.models import anatomy, decoders, parts
 
 
 @torch.no_grad()
@@ -41,14 +41,14 @@ def add_bias(linear: anatomy.Linear, bias: Tensor) -> None:
     linear.bias.add_(bias.to(linear.bias.dtype))
 
 
-def remove_neurons(ffn: anatomy.Ffn, keep: Tensor) -> None:
+def remove_neurons(ffn: parts.Ffn, keep: Tensor) -> None:
     """Cut the FFN down to the neurons where `keep`, (N,) bool, is True; the matrices become smaller."""
     for linear in ffn.inputs:
         narrow(linear, keep, output=True)
     narrow(ffn.output, keep, output=False)
 
 
-def remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
+def remove_heads(attention: parts.Attention, keep: Tensor) -> None:
     """Cut the attention down to the query heads where `keep`, (H,) bool, is True; empty key-value groups go too.
 
     Raises ValueError when the key-value groups that stay would differ in their number of query heads: attention
@@ -76,7 +76,7 @@ def remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
     set_head_counts(attention)
 
 
-def set_head_counts(attention: anatomy.Attention) -> None:
+def set_head_counts(attention: parts.Attention) -> None:
     """Make the attributes of an attention module agree with the shapes of its matrices."""
     for name, what in attention.family.counts.items():
         if hasattr(attention.module, name):
@@ -137,11 +137,11 @@ def describe_shape(model: PreTrainedModel) -> None:
 
     Raises RequestError for a model type without a record, as what cuts its units does.
     """
-    config, keys = model.config, anatomy.family(model).keys
-    widths = {ffn.width for ffn in anatomy.ffns(model)}
+    config, keys = model.config, parts.family(model).keys
+    widths = {ffn.width for ffn in parts.ffns(model)}
     if len(widths) == 1:
         setattr(config, keys.neurons, *widths)
-    attentions = anatomy.attentions(model)
+    attentions = parts.attentions(model)
     counts = {(attention.heads, attention.groups) for attention in attentions}
     if len(counts) != 1 or not hasattr(config, keys.head_dim):
         return  # where the configuration names none, a head's size is the hidden size over the number of heads

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Cell
-from sweep.models import anatomy, token_ids
+from sweep.models import anatomy, parts, token_ids
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.pruned import Pruned
@@ -166,11 +166,11 @@ def _rows(model: PreTrainedModel, method: Vocab) -> list[Tensor]:
 WORK: dict[type, Family] = {
     Dense: Family(_nothing, _matrices),
     Weight: Family(_weights, lambda model, method: weights.targets(model, method).values()),
-    Neuron: Family(_units, _of_parts, lambda model, method: [ffn.width for ffn in anatomy.ffns(model)]),
+    Neuron: Family(_units, _of_parts, lambda model, method: [ffn.width for ffn in parts.ffns(model)]),
     Head: Family(
         _units,
         _of_parts,
-        lambda model, method: [a.groups if method.unit == "group" else a.heads for a in anatomy.attentions(model)],
+        lambda model, method: [a.groups if method.unit == "group" else a.heads for a in parts.attentions(model)],
     ),
     Layer: Family(_blocks, _of_blocks, lambda model, method: [1] * len(anatomy.blocks(model))),
     Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block

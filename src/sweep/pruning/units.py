@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import anatomy, surgery
+from sweep.models.parts import Attention, attentions, ffns
 from sweep.pruning import checks, criteria, drop, repair, scoring, select, sharing, unit_statistics
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Head, Neuron
@@ -67,13 +68,13 @@ def parts(model: PreTrainedModel, method: Neuron | Head) -> list[Part]:
 def _neurons(model: PreTrainedModel, method: Neuron) -> list[Part]:
     return [
         Part(ffn.block, ffn.inputs, ffn.output, 1, method.multiple_of, 1, partial(surgery.remove_neurons, ffn))
-        for ffn in anatomy.ffns(model)
+        for ffn in ffns(model)
     ]
 
 
 def _heads(model: PreTrainedModel, method: Head) -> list[Part]:
     found = []
-    for attention in anatomy.attentions(model):
+    for attention in attentions(model):
         together = method.unit == "group" or attention.groups == attention.heads
         size = attention.head_dim * (attention.heads // attention.groups if together else 1)
         remove = partial(_remove_heads, attention)
@@ -82,7 +83,7 @@ def _heads(model: PreTrainedModel, method: Head) -> list[Part]:
     return found
 
 
-def _remove_heads(attention: anatomy.Attention, keep: Tensor) -> None:
+def _remove_heads(attention: Attention, keep: Tensor) -> None:
     surgery.remove_heads(attention, keep[:: attention.head_dim])
 
 
