@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, TINY, random_tokens, tiny_model
-from sweep import cost
+from sweep import calibrate, cost
 from sweep.config import Perplexity
 from sweep.measuring import perplexity, scorer
 from sweep.models import anatomy, logits, parts
 from sweep.models.logits import Tail, descend
-from sweep.pruning import calibrate, drop, unit_statistics
+from sweep.pruning import drop, unit_statistics
 
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import FAMILIES, GATED, random_tokens, tiny_model
-from sweep import saving
+from sweep import calibrate, saving, solver
 from sweep.measuring import counting
 from sweep.models import anatomy
-from sweep.pruning import calibrate, criteria, rebuild, select, weights
+from sweep.pruning import criteria, rebuild, select, weights
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Weight
 from sweep.settings import RequestError
+from sweep.solver import Choose
 
 MOE = {
     "mixtral": {**GATED, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -232,7 +233,7 @@ def literal_sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern:
     return weight
 
 
-def chooser(method: Weight, weight: Tensor, sparsity: float) -> rebuild.Choose:
+def chooser(method: Weight, weight: Tensor, sparsity: float) -> Choose:
     return weights._choose(method, select.count(weight.numel(), sparsity))
 
 
@@ -303,9 +304,9 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_further_and_reported(
     (_, damping) = rebuild.sparsegpt([weight], hessian, [chooser(Weight("weight"), weight, 0.5)], 0.01)
     assert damping == pytest.approx(0.1)
     with pytest.raises(ValueError, match="the calibration activations are not finite"):
-        rebuild.damped(torch.full((4, 4), torch.nan), 0.01)
+        solver.damped(torch.full((4, 4), torch.nan), 0.01)
     with pytest.raises(ValueError, match="not positive definite even with"):
-        rebuild.damped(torch.tensor([[1.0, 5000.0], [5000.0, 1.0]]), 0.01)
+        solver.damped(torch.tensor([[1.0, 5000.0], [5000.0, 1.0]]), 0.01)
 
 
 @pytest.mark.parametrize("criterion", READING)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sweep import cache, cost, versions
+from sweep.calibrate import exact_device
 from sweep.config import Cell
 from sweep.models import origin
-from sweep.pruning.calibrate import exact_device
 from sweep.pruning.sharing import Tensors
 from sweep.texts import text
 

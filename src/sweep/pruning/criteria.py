@@ -56,6 +56,9 @@ READABLE: dict[Kind, dict[str, Readable]] = {
         "damping": Readable("method.damping, a share of the mean of the Hessian's diagonal", corrects=True),
         "m": Readable("columns that are chosen in a group, of an n:m pattern; else 1", corrects=True),
         "gone": Readable("of each matrix, True where an earlier step removed a weight; or None", corrects=True),
+        "rounder": Readable(
+            "what rounds the weights that stay, where they are quantised at once; or None", corrects=True
+        ),
     },
     "unit": {
         "weight": Readable("(out, columns) the matrix that reads the units, `size` columns each, in the model's dtype"),
@@ -188,7 +191,7 @@ CRITERIA = (
         "weight",
         "W_ij² / [H⁻¹]_jj with H = x xᵀ, factored for each matrix; the weights that stay are corrected",
         "sweep.pruning.rebuild:sparsegpt",
-        reads=("weights", "hessian", "choose", "damping", "m", "gone"),
+        reads=("weights", "hessian", "choose", "damping", "m", "gone", "rounder"),
         corrects_after="wanda",
         paper="Frantar and Alistarh 2023, arXiv:2301.00774",
     ),

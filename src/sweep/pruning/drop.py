@@ -30,10 +30,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import cache, confusion, cost, versions
+from sweep.calibrate import exact_device, inputs_observed
 from sweep.models import anatomy, token_ids
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning import drop_file, normaliser
-from sweep.pruning.calibrate import exact_device, inputs_observed
 from sweep.pruning.checks import HIGHER_IS_WORSE
 from sweep.pruning.families import Drop
 from sweep.pruning.unit_statistics import BATCH, activations_differentiable, first_tensor

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sweep.pruning.calibrate import exact_device
+from sweep.calibrate import exact_device
 
 _ROWS_AT_ONCE = 8192  # of the head
 

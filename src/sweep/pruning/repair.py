@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sweep import calibrate
+from sweep.calibrate import Inputs, Text, inputs_observed
 from sweep.models import anatomy, surgery
-from sweep.pruning import calibrate
-from sweep.pruning.calibrate import Inputs, Text, inputs_observed
 
 # Of the mean diagonal of the Gram matrix; 0.01 fits the calibration text and no other. Tuned on the development pages of
 # pydoc (benchmarks/neuron_criteria.py).

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sweep.calibrate import exact_device, inputs_observed
 from sweep.models.logits import Tail, descend, given
-from sweep.pruning.calibrate import exact_device, inputs_observed
 from sweep.pruning.criteria import READABLE, Labels
 from sweep.pruning.unit_scores import Activations, Gradients
 

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sweep import calibrate
+from sweep.calibrate import Inputs
 from sweep.models import anatomy, surgery
-from sweep.pruning import calibrate, criteria, rebuild, scores, scoring, select, sharing
-from sweep.pruning.calibrate import Inputs
+from sweep.pruning import criteria, scores, scoring, select, sharing
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Weight, checked_weight, groups
 from sweep.pruning.masks import Masks
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
+from sweep.solver import Choose
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ def keep_mask(method: Weight, weight: Tensor, importance: Tensor, removed: int) 
     return keep | ~lowest(importance, skip) if skip else keep
 
 
-def _choose(method: Weight, removed: int) -> rebuild.Choose:
+def _choose(method: Weight, removed: int) -> Choose:
     """`keep_mask` for some columns of a matrix at a time, such that all together lose exactly `removed`."""
 
     def choose(importance: Tensor, before: float, upto: float) -> Tensor:
@@ -394,43 +395,17 @@ def _parts(job: Job) -> Iterator[Weights]:
     yield part
 
 
-def read_blocks(job: Job, *, hessian: bool) -> Iterator[tuple[str, Weights, dict[str, Inputs]]]:
-    """(block name, its targets, what each of them reads of the text) block by block.
-
-    Embedding and head come as blocks named "": the embedding, which reads no activations, has no inputs.
-    The caller changes a block before the next is read. A block is on `job.device` for as long as it is here.
-    """
-    model, names = job.model, anatomy.block_names(job.model)
-    inside = tuple(f"{name}." for name in names)
-    outside = {name: weight for name, weight in job.weights().items() if not name.startswith(inside)}
-    head = model.get_output_embeddings()
-    last = _name(model, head) if job.method.lm_head and head is not None else None
-    for name, weight in outside.items():
-        if name != last:
-            yield "", {name: weight}, {}
-    text = calibrate.enter(model, job.text())
-    for index, (name, block) in enumerate(
-        zip(tqdm(names, desc="pruning", unit="block", leave=False), anatomy.blocks(model), strict=True)
-    ):
-        home = next(block.parameters()).device
-        block.to(job.device or home)
-        read_on = index + 1 < len(names) or last in outside  # somebody reads what the block puts out
-        inputs = calibrate.inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not job.sequential)
-        weights = {n: weight for n, weight in anatomy.matrices(block, name).items() if n in job.shapes}
-        missing = [n for n in weights if n not in inputs]
-        if missing:
-            raise RequestError(
-                f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
-                "reads no text, such as magnitude"
-            )
-        yield name, weights, inputs
-        del inputs
-        if job.sequential and read_on:
-            calibrate.through(text, index, block, advance=True)
-        del weights
-        block.to(home)
-    if last is not None and last in outside:
-        yield "", {last: outside[last]}, {last: calibrate.head_inputs(model, text, hessian=hessian)}
+def read_blocks(job: Job, *, hessian: bool) -> Iterator[calibrate.Read]:
+    """The targets block by block, with what each reads: see `calibrate.read_blocks`."""
+    return calibrate.read_blocks(
+        job.model,
+        list(job.shapes),
+        job.text(),
+        hessian=hessian,
+        sequential=job.sequential,
+        device=job.device,
+        words="pruning",
+    )
 
 
 def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict[str, int]) -> tuple[int, float]:
@@ -453,6 +428,7 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
             "damping": job.method.damping,
             "m": groups(job.method.pattern)[1] if job.method.pattern else 1,
             "gone": [weights[name] == 0 for name in names] if job.gone else None,
+            "rounder": None,
         }
         try:
             rebuilt, damping = job.criterion.load()(**job.criterion.arguments(given))

@@ -8,7 +8,7 @@ the text's hidden state, (T, hidden), and the statistics of one block, however m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -236,6 +236,62 @@ def _check_experts(module: nn.Module, path: str) -> None:
             f"{path} ({type(module).__name__}) keeps its experts in a form whose inputs sweep cannot "
             "observe; use a criterion that reads no text, such as magnitude, or exclude it"
         )
+
+
+Read = tuple[str, dict[str, Tensor], dict[str, Inputs]]  # a block's name, matrices of it, what each of them reads
+
+
+def read_blocks(
+    model: PreTrainedModel,
+    names: Collection[str],
+    tokens: Tensor,
+    *,
+    hessian: bool,
+    sequential: bool,
+    words: str,
+    device: torch.device | None = None,
+) -> Iterator[Read]:
+    """(block name, its matrices, what each of them reads of the text) block by block. The caller changes a block before
+    the next is read.
+
+    names       of matrices, as `anatomy.matrices` has them, of the embedding, or of the head
+    sequential  a block reads what the changed blocks before it put out
+    words       what is being done, for the progress bar
+    device      of a block for as long as it is here; None = where it lies
+
+    Embedding and head come as blocks named "": the embedding, which reads no activations, has no inputs.
+    Raises RequestError for a matrix that read nothing of the text.
+    """
+    blocks, head = anatomy.block_names(model), model.get_output_embeddings()
+    inside = tuple(f"{name}." for name in blocks)
+    outside = [name for name in names if not name.startswith(inside)]
+    last = [name for name in outside if model.get_submodule(name) is head]
+    for name in outside:
+        if name not in last:
+            yield "", {name: anatomy.weight(model.get_submodule(name)).detach()}, {}
+    text = enter(model, tokens)
+    for index, (name, block) in enumerate(
+        zip(tqdm(blocks, desc=words, unit="block", leave=False), anatomy.blocks(model), strict=True)
+    ):
+        home = next(block.parameters()).device
+        block.to(device or home)
+        read_on = index + 1 < len(blocks) or bool(last)  # somebody reads what the block puts out
+        inputs = inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not sequential)
+        weights = {n: weight for n, weight in anatomy.matrices(block, name).items() if n in names}
+        missing = [n for n in weights if n not in inputs]
+        if missing:
+            raise RequestError(
+                f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
+                "reads no text, such as magnitude"
+            )
+        yield name, weights, inputs
+        del inputs
+        if sequential and read_on:
+            through(text, index, block, advance=True)
+        del weights
+        block.to(home)
+    for name in last:
+        yield "", {name: anatomy.weight(head).detach()}, {name: head_inputs(model, text, hessian=hessian)}
 
 
 @torch.no_grad()
