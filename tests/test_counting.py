@@ -115,6 +115,13 @@ def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def matrices_of(name: str, p: Tensor) -> list[Tensor]:
+    """A parameter, or what each expert has of it: gate and up are two matrices."""
+    if p.ndim != 3:
+        return [p]
+    return [matrix for expert in p for matrix in expert.chunk(2 if "gate_up" in name else 1)]
+
+
 def ran(
     case: Case,
     checkpoint_folder: Path,
@@ -186,13 +193,15 @@ def test_every_counted_column_is_what_a_hand_count_says(
     nonzeros = {name: int((p != 0).sum()) for name, p in after.items()}
     held = 0
     for name, p in after.items():
-        packed = case.execution.name in ("bitmap", "csr") and re.search(r"layers.*_proj\.weight$", name)
-        if not packed or nonzeros[name] == p.numel():
-            held += 4 * p.numel()
-        elif case.execution.name == "csr":  # a value and a column each, and where each row begins
-            held += 8 * nonzeros[name] + 4 * (len(p) + 1)
-        else:  # a bit a place in words of 64, the values and 64 bytes after them, and where each row begins
-            held += 8 * len(p) * math.ceil(p.shape[1] / 64) + 4 * nonzeros[name] + 64 + 4 * (len(p) + 1)
+        for matrix in matrices_of(name, p):
+            packed = case.execution.name in ("bitmap", "csr") and re.search(r"layers.*_proj(\.weight)?$", name)
+            there = int((matrix != 0).sum())
+            if not packed or there == matrix.numel():
+                held += 4 * matrix.numel()
+            elif case.execution.name == "csr":  # a value and a column each, and where each row begins
+                held += 8 * there + 4 * (len(matrix) + 1)
+            else:  # a bit a place in words of 64, the values and 64 bytes after them, and where each row begins
+                held += 8 * len(matrix) * math.ceil(matrix.shape[1] / 64) + 4 * there + 64 + 4 * (len(matrix) + 1)
     assert row["parameters"] == sum(p.numel() for p in after.values())
     assert row["nonzero_parameters"] == sum(nonzeros.values())
     assert row["weights_bytes"] == row["stored_bytes"] == held

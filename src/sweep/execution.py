@@ -1,7 +1,8 @@
 """How a pruned model is run. Zeros in a dense matrix save nothing: only another form of its matrices can.
 
 Some formats, such as `dense`, run the weights as pruning has left them. The others hold in a form of their own the
-matrices of the blocks that suit it, those with a zero for most; embeddings and head stay as they are.
+matrices of the blocks that suit it, those with a zero for most, and each expert's by itself; embeddings and head stay as
+they are.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sweep.config import Execution
 from sweep.formats.grid import Grid
-from sweep.formats.packing import Packing
-from sweep.models import anatomy
+from sweep.formats.packing import PackedLinear, Packing
+from sweep.models import placing
+from sweep.models.placing import Place
 from sweep.settings import RequestError
 
 
@@ -42,18 +45,25 @@ def prepare(
 
 @torch.no_grad()
 def _pack(model: PreTrainedModel, packing: Packing, grids: Mapping[str, Grid]) -> None:
-    """Put a packed layer in place of each linear layer of the blocks that suits, freeing its matrix.
+    """Put packed layers in the places of the matrices of the blocks that suit, experts' among them, freeing these.
 
-    Raises RequestError, which names the layer, for one that cannot be packed.
+    Raises RequestError, which names the matrix, for one that cannot be packed.
     """
-    for name in anatomy.linears(model):
-        layer = model.get_submodule(name)
-        weight, grid = anatomy.weight(layer), grids.get(name)
-        if packing.suits(weight, grid):
-            try:
-                model.set_submodule(name, packing.make(weight, layer.bias, grid))
-            except (RuntimeError, ValueError) as error:
-                raise RequestError(
-                    f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from "
-                    "pruning with method.exclude"
-                ) from error
+    for place in placing.places(model):
+        layers = {
+            name: _packed(name, weight, place, packing, grids.get(name))
+            for name, weight in place.matrices.items()
+            if packing.suits(weight, grids.get(name))
+        }
+        if layers:
+            placing.put(model, place, layers)
+
+
+def _packed(name: str, weight: Tensor, place: Place, packing: Packing, grid: Grid | None) -> PackedLinear:
+    try:
+        return packing.make(weight, place.bias, grid)
+    except (RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"{name} cannot be run in this form ({error}): use execution=dense, or exclude it from pruning with "
+            "method.exclude"
+        ) from error

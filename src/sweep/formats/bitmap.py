@@ -118,7 +118,7 @@ class BitmapLinear(PackedLinear):
 
     def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None, kernel: str):
         check(mask, values, offsets, columns)
-        super().__init__((len(offsets) - 1, columns), bias)
+        super().__init__((len(offsets) - 1, columns), bias, values.dtype)
         for name, tensor in (("mask", mask), ("values", values), ("offsets", offsets)):
             self.register_buffer(name, tensor)
         self.kernel = kernel
@@ -134,13 +134,13 @@ class BitmapLinear(PackedLinear):
     def facts(self) -> int:
         return self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("no gradient flows through a bitmap layer: use execution=dense, or torch.no_grad()")
         if self._version < 0:
-            return nn.functional.linear(x, self.dense(), self.bias)
+            return nn.functional.linear(x, self.dense(), bias)
         return extension().linear(
-            x, self.mask, self.values, self.offsets, self.bias, self.in_features, self._version, FEW_TOKENS, PANEL_BYTES
+            x, self.mask, self.values, self.offsets, bias, self.in_features, self._version, FEW_TOKENS, PANEL_BYTES
         )
 
     def extra_repr(self) -> str:

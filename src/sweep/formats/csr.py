@@ -16,30 +16,30 @@ class CsrLinear(PackedLinear):
     """A linear layer whose matrix is torch's compressed sparse rows: int32 columns, which MKL multiplies."""
 
     format = declared.CSR
-    weight: Tensor
+    matrix: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid | None = None) -> None:
-        super().__init__(weight.shape, bias)
+        super().__init__(weight.shape, bias, weight.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             rows = weight.detach().to_sparse_csr()
         index = (rows.crow_indices().int(), rows.col_indices().int())
         matrix = torch.sparse_csr_tensor(*index, rows.values(), rows.shape, check_invariants=True)
-        self.register_buffer("weight", matrix)
+        self.register_buffer("matrix", matrix)
 
     def dense(self) -> Tensor:
-        return self.weight.to_dense()
+        return self.matrix.to_dense()
 
     def held(self) -> tuple[Tensor, ...]:
-        return self.weight.values(), self.weight.crow_indices(), self.weight.col_indices()
+        return self.matrix.values(), self.matrix.crow_indices(), self.matrix.col_indices()
 
     @property
     def nonzeros(self) -> int:
-        return int(torch.count_nonzero(self.weight.values()))
+        return int(torch.count_nonzero(self.matrix.values()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        product = (self.weight @ x.reshape(-1, self.in_features).t()).t()
-        product = product if self.bias is None else product + self.bias
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = (self.matrix @ x.reshape(-1, self.in_features).t()).t()
+        product = product if bias is None else product + bias
         return product.reshape(*x.shape[:-1], self.out_features)
 
 

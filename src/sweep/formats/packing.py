@@ -14,26 +14,41 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sweep.formats.declared import Format
+from sweep.formats.declared import DENSE, Format
 from sweep.formats.grid import Grid
+from sweep.formats.stand_in import Matrix
 
 
 class PackedLinear(nn.Module):
     """A linear layer whose matrix lies in buffers, in a form of its own. For inference: no gradient flows through it.
 
-    bias  (out,) or None, apart from the matrix and from its bytes
+    bias   (out,) or None, apart from the matrix and from its bytes
+    dtype  of the inputs that it multiplies, and of the matrix when it is dense
     """
 
     format: ClassVar[Format]
 
-    def __init__(self, shape: Iterable[int], bias: Tensor | None) -> None:
+    def __init__(self, shape: Iterable[int], bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.dtype = dtype
 
     def dense(self) -> Tensor:
         """The matrix, (out, in)."""
         raise NotImplementedError
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(…, out) products of the inputs (…, in), and the bias added."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    @property
+    def weight(self) -> Matrix:
+        """For code that reads a layer's matrix instead of calling the layer."""
+        return Matrix((self,))
 
     def held(self) -> Iterable[Tensor]:
         """The tensors in which the matrix lies."""
@@ -58,6 +73,23 @@ class PackedLinear(nn.Module):
         )
 
 
+class DenseMatrix(PackedLinear):
+    """A matrix as it is, of experts some of whose other matrices are packed."""
+
+    format = DENSE
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(matrix.shape, None, matrix.dtype)
+        self.register_buffer("matrix", matrix)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.matrix, bias)
+
+
 def has_zeros(weight: Tensor, grid: Grid | None = None) -> bool:
     return bool(torch.count_nonzero(weight) < weight.numel())
 
@@ -79,6 +111,6 @@ class Packing:
     read: Callable[[Mapping[str, Tensor], Any], PackedLinear] | None = None
 
 
-def packed(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed(model: nn.Module, prefix: str = "") -> dict[str, PackedLinear]:
+    """The packed layers of a model, or of a module, by name after the prefix."""
+    return {f"{prefix}{name}": module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

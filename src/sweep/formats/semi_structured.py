@@ -15,22 +15,22 @@ class SemiStructuredLinear(PackedLinear):
     """A linear layer whose matrix is torch's 2:4 form: of each four neighbours two, and their places. On CUDA alone."""
 
     format = declared.SEMI_STRUCTURED
-    weight: SparseSemiStructuredTensor
+    matrix: SparseSemiStructuredTensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid | None = None) -> None:
-        super().__init__(weight.shape, bias)
+        super().__init__(weight.shape, bias, weight.dtype)
         matrix = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
-        self.register_buffer("weight", matrix, persistent=False)
+        self.register_buffer("matrix", matrix, persistent=False)
 
     def dense(self) -> Tensor:
-        return self.weight.to_dense()
+        return self.matrix.to_dense()
 
     def held(self) -> list[Tensor]:
-        names, _ = self.weight.__tensor_flatten__()
-        return [getattr(self.weight, name) for name in names]
+        names, _ = self.matrix.__tensor_flatten__()
+        return [getattr(self.matrix, name) for name in names]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.matrix, bias)
 
 
 def is_two_of_four(weight: Tensor, grid: Grid | None = None) -> bool:

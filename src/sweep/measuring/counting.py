@@ -121,7 +121,9 @@ def _pieces(model: PreTrainedModel) -> Pieces:
         share = experts.get(name, 1.0) if multiplies else 1 / rows.get(id(tensor), 1)
         found[name] = Piece(tensor.numel(), int(torch.count_nonzero(tensor)), tensor.nbytes, multiplies, share)
     for name, layer in packed(model).items():
-        found[name] = Piece(layer.out_features * layer.in_features, layer.nonzeros, layer.held_bytes, True)
+        found[name] = Piece(
+            layer.out_features * layer.in_features, layer.nonzeros, layer.held_bytes, True, experts.get(name, 1.0)
+        )
     return found
 
 

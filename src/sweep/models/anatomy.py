@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sweep.formats import stand_in
+from sweep.formats.packing import packed
 from sweep.models import decoders, transformers_private
 from sweep.models.decoders import DECODERS
 from sweep.settings import RequestError
@@ -87,7 +89,7 @@ def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS:
             found[path] = weight(module).detach()
         for name, parameter in fused(module).items():
-            found |= _expert_matrices(module, f"{path}.", name, parameter)
+            found |= expert_matrices(module, f"{path}.", name, parameter)
     return found
 
 
@@ -101,7 +103,7 @@ def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         path, _, name = full.rpartition(".")
         module = model.get_submodule(path)
         if name in fused(module):
-            found |= _expert_matrices(module, f"{path}.", name, parameter)
+            found |= expert_matrices(module, f"{path}.", name, parameter)
         else:
             found[full.removesuffix(".weight")] = parameter
     return found
@@ -119,15 +121,19 @@ def experts(model: PreTrainedModel) -> dict[str, float]:
     All of them where the configuration does not say how many a token takes.
     """
     taken = decoders.size(model.config.get_text_config().to_dict(), "experts_per_token")
-    return {
-        matrix: taken / len(parameter) if taken else 1.0
-        for path, module in model.named_modules()
-        for name, parameter in fused(module).items()
-        for matrix in _expert_matrices(module, f"{path}.", name, parameter)
-    }
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        for name, parameter in fused(module).items():
+            share = taken / len(parameter) if taken else 1.0
+            found |= dict.fromkeys(expert_matrices(module, f"{path}.", name, parameter), share)
+        for stack in stand_in.stacks(module).values():  # packed
+            share = taken / len(stack) if taken else 1.0
+            found |= {name: share for name in packed(module, f"{path}.") if name not in found}
+    return found
 
 
-def _expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
+def expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
+    """The matrices of all experts in the fused parameter `name` of a module, (out, in), as views; `path` ends in a dot."""
     return {
         f"{path}{expert}.{matrix}": found
         for expert, tensor in enumerate(fused.detach())

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from sweep.formats.declared import FORMATS, Stored
-from sweep.formats.packing import PackedLinear, packed
-from sweep.models import cut_tokenizer, headers, origin, parts, pretrained, surgery
+from sweep.formats.packing import DenseMatrix, PackedLinear, packed
+from sweep.models import cut_tokenizer, headers, origin, parts, placing, pretrained, surgery
 from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
@@ -65,6 +65,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
     if kept is not None:
         facts["token_rows"] = cut_tokenizer.rows_before(tokenizer)
     for name, layer in layers.items():
+        if isinstance(layer, DenseMatrix):
+            continue
         entry = _STORED[layer.format.name]
         facts["format"] = max(facts["format"], entry.version)
         facts.setdefault(entry.key, {})[name] = layer.facts()
@@ -153,8 +155,7 @@ def _load_own(
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
     layers = _packed_layers(weights, facts, model.dtype)
     _take_shapes(model, weights, layers)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    placing.put_read(model, layers)
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),

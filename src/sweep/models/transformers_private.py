@@ -29,11 +29,16 @@ def expert_matrices(experts: nn.Module, name: str, expert: Tensor) -> dict[str, 
 
     Gate and up are two where they lie one behind the other, and one `gate_up_proj` where their rows alternate.
     """
-    matrix = expert.t() if getattr(experts, "is_transposed", False) else expert
+    matrix = expert.t() if are_flipped(experts) else expert
     if name == "gate_up_proj" and getattr(experts, "is_concatenated", True):
         gate, up = matrix.chunk(2)
         return {"gate_proj": gate, "up_proj": up}
     return {name: matrix}
+
+
+def are_flipped(experts: nn.Module) -> bool:
+    """Whether the slices of the fused parameters are (in, out)."""
+    return getattr(experts, "is_transposed", False)
 
 
 def tells_neurons(experts: nn.Module) -> bool:
