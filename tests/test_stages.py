@@ -56,7 +56,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> list[run.Known]:
             matrix.zero_()
         return Scaled()
 
-    scaled = Stage("scale", "method", Dense(), families)
+    scaled = Stage("scale", "method", Dense(), families, "scale", "none")
     monkeypatch.setattr(config, "STAGES", (*config.STAGES, scaled))
     monkeypatch.setitem(run.WORK, "scale", scale)
     return told

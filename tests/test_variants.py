@@ -40,6 +40,14 @@ def test_two_versions_of_a_cell_are_never_two_seeds() -> None:
     assert sorted(drops) == pytest.approx([100 / 15, 400 / 15])  # each after the dense row of its version
 
 
+def test_two_versions_of_a_stage_are_two_points_beside_one_dense_model() -> None:
+    first = one_cell()
+    later = first[first.method == "weight"].assign(cell="later", stage_versions='{"prune": 2}')
+    points = frontier.points(pd.concat([first, later], ignore_index=True), "sparsity", "pydoc/token_perplexity")
+    assert plot.series(points).tolist() == ["dense", "weight magnitude", "weight magnitude (prune=2)"]
+    assert frontier.dense_of(points).tolist() == [0, 0, 0] and points.seeds.tolist() == [1, 1, 1]
+
+
 def test_two_rows_of_one_seed_are_one_draw_and_the_newer_counts() -> None:
     rows = frames.twice(one_cell()).assign(**{"capitals/acc": [0.8, 0.5, 0.8, 0.25]})
     points = frontier.points(rows, "sparsity", "capitals/acc")

@@ -150,10 +150,14 @@ class Stage:
     group: str  # of a cell's settings: what is asked of it
     unused: Any  # the settings with which it does nothing, the default of its group
     declared: Declared
+    column: str  # of a row: which of its kinds it was
+    nothing: str  # what stands there where it did nothing
     version: int = 1  # raise when it does something else under the same settings; hashed where it is used, from 2 on
 
 
-STAGES = (Stage("prune", "method", Dense(), families),)  # in the order in which they change the model
+STAGES: tuple[Stage, ...] = (
+    Stage("prune", "method", Dense(), families, "method", "dense"),
+)  # in the order in which they change the model
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,12 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     return found
 
 
+def stage_versions(cell: Cell) -> dict[str, int]:
+    """Of which version the stages are that the cell uses, from 2 on: neither a new stage nor the first version of one
+    renames a recorded row."""
+    return {stage.name: stage.version for stage in cell.stages() if stage.version > 1}
+
+
 def _content(cell: Cell) -> dict[str, Any]:
     content = stated(cell)
     for setting in FINGERPRINTED:
@@ -67,9 +73,8 @@ def _content(cell: Cell) -> dict[str, Any]:
     data = data_fingerprints(cell)
     if CRITERION in data:
         del content["method"]["criterion"]
-    versions_of_stages = {stage.name: stage.version for stage in cell.stages() if stage.version > 1}
-    if versions_of_stages:  # so that neither a new stage nor the first version of one renames a recorded row
-        content["stages"] = versions_of_stages
+    if stages := stage_versions(cell):
+        content["stages"] = stages
     return content | {
         "fingerprint": origin.fingerprint(cell.model),
         "data": data,

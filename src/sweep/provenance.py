@@ -31,6 +31,7 @@ def columns(cell: Cell, command: str) -> dict[str, Any]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_fingerprint": origin.fingerprint(cell.model),
         "measuring_version": versions.MEASURING_VERSION,
+        "stage_versions": json.dumps(stages) if (stages := identity.stage_versions(cell)) else None,
         "data_fingerprints": json.dumps(identity.data_fingerprints(cell), sort_keys=True),
         **machine.provenance(),
     }

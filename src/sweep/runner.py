@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sweep import cache, isolate, machine, provenance, store, turns
+from sweep import cache, config, isolate, machine, provenance, store, turns
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Ending
 from sweep.metrics import main_metrics
@@ -212,14 +212,11 @@ def headline(row: dict[str, Any]) -> str:
 def listing(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as a table of a few columns."""
     lines = []
+    told = ["method", "criterion", "sparsity"]
+    later = config.STAGES[1:]
+    told += [s.column for s in later if any(found.get(s.column) not in (None, s.nothing) for found in rows)]
     for found in rows:
-        line = {
-            "method": found["method"],
-            "criterion": found["criterion"],
-            "sparsity": found["sparsity"],
-            "seed": found["seed"],
-            "status": found["status"],
-        }
+        line = {name: found.get(name) for name in (*told, "seed", "status")}
         if found["status"] == "ok":
             line |= {
                 "MB": found["weights_bytes"] / 1e6,

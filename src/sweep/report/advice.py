@@ -23,7 +23,7 @@ def cheapest_within(
     Certain is what the whole interval of the difference from dense allows.
     """
     points = _named(rows, cost, metric)
-    dense = points[points.method == "dense"]
+    dense = points[points.baseline]
     limit_text = f"{100 * max_drop:g} %" if relative else f"{max_drop:g}"
     start = f"At most {limit_text} worse than dense on {label(metric)}: "
     if dense.empty:
@@ -32,7 +32,7 @@ def cheapest_within(
     per_row = frontier.dense_value(points, "y")
     allowance = max_drop * abs(per_row) if relative else pd.Series(max_drop, index=points.index)
     drop = sign * (points.y - per_row)
-    kept = points[(points.method != "dense") & (drop <= allowance)]
+    kept = points[~points.baseline & (drop <= allowance)]
     cheaper = kept.sort_values("x", ascending=is_loss(cost, rows), kind="stable")
     if cheaper.empty:
         return f"{start}no pruned cell."
@@ -103,7 +103,7 @@ def break_even(rows: pd.DataFrame, phase: str = "decode") -> list[str]:
     sentences = []
     low = rows.groupby([c for c in frontier.SAME_POINT if c in rows], dropna=False)[f"{phase}_speedup_low"].min()
     points = points.merge(low.rename("lowest").reset_index(), how="left")
-    for name, line in points[points.method != "dense"].groupby("name_"):
+    for name, line in points[~points.baseline].groupby("name_"):
         line = line.sort_values("sparsity", ascending=False)
         sure = line[(line.lowest > 1.0).cummin()]
         if sure.empty:
@@ -142,7 +142,7 @@ def _knee(x: np.ndarray, y: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> 
 
 
 def _describe(point: pd.Series, cost: str, metric: str) -> str:
-    at = f" at sparsity {point.sparsity:g}" if point.method != "dense" else ""
+    at = f" at sparsity {point.sparsity:g}" if point.sparsity else ""
     return (
         f"{point.name_}{at}, {label(cost)} {_with_interval(point, 'x', cost)}, "
         f"{label(metric)} {_with_interval(point, 'y', metric)}"

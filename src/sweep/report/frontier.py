@@ -10,12 +10,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
+from sweep import config
 from sweep.metrics import is_exp, stderr
 from sweep.report import variants
 
-_WORDS = ["variant", "setting", "version", "machine"]  # which sweep.report.variants adds
+_WORDS = ["baseline", "variant", "setting", "version", "machine"]  # which sweep.report.variants adds
 # Rows that agree in these differ in the seed alone.
-SAME_POINT = ["model", "method", "criterion", "variant", "execution", "setting", "version", "machine", "sparsity"]
+SAME_POINT = [
+    *("model", *(stage.column for stage in config.STAGES), "criterion", "variant", "execution"),
+    *("setting", "version", "machine", "sparsity", "baseline"),
+]
 ON, OFF, WITHIN_NOISE = "on", "off", "within noise"
 Differ: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]
 
@@ -35,7 +39,7 @@ def with_paired_latency(rows: pd.DataFrame) -> pd.DataFrame:
         reference = rows.groupby(alike, dropna=False)[measured].transform("median")
         for end, opposite in (("", ""), ("_low", "_high"), ("_high", "_low")):  # the highest speed-up: the lowest time
             speedup = rows.get(f"{phase}_speedup{opposite}", pd.Series(np.nan, index=rows.index))
-            rows[f"{phase}_ms_paired{end}"] = reference / speedup.where(rows.method != "dense", 1.0)
+            rows[f"{phase}_ms_paired{end}"] = reference / speedup.where(~rows.baseline, 1.0)
     return rows
 
 
@@ -68,10 +72,10 @@ def newest(rows: pd.DataFrame, asked: str) -> tuple[pd.DataFrame, list[str]]:
     asked  how the others are asked for
 
     What two versions have measured is not compared, so nothing that is to be compared holds both. The version is the
-    newest that has pruned a model: a study that has only begun anew, with its dense cells, is still the earlier one.
+    newest that has changed a model: a study that has only begun anew, with its dense cells, is still the earlier one.
     """
-    version, pruned = variants.versions(rows), rows.method != "dense"
-    others = version != version[pruned if pruned.any() else slice(None)].max()
+    version, changed = variants.versions(rows), ~variants.is_baseline(rows)
+    others = version != version[changed if changed.any() else slice(None)].max()
     left = version[others].value_counts().sort_index()
     counts = [
         f"{count} of {'an unknown one' if v == variants.UNKNOWN else f'version {v}'}" for v, count in left.items()
@@ -87,7 +91,7 @@ def dense_of(rows: pd.DataFrame) -> NDArray[np.int64]:
     """
     keys = ["model", "setting", "version", "machine"]
     rows = rows.assign(place=np.arange(len(rows)), model=rows.model.fillna(""))
-    dense = rows[rows.method == "dense"]
+    dense = rows[rows.baseline]
     known: dict[tuple, int] = {}
     for *key, place in _oldest_first(dense)[[*keys, "place"]].itertuples(index=False):
         known[tuple(key)] = known[tuple(key[:-1])] = place

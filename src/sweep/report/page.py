@@ -13,13 +13,23 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sweep import config
 from sweep.metrics import bare, stderr
 from sweep.report import plot
 from sweep.store import columns
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
-_FILTERS = ("model", "method", "criterion", "variant", "execution", "setting", "version", "machine")
+_FILTERS = (
+    "model",
+    *(stage.column for stage in config.STAGES),
+    "criterion",
+    "variant",
+    "execution",
+    "setting",
+    "version",
+    "machine",
+)
 
 
 def render(

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sweep import confusion, store
+from sweep import config, confusion, store
 from sweep.metrics import METRICS, bare, mean_of, record
 from sweep.report import chance, frontier
 from sweep.report.chance import LEVEL, holm, mcnemar
@@ -198,7 +198,7 @@ def compare(
                 {
                     "before": before,
                     "after": after,
-                    "method": row.method,
+                    **{stage.column: row.get(stage.column, stage.nothing) for stage in config.STAGES},
                     "criterion": row.criterion,
                     "sparsity": row.sparsity,
                     "seed": row.seed,
@@ -278,5 +278,5 @@ def against_dense(rows: pd.DataFrame) -> list[tuple[str, str]]:
     rows  by cell
     """
     rows = frontier.with_words(rows)
-    pairs = zip(frontier.dense_of(rows), rows.index, rows.method, strict=True)
-    return [(rows.index[dense], cell) for dense, cell, method in pairs if method != "dense" and dense >= 0]
+    pairs = zip(frontier.dense_of(rows), rows.index, rows.baseline, strict=True)
+    return [(rows.index[dense], cell) for dense, cell, is_dense in pairs if not is_dense and dense >= 0]

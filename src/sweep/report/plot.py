@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sweep import config
 from sweep.formats import declared
 from sweep.metrics import BANDS
 from sweep.report import frontier
@@ -74,9 +75,15 @@ _STYLE = {
 
 
 def series(points: pd.DataFrame) -> pd.Series:
-    """The name of each point's method: as short as tells it from the other methods of the figure."""
-    criterion = points.criterion.fillna("").astype(str)
-    name = points.method.astype(str) + (" " + criterion).where(criterion != "", "")
+    """The name of each point's recipe, stage after stage: as short as tells it from the others of the figure."""
+    name = pd.Series("", index=points.index)
+    for stage in config.STAGES:
+        word = points[stage.column].astype(str)
+        if stage.group == "method":
+            word += (" " + points.criterion.astype(str)).where(points.criterion.notna(), "")
+        used = points[stage.column] != stage.nothing
+        name += ((" + " + word).where(name != "", word)).where(used, "")
+    name = name.where(~points.baseline, "dense")
     name += (" (" + points.variant + ")").where(points.variant != "", "")
     several = points.groupby(name).execution.transform("nunique") > 1
     name += (", " + points.execution.astype(str)).where(several | points.execution.isin(_PACKED), "")
@@ -118,7 +125,7 @@ def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column", evid
     points = _prepared(rows, "sparsity", metric)
     points["standing"] = frontier.ON
     dense = frontier.dense_of(points)
-    compared = np.flatnonzero((points.method != "dense").to_numpy() & (dense >= 0))
+    compared = np.flatnonzero(~points.baseline.to_numpy() & (dense >= 0))
     alike = evidence.alike(points, compared, dense[compared], metric)
     points.loc[points.index[compared[alike]], "standing"] = frontier.WITHIN_NOISE
     figure, axes = _new(width)
@@ -136,7 +143,7 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     figure, axes = _new(width)
     _draw_series(axes, points, joined=True)
     counted = _prepared(with_counted_speedup(rows), "sparsity", "counted_speedup")
-    counted = counted[counted.method != "dense"]
+    counted = counted[~counted.baseline]
     styles = _styles(points)
     for name, line in counted.groupby(series(counted), sort=True):
         colour = styles[name][0] if name in styles else "0.5"
@@ -166,7 +173,7 @@ def drop_table(rows: pd.DataFrame, metrics: Iterable[str], *, relative: bool = T
     for metric in metrics:
         points = _points(rows, "sparsity", metric)
         points["dense"] = frontier.dense_value(points, "y")
-        pruned = points[points.method != "dense"]
+        pruned = points[~points.baseline]
         sign = 1 if is_loss(metric, rows) else -1
         drop = sign * (pruned.y - pruned.dense)
         if relative:
@@ -260,7 +267,7 @@ def layer_figure(rows: pd.DataFrame, layers: pd.DataFrame, width: str = "column"
     layers  the cells' table of that name
     Means over seeds. None where every block of every method loses the same.
     """
-    pruned = rows[(rows.method != "dense") & rows.cell.isin(layers.cell)]
+    pruned = rows[~rows.baseline & rows.cell.isin(layers.cell)]
     pruned = pruned.assign(series=series(pruned))
     distance = (pruned.sparsity - 0.5).abs()
     pruned = pruned[distance == distance.groupby(pruned.series).transform("min")]
@@ -357,7 +364,7 @@ def _prepared(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
 def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
     """Colour, mark and line of each method, by its place in the sorted names."""
-    names = sorted(set(series(points[points.method != "dense"])))
+    names = sorted(set(series(points[~points.baseline])))
     return {
         name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
         for i, name in enumerate(names)
@@ -366,7 +373,7 @@ def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
 
 def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
     """Every method's marks, intervals and, where joined, line."""
-    pruned = points[points.method != "dense"].sort_values(["sparsity", "x"])
+    pruned = points[~points.baseline].sort_values(["sparsity", "x"])
     styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
     x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
     bars = [
@@ -479,7 +486,7 @@ def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
         for right, up in ((4, 3), (4, -9), (-4 - width, 3), (-4 - width, -9)):
             box = (x + right, y + up, x + right + width, y + up + size)
             free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
-            if free and point.method != "dense":
+            if free and point.sparsity:
                 axes.annotate(
                     text, (point.x, point.y), textcoords="offset points", xytext=(right, up), fontsize=size, color="0.3"
                 )
@@ -488,7 +495,7 @@ def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
 
 
 def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool) -> None:
-    for dense in points[points.method == "dense"].itertuples():
+    for dense in points[points.baseline].itertuples():
         axes.axhline(dense.y, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
         if x != "sparsity":
             axes.axvline(dense.x, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
@@ -506,7 +513,7 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool
         )
         for bar in drawn.lines[2]:
             bar.set_linestyle(_OVER[dense.interval])
-    if (points.method == "dense").any():
+    if points.baseline.any():
         axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
     if y_is_loss and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
         axes.set_yscale("log", nonpositive="mask")

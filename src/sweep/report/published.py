@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from sweep import store
+from sweep import config, store
 from sweep.report import frontier, variants
 from sweep.settings import RequestError
 
@@ -48,8 +48,8 @@ def compare(rows: pd.DataFrame, path: Path) -> tuple[str, bool]:
     )
     lines, verdicts = [], []
     for line in wanted.to_dict("records"):
-        dense = line["method"] == "dense"
-        what = " ".join(str(line[k]) for k in line if k not in _ASIDE and pd.notna(line[k]) and str(line[k]) != "")
+        dense = _is_dense(line)
+        what = " ".join(str(line[k]) for k in line if k not in _ASIDE and not _is_empty(line[k]))
         what = "dense" if dense else f"{line['method']} {what} {line['sparsity']:g}".replace("  ", " ")
         found = _matching(ok, settings, line, path)
         ours = found.dropna(subset=line["metric"]) if line["metric"] in found else found.iloc[:0]
@@ -76,7 +76,7 @@ def _told_apart(rows: pd.DataFrame, point: object) -> str:
 
 
 def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> list[str]:
-    if not (wanted.method == "dense").any():
+    if not any(map(_is_dense, wanted.to_dict("records"))):
         return ["no dense number is published here, so the protocol cannot be checked"]
     if not verdicts:
         return ["the dense model has not been measured: the protocol is unchecked"]
@@ -96,14 +96,17 @@ def _said(verdicts: list[tuple[dict, float, bool]], wanted: pd.DataFrame) -> lis
 
 def _matching(rows: pd.DataFrame, settings: pd.DataFrame, line: dict, path: Path) -> pd.DataFrame:
     keep = variants.is_called(rows, line["model"]) & (rows.method == line["method"])
-    if line["method"] != "dense":
+    for stage in config.STAGES:
+        if _is_empty(line.get(stage.column)):
+            keep &= rows[stage.column] == stage.nothing
+    if not _is_dense(line):
         keep &= (rows.sparsity - line["sparsity"]).abs() < 1e-6
     for name, value in line.items():
         if name in _ASIDE:
             continue
-        if line["method"] == "dense" and (name == "criterion" or name.startswith(("method.", "calibration."))):
+        if _is_dense(line) and (name == "criterion" or name.startswith(("method.", "calibration."))):
             continue
-        if pd.isna(value) or str(value) == "":
+        if _is_empty(value):
             if name.startswith("method."):
                 keep &= variants.at_default(rows, name)
             continue
@@ -116,6 +119,15 @@ def _matching(rows: pd.DataFrame, settings: pd.DataFrame, line: dict, path: Path
             )
         keep &= source[name].astype(str) == _text(value, source[name])
     return rows[keep]
+
+
+def _is_dense(line: dict) -> bool:
+    """Whether a published number is of the dense model: a file says nothing of stages that it knows nothing of."""
+    return all(_is_empty(line.get(stage.column)) or line[stage.column] == stage.nothing for stage in config.STAGES)
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value == "" or value != value  # NaN
 
 
 def _text(value: object, column: pd.Series) -> str:

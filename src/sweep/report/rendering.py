@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sweep import messages, store
+from sweep import config, messages, store
 from sweep.metrics import main_metrics, task_metrics
 from sweep.report import advice, frontier, page, paired, plot, published, summary, variants
 from sweep.report.evidence import Evidence
@@ -30,6 +30,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+_STAGES = [stage.column for stage in config.STAGES]
+_RECIPE = (*_STAGES, "criterion", "sparsity", "seed", "execution")  # what was done to a model, by columns
 _DEFAULT_COSTS = ("latency", "memory", "stored", "macs", "energy")
 _MARKS = "Bold: the best at its sparsity. ~: within noise of it."
 _SAMPLED = 500  # more cells than this, and their tables are not read
@@ -90,10 +92,10 @@ def select(rows: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
             if column == "model" and sign in ("=", "!="):  # it may go by another name elsewhere
                 one = variants.is_called(rows, choice) == (sign == "=")
             meets = meets & one if sign == "!=" else meets | one
-        if column in ("method", "criterion", "sparsity", "seed", "execution", "sparsity_achieved"):
-            meets |= rows.method == "dense"
+        if column in (*_RECIPE, "sparsity_achieved"):
+            meets |= variants.is_baseline(rows)
         rows = rows[meets]
-        if not (rows.method != "dense").any():
+        if variants.is_baseline(rows).all():
             raise RequestError(f"--filter {words!r} leaves no pruned row")
     return rows
 
@@ -164,9 +166,9 @@ def facets(rows: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]
     """
     column = _column(rows, by, "--facet") if by else "model"
     values = rows[column].dropna().unique()
-    keeps_dense = column in ("method", "criterion", "execution", "variant", "sparsity", "seed")
+    keeps_dense = column in (*_RECIPE, "variant")
     parts = [
-        (f"-{column}-{_file_name(value)}", rows[(rows[column] == value) | ((rows.method == "dense") & keeps_dense)])
+        (f"-{column}-{_file_name(value)}", rows[(rows[column] == value) | (rows.baseline & keeps_dense)])
         for value in values
     ]
     if by is None and len(values) == 1:
@@ -187,12 +189,12 @@ def by_machine(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     machines = rows.machine.unique()
     if len(machines) == 1:
         return [("", rows)]
-    foreign = rows[rows.method == "dense"].copy()
+    foreign = rows[rows.baseline].copy()
     foreign[[c for c in rows.columns if columns.is_measured(c)]] = np.nan
     parts = []
     for machine in machines:
         mine = rows[rows.machine == machine]
-        lent = foreign[(foreign.machine != machine) & ~foreign.setting.isin(mine.setting[mine.method == "dense"])]
+        lent = foreign[(foreign.machine != machine) & ~foreign.setting.isin(mine.setting[mine.baseline])]
         lent = lent.assign(**{name: mine[name].iloc[0] for name in ("machine", "cpu", "gpu") if name in mine})
         parts.append((machine, frontier.with_paired_latency(pd.concat([mine, lent]).sort_index())))
     return parts

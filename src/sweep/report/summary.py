@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pandas as pd
 
+from sweep import config
 from sweep.report import frontier, plot
 from sweep.report.evidence import NOTHING, Evidence
 from sweep.store.columns import label, scale
@@ -44,8 +45,7 @@ def lines(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> p
         joined = joined.join(part.drop(columns=_OF_THE_LINE), how="outer")
         joined[_OF_THE_LINE] = joined[_OF_THE_LINE].fillna(part[_OF_THE_LINE])
     joined = joined.reset_index()
-    order = (joined.method != "dense").astype(int)
-    return joined.assign(_order=order).sort_values(["_order", "name", "sparsity"]).drop(columns="_order")
+    return joined.sort_values(["baseline", "name", "sparsity"], ascending=[False, True, True])
 
 
 def marks(summary: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence = NOTHING) -> pd.Series:
@@ -61,7 +61,7 @@ def marks(summary: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence 
         y_high=summary[f"{column}_high"],
         interval=summary[f"{column}_over"],
     )
-    pruned = summary[(summary.method != "dense") & summary[column].notna()]
+    pruned = summary[~summary.baseline & summary[column].notna()]
     for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
         if len(group) < 2:
             continue
@@ -123,7 +123,7 @@ def latex(
     }
     for i, row in summary.iterrows():
         lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in columns)]) + r" \\")
-        if row.method == "dense":
+        if row.baseline:
             lines.append(r"\midrule")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
@@ -133,7 +133,8 @@ def failures(rows: pd.DataFrame) -> list[str]:
     lines = []
     for row in rows[rows.status != "ok"].itertuples():
         reason = (row.error if isinstance(row.error, str) else "").strip().splitlines()[-1:] or ["no reason recorded"]
-        words = [row.model, row.method, row.criterion, f"sparsity {row.sparsity:g}", f"seed {row.seed}"]
+        later = [getattr(row, stage.column, None) for stage in config.STAGES[1:]]
+        words = [row.model, row.method, row.criterion, f"sparsity {row.sparsity:g}", *later, f"seed {row.seed}"]
         lines.append(f"{' '.join(str(w) for w in words if isinstance(w, str))}: {row.status}: {reason[0]}")
     return lines
 

@@ -7,8 +7,10 @@ fingerprint and shown by a name: a folder may be called in many ways, and its co
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ from sweep.pruning import criteria, families
 from sweep.settings import flat_fields, renamed
 
 # Told by columns of their own, or no choice between methods.
-_NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"}
+_NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"} | {
+    f"{stage.group}.name" for stage in config.STAGES
+}
 # No number depends on them beyond what fingerprints and the names below say.
 _ASIDE = {
     "data_root",
@@ -43,7 +47,8 @@ _NOW = {f"method.{was}": f"method.{now}" for was, now in renamed(families.Weight
 # Before this measuring version some defaults were others, and a task's fingerprint did not say which examples it shows.
 _CHANGED = 6
 _FORMERLY = {"benchmarks.num_fewshot": 0, "benchmarks.max_length": 2048}
-_OF_THE_METHOD = ("method.", "calibration.", "execution.")
+_LATER = tuple(f"{stage.group}." for stage in config.STAGES if stage.group != "method")  # what follows pruning
+_RECIPE = ("method.", "calibration.", "execution.", *_LATER)
 _MEASUREMENT = ("benchmarks.", "efficiency.", "perplexity.")  # how, and on what, the cell is measured
 UNKNOWN = -1  # the measuring version of a row that cannot tell it: older than any other
 
@@ -83,11 +88,22 @@ def at_default(rows: pd.DataFrame, key: str) -> pd.Series:
     return pd.Series(found, index=rows.index, dtype=bool)
 
 
+def is_baseline(rows: pd.DataFrame) -> pd.Series:
+    """Whether each row is of the dense model, which no stage has changed: what all others are compared with.
+
+    A row that is older than a stage did not use it.
+    """
+    unused = [_column(rows, stage.column).fillna(stage.nothing) == stage.nothing for stage in config.STAGES]
+    return functools.reduce(operator.and_, unused)
+
+
 def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with one name for each model, and with four columns of words, empty where all rows agree.
+    """The rows with one name for each model, a word for each stage, `baseline`, which says whether a row is of the
+    dense model, and four columns of words, empty where all rows agree.
 
     setting  how, and on what, the cell is measured: benchmarks, timing, dtype, device, threads
-    variant  the settings of the method that vary between rows of one method and criterion, such as `scope=global`
+    variant  the settings of the recipe that vary between rows of one method, criterion and what follows them, such as
+             `scope=global`, and the versions of its stages
     version  the measuring version
     machine  processor and GPU
     Of setting and variant, what is at its default goes without saying. A dense row has the setting of what is compared
@@ -121,17 +137,22 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
         | (
             {"method.source": d["method.criterion"][:8]} if "method.criterion" in d else {}
         )  # of a function of one's own
-        for s, d, of in zip(settings, data, version, strict=True)
+        | {f"stages.{name}": v for name, v in json.loads(stages if isinstance(stages, str) else "{}").items()}
+        for s, d, stages, of in zip(settings, data, _column(rows, "stage_versions"), version, strict=True)
     ]
     machines = [
         {k: v for k, v in zip(("cpu", "gpu"), pair, strict=True) if isinstance(v, str)}
         for pair in zip(_column(rows, "cpu"), _column(rows, "gpu"), strict=True)
     ]
     everything = pd.Series("all", index=rows.index)
+    stages = {stage.column: _column(rows, stage.column).fillna(stage.nothing) for stage in config.STAGES}
+    recipe = pd.Series(list(zip(*stages.values(), rows.criterion.astype(str), strict=True)), index=rows.index)
     return rows.assign(
+        **stages,
+        baseline=is_baseline(rows),
         model=_models(rows),
         setting=_words(measured, everything),
-        variant=_words(chosen, rows.method.astype(str) + "/" + rows.criterion.astype(str)),
+        variant=_words(chosen, recipe),
         version=["unknown" if v == UNKNOWN else str(v) for v in version] if len(set(version)) > 1 else "",
         machine=_words(machines, everything),
     )
@@ -207,7 +228,7 @@ def _is_default(key: str, setting: dict[str, Any], version: int) -> bool:
 
 
 def _is_choice(key: str) -> bool:
-    return key.startswith(_OF_THE_METHOD) and key not in _NAMED and key not in _ASIDE
+    return key.startswith(_RECIPE) and key not in _NAMED and key not in _ASIDE
 
 
 def _is_measurement(key: str) -> bool:
@@ -227,6 +248,11 @@ def _words(settings: list[dict[str, Any]], groups: pd.Series) -> list[str]:
         for group, keys in seen.items()
     }
     return [
-        ", ".join(f"{key.rpartition('.')[2]}={setting[key]}" for key in varying[group] if key in setting)
+        ", ".join(f"{_short(key)}={setting[key]}" for key in varying[group] if key in setting)
         for group, setting in zip(groups, settings, strict=True)
     ]
+
+
+def _short(key: str) -> str:
+    """A setting's name alone, which says enough; of a stage after pruning with the stage, which is no method's own."""
+    return key if key.startswith(_LATER) else key.rpartition(".")[2]

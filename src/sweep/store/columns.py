@@ -416,6 +416,13 @@ COLUMNS = _by_name(  # of the schema, in its order
         "version of the measuring code: rows of different versions are never averaged or compared",
     ),
     Column("higher_is_better", _TEXT, ORIGIN, "what lm-eval says of its metrics, `{column: true or false}` as JSON"),
+    Column(
+        "stage_versions",
+        _TEXT,
+        ORIGIN,
+        "versions of the stages that changed the model, from 2 on, `{stage: version}` as JSON: other versions are other "
+        "cells, which are never averaged",
+    ),
 )
 MADE = _by_name(
     *_with_ends(
@@ -451,7 +458,18 @@ MADE = _by_name(
         unit="ratio",
         better=HIGH,
     ),
-    Column("variant", _TEXT, ASKED, "settings of the method that vary between the rows of one method and criterion"),
+    Column(
+        "baseline",
+        _BOOL,
+        ASKED,
+        "whether the row is of the dense model, which no stage has changed: what the others are compared with",
+    ),
+    Column(
+        "variant",
+        _TEXT,
+        ASKED,
+        "settings of the recipe that vary between the rows of one method, criterion and what follows them",
+    ),
     Column("setting", _TEXT, ASKED, "settings of the measurement that vary between the rows"),
     Column("version", _TEXT, ORIGIN, "the measuring version, where it varies between the rows"),
     Column("machine", _TEXT, ORIGIN, "processor and GPU, where they vary between the rows"),
