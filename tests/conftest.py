@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import tiny_models
+
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
 
 # What makes a test take seconds: other programs and servers, child processes of cells, notebooks, whole reports.
@@ -111,22 +113,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_tiny_checkpoint(folder: Path) -> None:
     """A tiny random Llama with a byte-level tokenizer, as save_pretrained writes it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from tokenizers.decoders import ByteLevel
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
-        **{**GATED, "vocab_size": len(vocabulary), "max_position_embeddings": 4096},
+        **{**GATED, "vocab_size": len(tokenizer), "max_position_embeddings": 4096},
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
