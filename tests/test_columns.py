@@ -60,7 +60,7 @@ def test_the_table_for_older_rows_is_lm_evals_own() -> None:
 
 
 DECLARED = {**columns.COLUMNS, **columns.MADE}
-COSTS = {"bytes", "seconds", "milliseconds", "joules", "MACs", "parameters", "passes"}
+COSTS = {"bits", "bytes", "seconds", "milliseconds", "joules", "MACs", "parameters", "passes"}
 
 
 @pytest.mark.parametrize("column", DECLARED.values(), ids=DECLARED)

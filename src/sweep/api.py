@@ -11,7 +11,9 @@ blocks are equally wide and its vocabulary is whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from sweep.models import checkpoint, cut_tokenizer
 from sweep.pruning import criteria, families, methods
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
+from sweep.quantization import forms, quantise
 from sweep.settings import RequestError
+from sweep.solver import no_rounding
 from sweep.texts import text
 
 
@@ -32,7 +36,8 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     *,
     method: str,
-    sparsity: float,
+    sparsity: float | None = None,
+    quantize: str | Mapping[str, Any] = forms.NONE,
     calibration: str = "pydoc",
     sequences: int = 16,
     length: int = 256,
@@ -42,10 +47,13 @@ def prune(
     data_root: str | None = None,
     **further: Any,
 ) -> Pruned:
-    """Prune a model in place and say what was removed.
+    """Prune a model in place, quantise what is left on request, and say what was removed.
 
     method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its settings
                  (method="neuron", scope="layer")
+    sparsity     fraction to remove; method="dense" removes nothing, and needs none
+    quantize     a form, such as "int8", or its settings as on the command line: {"name": "int4", "method": "gptq"}. The
+                 model then holds the values of the form in its own dtype, and `grids` of the result says which these are
     calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
     data_root    folder of data sets laid out as the hub names them, for calibration="wikitext2" or "c4" offline
     device       where a weight method works, one block at a time, while the rest of the model stays where it is
@@ -55,13 +63,28 @@ def prune(
     """
     own = further.get("criterion")
     with criteria.given(own) if callable(own) else nullcontext(own) as criterion:
+        if sparsity is None and method != "dense":
+            raise RequestError(f"sparsity is missing: give the fraction that method={method} is to remove")
         asked = _family(method) | further | ({} if criterion is None else {"criterion": criterion})
         text_read = {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential}
-        cell = _cell(model, method=asked, sparsity=sparsity, seed=seed, calibration=text_read, data_root=data_root)
+        cell = _cell(
+            model,
+            method=asked,
+            sparsity=sparsity or 0.0,
+            seed=seed,
+            calibration=text_read,
+            data_root=data_root,
+            quantize={"name": quantize} if isinstance(quantize, str) else quantize,
+        )
         if device is not None and not isinstance(cell.method, Weight):
             raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
         plan.check_method(cell, model.config.to_dict())
-        pruned = methods.prune_as(cell, model, tokenizer, text.for_cell(cell, tokenizer), device=device)
+        tokens = text.for_cell(cell, tokenizer)
+        rounding = quantise.rounding(cell.quantize, model) if cell.quantize.joint else no_rounding
+        pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
+    if cell.quantize.name != forms.NONE:
+        quantised = quantise.quantise_as(cell, model, tokens, done=pruned.grids, device=device)
+        pruned = replace(pruned, grids={**pruned.grids, **quantised.grids})
     if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
     return pruned

@@ -8,7 +8,7 @@ the text's hidden state, (T, hidden), and the statistics of one block, however m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -292,6 +292,19 @@ def read_blocks(
         block.to(home)
     for name in last:
         yield "", {name: anatomy.weight(head).detach()}, {name: head_inputs(model, text, hessian=hessian)}
+
+
+def by_input(
+    names: Iterable[str], inputs: Mapping[str, Inputs], apart: Callable[[str], Hashable] = lambda name: None
+) -> list[list[str]]:
+    """The names of matrices, those with a common input together; one that reads none, such as an embedding, is alone.
+
+    apart  what must be equal, too, of matrices that stand together
+    """
+    together: dict[Hashable, list[str]] = {}
+    for name in names:
+        together.setdefault((id(inputs[name]), apart(name)) if name in inputs else name, []).append(name)
+    return list(together.values())
 
 
 @torch.no_grad()

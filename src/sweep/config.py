@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 from sweep.formats.declared import FORMATS, SHRUNK, Format, FormatName, KernelName
 from sweep.pruning import criteria, families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
+from sweep.quantization import forms
+from sweep.quantization.forms import Quantize
 from sweep.settings import Named, RequestError, build, byte_size, setting, told
 
 _LEAST_MEMORY = 2**30  # bytes
@@ -91,6 +93,7 @@ GROUPS: dict[str, type] = {
     "benchmarks": Benchmarks,
     "perplexity": Perplexity,
     "calibration": Calibration,
+    "quantize": Quantize,
     "efficiency": Efficiency,
     "execution": Execution,
 }
@@ -113,6 +116,7 @@ class Cell(Named):
     device: str = "auto"
     threads: int | None = setting(None, minimum=1)
     data_root: str | None = None
+    quantize: Quantize = field(default=Quantize())
 
     def dense(self) -> Cell:
         """The unpruned model measured with this cell's settings: what the cell is compared with."""
@@ -127,7 +131,7 @@ class Cell(Named):
         """The words by which a person recognises the cell in a list."""
         criterion = criteria.shown(getattr(self.method, "criterion", None))
         words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
-        words += [stage.name for stage in self.stages() if stage.group != "method"]
+        words += [str(getattr(self, stage.group)) for stage in self.stages() if stage.group != "method"]
         words.append(f"seed {self.seed}" if self.seed else None)
         return " ".join([word for word in words if word] + [f"({self.model.name})"])
 
@@ -157,6 +161,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("prune", "method", Dense(), families, "method", "dense"),
+    Stage("quantize", "quantize", Quantize(), forms, "quantize", forms.NONE),
 )  # in the order in which they change the model
 
 
@@ -242,6 +247,7 @@ def _normalised(cell: Cell) -> Cell:
     cell = replace(cell, efficiency=_checked_timing(cell.efficiency))
     if cell.perplexity.source is None:
         cell = replace(cell, perplexity=Perplexity())
+    cell = replace(cell, quantize=forms.normalised(cell.quantize, method))
     used = cell.stages()
     if not used:
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution())
@@ -256,7 +262,7 @@ def _normalised(cell: Cell) -> Cell:
     if calibration is not None:
         if whole:
             calibration = replace(calibration, sequences=Calibration.sequences, length=Calibration.length)
-        if not families.reads_in_order(method):
+        if not (families.reads_in_order(method) or forms.reads_text(cell.quantize)):
             calibration = replace(calibration, sequential=True)
         if calibration.split is not None and calibration.column is None:
             calibration = replace(calibration, column="text")

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sweep import config, identity, machine, saving, settings, store
-from sweep.config import Calibration, Cell, Model, Options
+from sweep.config import Calibration, Cell, Options
 from sweep.measuring import catalogue, perplexity
 from sweep.models import decoders, headers, origin
 from sweep.pruning import checks
 from sweep.pruning.families import Vocab, Weight
+from sweep.quantization import fitting
 from sweep.settings import RequestError
 from sweep.texts import text
 
@@ -109,8 +110,7 @@ def prepare(composed: Mapping[str, Any], placement: machine.Placement = machine.
     shape = origin.shape(cell.model)
     check_method(cell, shape)
     config.fits(cell.efficiency, decoders.size(shape, "positions") or None)
-    if isinstance(cell.method, Weight) and (cell.method.exclude or cell.method.pattern is not None):
-        _check_targets(cell.method, cell.model)
+    _check_targets(cell)
     return cell, options
 
 
@@ -122,6 +122,7 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
     if cell.calibration is not None:
         _check_calibration(cell.calibration, cell.data_root)
     checks.check(cell, shape)
+    fitting.check(cell, shape)
 
 
 def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
@@ -152,14 +153,24 @@ def _check_calibration(asked: Calibration, data_root: str | None) -> None:
         )
 
 
-def _check_targets(method: Weight, model: Model) -> None:
+def _check_targets(cell: Cell) -> None:
     """Refuse names and patterns that none of the model's matrices meet, as far as it can be told without its weights."""
+    method, named = cell.method, cell.quantize.exclude
+    pruned = method if isinstance(method, Weight) and (method.exclude or method.pattern is not None) else None
+    quantises = cell.quantize.columns is not None or named
+    if pruned is None and not quantises:
+        return
     from sweep.models import loading
     from sweep.pruning import weights  # bring torch, which other requests do not need here
+    from sweep.quantization import quantise
 
-    skeleton = loading.skeleton(model)
-    if skeleton is not None:
-        weights.targets(skeleton, method)
+    skeleton = loading.skeleton(cell.model)
+    if skeleton is None:
+        return
+    if pruned is not None:
+        weights.targets(skeleton, pruned)
+    if quantises and not method.removes_units:  # else the stage is told by what is left
+        quantise.targets(skeleton, cell.quantize)
 
 
 def same_options(all_options: Iterable[Options]) -> Options:

@@ -22,6 +22,8 @@ def columns(cell: Cell, command: str) -> dict[str, Any]:
         "criterion": criteria.shown(getattr(cell.method, "criterion", None)),
         "sparsity": cell.sparsity,
         "seed": cell.seed,
+        "quantize": cell.quantize.name,
+        "quantize_method": cell.quantize.method if "quantize" in {stage.name for stage in cell.stages()} else None,
         "execution": cell.execution.name,
         "dtype": cell.dtype,
         "device": cell.device,

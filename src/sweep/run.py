@@ -19,14 +19,17 @@ from transformers import PreTrainedModel
 
 from sweep import config, cost, execution, identity, machine, saving, turns
 from sweep.config import Cell
+from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
 from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
 from sweep.measuring.counting import Stock
 from sweep.models import loading, requirements
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
+from sweep.quantization import forms, quantise
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
+from sweep.solver import no_rounding
 from sweep.texts import text
 
 Tables = dict[str, pd.DataFrame]
@@ -39,6 +42,7 @@ class Known:
     tokenizer: Any
     tokens: Tensor | None  # (sequences, length) calibration text
     masks: Masks = field(default_factory=Masks)  # of weights that earlier stages have removed, and that stay so
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of matrices that earlier stages have quantised, by name
     memo: sharing.Memo = (
         sharing.unshared
     )  # where statistics of the model come from, while it is the one that was loaded
@@ -52,15 +56,27 @@ class Done(Protocol):
     @property
     def tokenizer(self) -> Any: ...  # the model's from now on, or None when it is the one that it was
     @property
-    def masks(self) -> Masks: ...  # of the weights that it has removed
+    def masks(self) -> Masks | None: ...  # of the weights that it has removed; None where it has removed none
+    @property
+    def grids(self) -> Mapping[str, Grid]: ...  # of the matrices that it has quantised
     @property
     def columns(self) -> Mapping[str, Any]: ...  # of the row
     @property
     def tables(self) -> Mapping[str, pd.DataFrame]: ...  # stored beside it
 
 
+def _prune(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
+    rounding = quantise.rounding(cell.quantize, model) if cell.quantize.joint else no_rounding
+    return methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo, rounding=rounding)
+
+
+def _quantise(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
+    return quantise.quantise_as(cell, model, known.tokens, done=known.grids)
+
+
 WORK: dict[str, Callable[[Cell, PreTrainedModel, Known], Done]] = {  # of each stage
-    "prune": lambda cell, model, known: methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo),
+    "prune": _prune,
+    "quantize": _quantise,
 }
 
 
@@ -88,14 +104,16 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     before = Before.of(cell, model, tokenizer)
 
     known = Known(tokenizer, text.for_cell(cell, tokenizer))
-    tokenizer, columns, tables = changed(cell, model, known)
+    known, columns, tables = changed(cell, model, known)
+    tokenizer = known.tokenizer
     if families.criterion_of(cell.method) != criterion:
         name = getattr(cell.method, "criterion", None)
         raise RequestError(f"method.criterion={name}: its file changed while the cell ran: run the command again")
     row |= columns | before.units_gone(cell, model)
-    model, row["kernel"] = execution.prepare(model, cell.execution)
+    model, row["kernel"] = execution.prepare(model, cell.execution, known.grids)
 
     held = counting.stock(model)
+    row |= counting.coded(held, known.grids, model.dtype.itemsize, forms.scale_bits(cell.quantize))
     row |= counting.size(held) | counting.removed(before.stock, held, before.targets)
     tables["layers"] = counting.matrices(before.stock, held)
     if save_model is not None:
@@ -110,10 +128,10 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     return row | {"cell_seconds": working_seconds() - started}, tables
 
 
-def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Any, dict[str, Any], Tables]:
+def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Known, dict[str, Any], Tables]:
     """Have the stages change the model in place, one after the other.
 
-    Returns the tokenizer that the model then has, the columns that say what the stages did and cost, and their tables.
+    Returns what is then known of the model, the columns that say what the stages did and cost, and their tables.
     A stage that is not used costs nothing.
     """
     columns: dict[str, Any] = {f"{stage.name}_seconds": 0.0 for stage in config.STAGES} | {"calibration_tokens": 0}
@@ -126,8 +144,13 @@ def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Any, dict
                 done = WORK[stage.name](cell, model, known)
         columns |= bill.columns(stage.name, done.calibration_tokens) | dict(done.columns)
         tables |= done.tables
-        known = replace(known, tokenizer=done.tokenizer or known.tokenizer, masks=done.masks or known.masks)
-    return known.tokenizer, columns, tables
+        known = replace(
+            known,
+            tokenizer=done.tokenizer or known.tokenizer,
+            masks=done.masks or known.masks,
+            grids={**known.grids, **done.grids},
+        )
+    return known, columns, tables
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,12 @@ def card(facts: Mapping[str, Any]) -> str:
 
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"base_model: {json.dumps(facts['model'])}"] if facts.get("model") else []
-    lines += ["tags: [pruned, sparse]", "---", "", f"# {facts.get('model') or 'Model'}, pruned", ""]
+    done = _done(facts)
+    tags = ["pruned", "sparse"] * ("pruned" in done) + ["quantized"] * ("quantised" in done)
+    lines += [f"tags: [{', '.join(tags)}]", "---", "", f"# {facts.get('model') or 'Model'}, {' and '.join(done)}", ""]
     rows = {
         "method": _words(facts["method"]) if facts.get("method") else None,
+        "quantised": _words(facts["quantize"]) if facts.get("quantize") else None,
         "sparsity asked": facts.get("sparsity"),
         "sparsity achieved, of the weights that the method targets": facts.get("sparsity_achieved"),
         "sparsity achieved, of all parameters": facts.get("sparsity_all_parameters"),
@@ -213,6 +216,12 @@ def card(facts: Mapping[str, Any]) -> str:
     if facts.get("command"):
         lines += ["", "Made by", "", "```sh", str(facts["command"]), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _done(facts: Mapping[str, Any]) -> list[str]:
+    """What was done to the model, in words."""
+    pruned = (facts.get("method") or {}).get("family") != DENSE.name
+    return ["pruned"] * pruned + ["quantised"] * bool(facts.get("quantize"))
 
 
 def _words(settings: Mapping[str, Any]) -> str:

@@ -36,6 +36,13 @@ class Rounder(Protocol):
         """Of each matrix, after the last column; so many rows each."""
 
 
+Rounding = Callable[[str], Rounder | None]  # of a matrix by its name; None for one that is not quantised
+
+
+def no_rounding(name: str) -> None:
+    """For those who quantise nothing."""
+
+
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     """(H with its diagonal raised, the lower Cholesky factor of H reversed in both dimensions, the damping it took).
 

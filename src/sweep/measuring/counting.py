@@ -11,7 +11,7 @@ of them, less can be left to remove than was asked, and the columns say so.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sweep.formats.grid import Grid
 from sweep.formats.packing import packed
 from sweep.models import anatomy
 
@@ -74,6 +75,30 @@ def size(now: Stock) -> dict[str, int]:
         "macs_per_token": round(sum(piece.share * piece.size for piece in met)),
         "nonzero_macs_per_token": round(sum(piece.share * piece.nonzeros for piece in met)),
     }
+
+
+def coded(now: Stock, grids: Mapping[str, Grid], itemsize: int, scale_bits: int) -> dict[str, float | None]:
+    """What the weights would take in a form that fits, as columns: so that all are compared, whatever form runs them.
+
+    grids       of the matrices that were quantised, by name
+    itemsize    bytes of a weight that was not
+    scale_bits  of each scale of a grid
+
+    A matrix of a block, and any that was quantised, takes the fewer bits of two: all its codes or weights, or one bit for
+    each of them and the non-zeros alone; its scales beside them.
+    """
+    blocks = tuple(f"{name}." for name, _ in now.blocks)
+    total = of_blocks = inside = 0
+    for name, piece in now.pieces.items():
+        grid, inner = grids.get(name), piece.multiplies and name.startswith(blocks)
+        bits = 8 * piece.held_bytes
+        if inner or grid is not None:
+            each, scales = (8 * itemsize, 0) if grid is None else (grid.bits, scale_bits * grid.scales.numel())
+            bits = min(each * piece.size, piece.size + each * piece.nonzeros) + scales
+        total += bits
+        if inner:
+            of_blocks, inside = of_blocks + bits, inside + piece.size
+    return {"bits_per_weight": of_blocks / inside if inside else None, "coded_bytes": -(-total // 8)}
 
 
 def removed(before: Stock, now: Stock, targets: Iterable[str]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -90,6 +91,54 @@ def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             found[path] = weight(module).detach()
         for name, parameter in fused(module).items():
             found |= expert_matrices(module, f"{path}.", name, parameter)
+    return found
+
+
+def all_matrices(model: PreTrainedModel, *, embeddings: bool = False, head: bool = False) -> dict[str, Tensor]:
+    """Every weight matrix of the blocks by its full name, and those of the embeddings and the head on request, as views.
+
+    They stand in the order in which text meets them. One that embeddings and head share is named once, as the head's where
+    both are asked for.
+    """
+    found: dict[str, Tensor] = {}
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings and not (head and _tied(model)):
+        found[_name(model, embedding)] = weight(embedding).detach()
+    for name, block in zip(block_names(model), blocks(model), strict=True):
+        found |= matrices(block, name)
+    if head and output is not None:
+        found[_name(model, output)] = weight(output).detach()
+    return found
+
+
+def shared_names(model: PreTrainedModel) -> list[str]:
+    """The names of the embeddings and of the head, where these are one matrix; else none."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [_name(model, module) for module in modules] if _tied(model) else []
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _name(model: PreTrainedModel, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def without(found: dict[str, Tensor], patterns: Iterable[str], key: str) -> dict[str, Tensor]:
+    """The matrices whose names no pattern meets, in which * stands for any characters.
+
+    Raises RequestError, which names the key that gave the patterns, for one that meets no name.
+    """
+    for pattern in patterns:
+        hit = set(fnmatch.filter(found, pattern))
+        if not hit:
+            raise RequestError(
+                f"{key}={pattern} matches none of the matrices, such as {', '.join(list(found)[:3])}; * stands for any "
+                "characters"
+            )
+        found = {name: matrix for name, matrix in found.items() if name not in hit}
     return found
 
 

@@ -19,6 +19,7 @@ from sweep.models import anatomy, parts, token_ids
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.pruned import Pruned
+from sweep.solver import Rounding, no_rounding
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Given:
     sequential: bool
     memo: sharing.Memo
     device: torch.device | str | None
+    rounding: Rounding
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def prune(
     sequential: bool = True,
     memo: sharing.Memo = sharing.unshared,
     device: torch.device | str | None = None,
+    rounding: Rounding = no_rounding,
 ) -> Pruned:
     """Prune the model in place and report what was removed.
 
@@ -60,12 +63,13 @@ def prune(
     sequential weight methods calibrate a block on what the pruned blocks before it put out
     memo       where statistics of the unpruned model come from: by default they are measured
     device     where a weight method works, one block at a time; None = where the model lies
+    rounding   what quantises matrices in the pass that prunes them, for a criterion that reads it
     Raises RuntimeError when the removed count is not the requested one, RequestError when the text has a token that the
     model has no row for.
     """
     if tokens is not None and tokenizer is not None:
         token_ids.refuse(tokens[tokens >= token_ids.embedded(model)].cpu().numpy(), tokenizer)
-    given = Given(tokens, seed, tokenizer, sequential, memo, device)
+    given = Given(tokens, seed, tokenizer, sequential, memo, device, rounding)
     return WORK[type(method)].prune(model, method, sparsity, given)
 
 
@@ -77,6 +81,7 @@ def prune_as(
     *,
     memo: sharing.Memo = sharing.unshared,
     device: torch.device | str | None = None,
+    rounding: Rounding = no_rounding,
 ) -> Pruned:
     """`prune`, as a cell asks for it: from the command line and from Python alike."""
     return prune(
@@ -89,6 +94,7 @@ def prune_as(
         sequential=cell.calibration is None or cell.calibration.sequential,
         memo=memo,
         device=device,
+        rounding=rounding,
     )
 
 
@@ -133,6 +139,7 @@ def _weights(model: PreTrainedModel, method: Weight, sparsity: float, given: Giv
         sequential=given.sequential,
         device=given.device,
         memo=given.memo,
+        rounding=given.rounding,
     )
 
 

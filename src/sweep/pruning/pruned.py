@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from sweep.formats.grid import Grid
 from sweep.pruning.masks import Masks
 
 
@@ -20,6 +22,7 @@ class Pruned:
     # those that were, by their numbers in the unpruned model: blocks or tokens (n,), neurons or heads (n, 2) with their block
     gone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     masks: Masks = field(default_factory=Masks)  # of the weights, where single ones were removed
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the matrices that were quantised in the same pass
     tokenizer: Any = None  # the model's tokenizer from now on, where the vocabulary has changed
     measured: pd.DataFrame | None = None  # criterion=drop: block and unit as numbered before, importance, measured
     damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal

@@ -7,7 +7,6 @@ Legend: weights are (out, in) views by name, in the order of the model; a mask i
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from sweep import calibrate
 from sweep.calibrate import Inputs
+from sweep.formats.grid import Grid
 from sweep.models import anatomy, surgery
 from sweep.pruning import criteria, scores, scoring, select, sharing
 from sweep.pruning.criteria import Criterion
@@ -28,7 +28,7 @@ from sweep.pruning.families import Weight, checked_weight, groups
 from sweep.pruning.masks import Masks
 from sweep.pruning.pruned import Pruned
 from sweep.settings import RequestError
-from sweep.solver import Choose
+from sweep.solver import Choose, Rounding, no_rounding
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class Job:
     memo: sharing.Memo  # where the norms of what the dense model's layers read come from
     gone: bool = False  # zeros are weights that an earlier step removed, and stay removed
     masks: Masks = field(default_factory=Masks)  # of what is pruned so far
+    rounding: Rounding = no_rounding  # what quantises a matrix in the pass that prunes it
+    grids: dict[str, Grid] = field(default_factory=dict)  # of what is quantised so far
 
     @cached_property
     def criterion(self) -> Criterion:
@@ -103,6 +105,7 @@ def prune(
     sequential: bool = True,
     device: torch.device | str | None = None,
     memo: sharing.Memo = sharing.unshared,
+    rounding: Rounding = no_rounding,
 ) -> Pruned:
     """Prune the model in place. The arguments are those of `Job`.
 
@@ -120,7 +123,8 @@ def prune(
     for step in range(1, method.steps + 1):
         # the cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878: most goes early, while there is most to spare
         goal = sparsity * (1 - (1 - step / method.steps) ** 3) if step < method.steps else sparsity
-        removed, damping = _prune_to(replace(job, gone=step > 1), goal)
+        now = replace(job, gone=step > 1, rounding=rounding if step == method.steps else no_rounding)
+        removed, damping = _prune_to(now, goal)
         dampings.append(damping)
     expected = (
         sum(_removed_by_pattern(method.pattern, shapes).values()) if method.pattern else select.count(size, sparsity)
@@ -133,6 +137,7 @@ def prune(
         calibration_tokens=0 if tokens is None else tokens.numel(),
         damping=max(filter(None, dampings), default=None),
         masks=job.masks,
+        grids=job.grids,
     )
 
 
@@ -147,14 +152,7 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
             for name, weight in kept.items()
             if not name.startswith(blocks) or bool(anatomy.ATTENTION & set(name.split("."))) == attention
         }
-    for pattern in method.exclude:
-        hit = set(fnmatch.filter(kept, pattern))
-        if not hit:
-            raise RequestError(
-                f"method.exclude={pattern} matches none of the matrices that would be pruned, such as "
-                f"{', '.join(list(kept)[:3])}; * stands for any characters"
-            )
-        kept = {name: weight for name, weight in kept.items() if name not in hit}
+    kept = anatomy.without(kept, method.exclude, "method.exclude")
     if not kept:
         raise RequestError(
             f"method.targets={method.targets} with method.exclude={list(method.exclude)} leaves nothing "
@@ -177,21 +175,7 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
 
 
 def _everything(model: PreTrainedModel, method: Weight) -> Weights:
-    """Embedding, the matrices of the blocks, head: in the order in which text meets them."""
-    found: Weights = {}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    if method.embeddings and not (tied and method.lm_head):  # one tensor is pruned once
-        found[_name(model, embedding)] = embedding.weight.detach()
-    for name, block in zip(anatomy.block_names(model), anatomy.blocks(model), strict=True):
-        found |= anatomy.matrices(block, name)
-    if method.lm_head and head is not None:
-        found[_name(model, head)] = anatomy.weight(head).detach()
-    return found
-
-
-def _name(model: PreTrainedModel, module: torch.nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
+    return anatomy.all_matrices(model, embeddings=method.embeddings, head=method.lm_head)
 
 
 def _check_finite(found: Weights) -> None:
@@ -411,15 +395,13 @@ def read_blocks(job: Job, *, hessian: bool) -> Iterator[calibrate.Read]:
 def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict[str, int]) -> tuple[int, float]:
     """Rebuild the matrices of one block, those with a common input together."""
     removed, most = 0, 0.0
-    together: dict[int, list[str]] = {}
-    for name in weights:
-        if name in inputs:
-            together.setdefault(id(inputs[name]), []).append(name)
-        else:  # an embedding
-            mask = _mask(name, job.method, weights[name], job.score(name, weights[name], {}), counts[name])
-            removed += _zero(job, name, weights[name], mask, counts[name])
-    for names in together.values():
-        hessian = inputs[names[0]].hessian
+    for names in calibrate.by_input(weights, inputs, lambda name: job.rounding(name) is None):
+        first = names[0]
+        if first not in inputs:  # an embedding
+            mask = _mask(first, job.method, weights[first], job.score(first, weights[first], {}), counts[first])
+            removed += _zero(job, first, weights[first], mask, counts[first])
+            continue
+        hessian, rounder = inputs[first].hessian, job.rounding(first)
         assert hessian is not None
         given = {
             "weights": [weights[name].float() for name in names],
@@ -428,16 +410,16 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
             "damping": job.method.damping,
             "m": groups(job.method.pattern)[1] if job.method.pattern else 1,
             "gone": [weights[name] == 0 for name in names] if job.gone else None,
-            "rounder": None,
+            "rounder": rounder,
         }
         try:
             rebuilt, damping = job.criterion.load()(**job.criterion.arguments(given))
         except ValueError as error:
-            raise ValueError(f"{names[0]}: {error}") from error
+            raise ValueError(f"{first}: {error}") from error
         if damping > job.method.damping:
             log.warning(
                 "%s: the Hessian was damped by %g instead of %g to be positive definite",
-                names[0],
+                first,
                 damping,
                 job.method.damping,
             )
@@ -447,6 +429,8 @@ def _rebuild(job: Job, weights: Weights, inputs: dict[str, Inputs], counts: dict
                 raise ValueError(f"{name}: the rebuilt weights are not finite; raise method.damping")
             surgery.write_weights(weights[name], values)
             removed += _zero(job, name, weights[name], keep, counts[name])
+        if rounder is not None:
+            job.grids.update(zip(names, rounder.grids([len(weights[name]) for name in names]), strict=True))
     return removed, most
 
 

@@ -423,6 +423,38 @@ COLUMNS = _by_name(  # of the schema, in its order
         "versions of the stages that changed the model, from 2 on, `{stage: version}` as JSON: other versions are other "
         "cells, which are never averaged",
     ),
+    Column(
+        "quantize", _TEXT, ASKED, "the form that weights were quantised to after pruning; `none` where they were not"
+    ),
+    Column("quantize_method", _TEXT, ASKED, "how: `rtn` (to the nearest) or `gptq` (what rounding loses is made good)"),
+    Column(
+        "quantize_damping",
+        _FLOAT,
+        MEASURED,
+        "the largest damping of a Hessian when weights were quantised, as `damping`",
+    ),
+    Column(
+        "bits_per_weight",
+        _FLOAT,
+        COUNTED,
+        "bits that a weight of the blocks' matrices takes in the smallest of these: as it is, as the code and its share of "
+        "a scale, and with one bit a weight and the non-zeros alone; whatever form runs it",
+        unit="bits",
+        better=LOW,
+        label="bits a weight (counted)",
+        short="bits",
+    ),
+    Column(
+        "coded_bytes",
+        _INT,
+        COUNTED,
+        "bytes of all parameters with the matrices so: what the same model would take in a form that fits, for frontiers "
+        "at equal bytes",
+        unit="bytes",
+        better=LOW,
+        label="weights as coded (MB, counted)",
+        short="coded",
+    ),
 )
 MADE = _by_name(
     *_with_ends(
