@@ -136,9 +136,9 @@ def ran(
     monkeypatch.setattr(loading, "load", lambda *_: (model, tokenizer))
     prepare = run.execution.prepare
 
-    def noting(pruned: PreTrainedModel, execution: Execution) -> tuple[PreTrainedModel, str]:
+    def noting(pruned: PreTrainedModel, *rest: Any) -> tuple[PreTrainedModel, str]:
         after.update(parameters(pruned))
-        return prepare(pruned, execution)
+        return prepare(pruned, *rest)
 
     monkeypatch.setattr(run.execution, "prepare", noting)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 30)
@@ -191,11 +191,16 @@ def test_every_counted_column_is_what_a_hand_count_says(
         assert row["sparsity_achieved"] == pytest.approx(case.sparsity, abs=2e-3)
 
     nonzeros = {name: int((p != 0).sum()) for name, p in after.items()}
-    held = 0
+    held = coded = of_blocks = 0
     for name, p in after.items():
         for matrix in matrices_of(name, p):
             packed = case.execution.name in ("bitmap", "csr") and re.search(r"layers.*_proj(\.weight)?$", name)
             there = int((matrix != 0).sum())
+            bits = 32 * matrix.numel()
+            if re.search(f"({MATRIX})$", name):
+                bits = min(bits, matrix.numel() + 32 * there)
+                of_blocks += bits
+            coded += bits
             if not packed or there == matrix.numel():
                 held += 4 * matrix.numel()
             elif case.execution.name == "csr":  # a value and a column each, and where each row begins
@@ -205,6 +210,9 @@ def test_every_counted_column_is_what_a_hand_count_says(
     assert row["parameters"] == sum(p.numel() for p in after.values())
     assert row["nonzero_parameters"] == sum(nonzeros.values())
     assert row["weights_bytes"] == row["stored_bytes"] == held
+    assert row["coded_bytes"] == math.ceil(coded / 8)
+    weights = sum(p.numel() for name, p in after.items() if re.search(f"({MATRIX})$", name))
+    assert row["bits_per_weight"] == pytest.approx(of_blocks / weights)
 
     macs = nonzero_macs = 0.0
     for name, p in after.items():
