@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,60 +18,144 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from sweep.formats import stand_in
 from sweep.formats.declared import FORMATS, Stored
-from sweep.formats.packing import DenseMatrix, PackedLinear, packed
-from sweep.models import cut_tokenizer, headers, origin, parts, placing, pretrained, surgery
+from sweep.formats.packing import PackedLinear, packed
+from sweep.models import (
+    cut_tokenizer,
+    differences,
+    headers,
+    origin,
+    parts,
+    placing,
+    pretrained,
+    surgery,
+    transformers_private,
+)
 from sweep.settings import RequestError
 
 FILE = headers.SWEEP_FILE
-FORMAT = 1  # of a folder without packed layers
+FORMAT = 1  # of a folder with a cut vocabulary alone
+DIFFERS = 10  # of one that tells what the model is beyond its configuration, or whose experts are packed
 _STORED: dict[str, Stored] = {form.name: form.stored for form in FORMATS.values() if form.stored}
-_READ = sorted({FORMAT, *(entry.version for entry in _STORED.values())})
+_READ = sorted({FORMAT, DIFFERS, *(entry.version for entry in _STORED.values())})
 _TOKENIZER = "tokenizer"  # folder
+logger = logging.getLogger(__name__)
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether transformers builds a model of these shapes from the configuration alone."""
+    """Whether transformers builds this model from the configuration and tensors of these shapes alone."""
     if packed(model):
         return False
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model.config)
-    shapes = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (built, model))
-    return next(shapes) == next(shapes) and _head_counts(built) == _head_counts(model)
+    built = transformers_private.built(type(model), model.config, model.dtype)
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (built, model)]
+    return shapes[0] == shapes[1] and not differences.buffers(built, model) and not differences.between(built, model)
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do.
 
-    Raises RequestError for layers in a format that no checkpoint holds.
+    What was written is read again and compared: see `check_written`.
+    Raises RequestError for what no checkpoint holds.
     """
-    layers = packed(model)
-    for layer in layers.values():
+    for layer in packed(model).values():
         layer.format.check_saves()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:  # whatever the configuration said
         model.config.tie_word_embeddings = False
     kept = None if tokenizer is None else cut_tokenizer.kept_ids(tokenizer)
-    plain = kept is None and is_plain(model)
-    # else under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
-    type(model).save_pretrained(model, folder, save_original_format=plain)
     if tokenizer is not None:
         cut_tokenizer.original(tokenizer).save_pretrained(folder if kept is None else folder / _TOKENIZER)
+    if kept is None and is_plain(model):
+        _save(model, folder)
+        if not (unlike := _unlike(model, folder)):
+            return
+        logger.info("transformers' own format does not give the model back (%s): it is written in sweep's", unlike)
+    _save(model, folder, _facts_of(model, tokenizer))
+    if unlike := _unlike(model, folder):
+        raise RequestError(
+            f"the model that was written to {folder} is not the one in memory when it is read again: {unlike}. "
+            "Nothing is saved"
+        )
+
+
+def _save(model: PreTrainedModel, folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Write the model's files: with `sweep.json`, or as transformers does, without."""
     (folder / FILE).unlink(missing_ok=True)  # of a model that was saved there before
-    if plain:
+    # with it, under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
+    if facts is None:
+        type(model).save_pretrained(model, folder)
         return
-    facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
-    if kept is not None:
-        facts["token_rows"] = cut_tokenizer.rows_before(tokenizer)
-    for name, layer in layers.items():
-        if isinstance(layer, DenseMatrix):
-            continue
-        entry = _STORED[layer.format.name]
-        facts["format"] = max(facts["format"], entry.version)
-        facts.setdefault(entry.key, {})[name] = layer.facts()
+    beside = _beyond(model)[1]
+    state = None if not beside else {**model.state_dict(), **beside}
+    type(model).save_pretrained(model, folder, save_original_format=False, state_dict=state)
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What `sweep.json` says of a model."""
+    kept = None if tokenizer is None else cut_tokenizer.kept_ids(tokenizer)
+    facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
+    if kept is not None and tokenizer is not None:
+        facts["token_rows"] = cut_tokenizer.rows_before(tokenizer)
+    for name, layer in packed(model).items():
+        if entry := _STORED.get(layer.format.name):
+            facts["format"] = max(facts["format"], entry.version)
+            facts.setdefault(entry.key, {})[name] = layer.facts()
+    beyond, buffers = _beyond(model)
+    if beyond or buffers or any(stand_in.stacks(module) for module in model.modules()):
+        facts["format"] = max(facts["format"], DIFFERS)
+        facts |= {"differences": beyond} if beyond else {}
+    return facts
+
+
+def _beyond(model: PreTrainedModel) -> tuple[differences.Facts, dict[str, Tensor]]:
+    """What the model is beyond what its configuration builds, and what of it lies in tensors that no state dict holds."""
+    built = transformers_private.built(type(model), model.config, model.dtype)
+    return differences.between(built, model), differences.buffers(built, model)
+
+
+@torch.no_grad()
+def _unlike(model: PreTrainedModel, folder: Path) -> str:
+    """In what the model of a folder differs from the one in memory; empty where it is the same.
+
+    Compared are the modules and what they keep, every tensor, rounded as it is in memory, and then, with the tensors of
+    the one in memory in both, the logits of a few tokens.
+    """
+    try:
+        options: dict[str, Any] = {"trust_remote_code": True} if model.is_remote_code() else {}
+        again, _ = load_model(folder, **options)
+        transformers_private.run_alike(again, model)
+        if beyond := differences.between(again, model):
+            return f"its modules are others ({str(beyond)[:200]})"
+    except Exception as error:  # whatever a library says of a model that it cannot build
+        return headers.first_line(error)
+    read, held = again.state_dict(), model.state_dict()
+    others = [name for name in held if name not in read or not differences.same(read[name], held[name])]
+    if others := [*others, *differences.buffers(again, model)]:
+        return f"{len(others)} of its tensors are others ({headers.some(others)})"
+    differences.set_tensors(again, held | dict(model.named_buffers()))
+    again.tie_weights()
+    ids = torch.randint(
+        0, model.get_input_embeddings().weight.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)
+    )
+    got, expected = (_logits(each, ids.to(model.device)) for each in (again, model))
+    apart = (got - expected).abs().max().item()
+    allowed = 0.0 if model.device.type == "cpu" else 1e-2 * expected.abs().max().item()  # sums in no fixed order there
+    return "" if apart <= allowed else f"its logits are up to {apart:.2g} apart"
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(sequences, tokens, rows), of a model as it is evaluated, whatever it draws at random drawn the same."""
+    training = model.training
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = model.eval()(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return found.float().nan_to_num()
 
 
 def save_pretrained_as_sweep(model: PreTrainedModel) -> None:
@@ -148,27 +233,35 @@ def _tokenizer(path: Path, facts: dict[str, Any], **options: Any) -> PreTrainedT
 def _load_own(
     path: Path, facts: dict[str, Any], dtype: torch.dtype | str, place: str = "cpu", **options: Any
 ) -> PreTrainedModel:
-    """The model of a folder with `sweep.json`; on the device "meta" without its numbers."""
+    """The model of a folder with `sweep.json`; on the device "meta" without its numbers.
+
+    Its tensors have the shapes that are stored, and the dtypes unless another is asked for.
+    """
     weights = pretrained.tensors(path, place)
     config = AutoConfig.from_pretrained(path, **options)
-    with torch.device(place):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    stored = config.dtype or torch.float32
+    with torch.device(place), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype, **options)
+    model.tie_weights()
+    try:
+        differences.make(model, facts.get("differences", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{path / FILE} is damaged: it does not fit the model of config.json ({error})") from error
     layers = _packed_layers(weights, facts, model.dtype)
-    _take_shapes(model, weights, layers)
     placing.put_read(model, layers)
-    own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for name, tensor in weights.items():  # each a copy, since what is read lies in the file still
+        kept = dtype == "auto" or tensor.dtype != stored  # such as a router's, which are wider than the rest
+        weights[name] = tensor.to(tensor.dtype if kept else own[name].dtype if name in own else model.dtype, copy=True)
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
-        "unexpected_keys": weights.keys() - own.keys(),
-        "mismatched_keys": [
-            (name, weights[name].shape, shape)
-            for name, shape in own.items()
-            if name in weights and weights[name].shape != shape
-        ],
+        "unexpected_keys": differences.set_tensors(model, weights),
+        "mismatched_keys": [],
     }
     pretrained.refuse(told, str(path))
-    model.load_state_dict(weights, strict=False)
     model.tie_weights()
+    if facts["format"] < DIFFERS:
+        _count_anew(model)
     return model
 
 
@@ -202,31 +295,12 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
     return found
 
 
-def _take_shapes(model: PreTrainedModel, weights: dict[str, Tensor], layers: dict[str, PackedLinear]) -> None:
-    """Give the linear layers the shapes of the stored weights, and the attention modules the counts that follow."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        stored, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
-        if name in layers:  # whose place the module keeps until the counts are known
-            matrix = torch.empty((layers[name].out_features, layers[name].in_features), device="meta")
-            stored = matrix.t() if isinstance(module, Conv1D) else matrix
-        if stored is None:
-            continue
-        if stored.shape != module.weight.shape:
-            module.weight = nn.Parameter(stored.to(module.weight.dtype))
-        if bias is not None and (module.bias is None or bias.shape != module.bias.shape):
-            module.bias = nn.Parameter(bias.to(module.weight.dtype))
+def _count_anew(model: PreTrainedModel) -> None:
+    """Of a folder that does not say what its modules keep: the sizes that follow from the shapes of their matrices."""
+    for module in model.modules():
         if isinstance(module, Conv1D):
             module.nx, module.nf = module.weight.shape
-        else:
+        elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
     for attention in parts.attentions(model) if parts.is_known(model) else ():  # else no head of it was cut
         surgery.set_head_counts(attention)
-
-
-def _head_counts(model: PreTrainedModel) -> list[tuple[int, int, int]] | None:
-    """Equal shapes do not make equal heads: eight of size 16 are as wide as four of size 32."""
-    if not parts.is_known(model):
-        return None
-    return [(a.heads, a.groups, a.head_dim) for a in parts.attentions(model)]

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sweep.formats import stand_in
 from sweep.formats.packing import DenseMatrix, PackedLinear
 from sweep.models import anatomy, transformers_private
+
+_PLAIN = (nn.Linear.forward, Conv1D.forward)  # a layer that does something else with its matrix keeps it
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def places(model: PreTrainedModel) -> Iterable[Place]:
         prunable = anatomy.matrices(model.get_submodule(block), block).keys()
         for name in names:
             module = model.get_submodule(name)
-            if name in prunable:
+            if name in prunable and type(module).forward in _PLAIN:
                 yield Place(name, "weight", {name: anatomy.weight(module).detach()}, module.bias)
             for parameter, fused in anatomy.fused(module).items():
                 found = anatomy.expert_matrices(module, f"{name}.", parameter, fused)

@@ -140,7 +140,7 @@ def describe_shape(model: PreTrainedModel) -> None:
     config, keys = model.config, parts.family(model).keys
     widths = {ffn.width for ffn in parts.ffns(model)}
     if len(widths) == 1:
-        setattr(config, keys.neurons, *widths)
+        state(model, keys.neurons, *widths)
     attentions = parts.attentions(model)
     counts = {(attention.heads, attention.groups) for attention in attentions}
     if len(counts) != 1 or not hasattr(config, keys.head_dim):
@@ -148,10 +148,19 @@ def describe_shape(model: PreTrainedModel) -> None:
     ((heads, groups),) = counts
     if getattr(config, keys.hidden) % heads:
         return  # transformers refuses such a configuration, though the model runs
-    setattr(config, keys.head_dim, attentions[0].head_dim)
-    setattr(config, keys.heads, heads)
+    state(model, keys.head_dim, attentions[0].head_dim)
+    state(model, keys.heads, heads)
     if hasattr(config, keys.groups):
-        setattr(config, keys.groups, groups)
+        state(model, keys.groups, groups)
+
+
+def state(model: PreTrainedModel, key: str, value: int) -> None:
+    """Have the configuration say so, and every module that has copied what it said."""
+    before = getattr(model.config, key, None)
+    setattr(model.config, key, value)
+    for module in model.modules():
+        if before is not None and vars(module).get(key) == before:
+            setattr(module, key, value)
 
 
 @torch.no_grad()

@@ -6,10 +6,13 @@ All of it is in this file; tests/test_private.py says which of it a new release 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 
 def forget_quantiser(model: PreTrainedModel) -> None:
@@ -22,6 +25,22 @@ def forget_quantiser(model: PreTrainedModel) -> None:
 def attention_kernel(config: PreTrainedConfig) -> str:
     """The kernel that attention was set to run with: "sdpa", "eager", … It can be set by what is offered, not asked for."""
     return config._attn_implementation
+
+
+def built(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a configuration builds, its weights whatever lies in memory; tensors that modules make are made."""
+    with no_init_weights():
+        model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def run_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Have a model run with the kernels of attention and experts that another runs with."""
+    if attention_kernel(model.config) != attention_kernel(other.config):
+        model.set_attn_implementation(attention_kernel(other.config))
+    if model.get_experts_implementation() != other.get_experts_implementation():
+        model.set_experts_implementation(other.get_experts_implementation())
 
 
 def expert_matrices(experts: nn.Module, name: str, expert: Tensor) -> dict[str, Tensor]:
