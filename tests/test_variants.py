@@ -48,6 +48,45 @@ def test_two_versions_of_a_stage_are_two_points_beside_one_dense_model() -> None
     assert frontier.dense_of(points).tolist() == [0, 0, 0] and points.seeds.tolist() == [1, 1, 1]
 
 
+def with_quantised() -> pd.DataFrame:
+    """A dense and a pruned row from before there were forms, and the same two quantised to int8, the pruned one by gptq too."""
+    old = one_cell()
+    settings = [{"name": "int8", "method": method} for method in ("rtn", "rtn", "gptq")]
+    new = pd.concat([old, old[~variants.is_baseline(old)]], ignore_index=True).assign(
+        cell=["a", "b", "c"], quantize="int8", started_at="2026-02-01T00:00:00"
+    )
+    new["config"] = [
+        json.dumps(json.loads(row) | {"quantize": asked}) for row, asked in zip(new.config, settings, strict=True)
+    ]
+    return pd.concat([old, new], ignore_index=True)
+
+
+def test_a_quantised_dense_model_is_compared_with_the_dense_one_and_is_none() -> None:
+    rows = with_quantised()
+    assert variants.is_baseline(rows).tolist() == [True, False, False, False, False]
+    points = frontier.points(rows, "sparsity", "pydoc/token_perplexity")
+    assert dict(zip(plot.series(points), points.seeds, strict=True)) == {
+        "dense": 1,
+        "int8": 1,
+        "weight magnitude": 1,
+        "weight magnitude + int8": 1,
+        "weight magnitude + int8 (quantize.method=gptq)": 1,
+    }
+    places = dict(zip(plot.series(points), frontier.dense_of(points), strict=True))
+    assert set(places.values()) == {list(places).index("dense")}
+    dense, *others = rows.cell
+    assert paired.against_dense(rows.set_index("cell")) == [(dense, other) for other in others]
+
+
+def test_a_report_of_quantised_models_names_them_and_has_one_dense_line(tmp_path: Path) -> None:
+    for row in with_quantised().to_dict("records"):
+        store.write(tmp_path, row, {})
+    rendering.report([str(tmp_path)], tmp_path / "report", rendering.Wanted(formats=("svg",)))
+    table = pd.read_csv(tmp_path / "report" / "table.csv")
+    assert table[table.baseline].name.tolist() == ["dense"]
+    assert {"int8", "weight magnitude + int8"} <= set(table[~table.baseline].name)
+
+
 def test_two_rows_of_one_seed_are_one_draw_and_the_newer_counts() -> None:
     rows = frames.twice(one_cell()).assign(**{"capitals/acc": [0.8, 0.5, 0.8, 0.25]})
     points = frontier.points(rows, "sparsity", "capitals/acc")
