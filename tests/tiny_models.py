@@ -49,6 +49,7 @@ SIZES: dict[str, int] = {
     r"original_max_position_embeddings|max_sequence_length": 64,
     r"sliding_window(_size)?|local_attention|attention_chunk_size|index_topk|window_size|rel_extent": 16,
     r"first_k_dense_replace|num_dense_layers": 1,
+    r"zero_expert_num": 2,
     r"pad_token_id": 0,
     r"bos_token_id|decoder_start_token_id": 1,
     r"eos_token_id|forced_eos_token_id|sep_token_id|eod_token_id": 2,

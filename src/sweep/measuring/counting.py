@@ -54,8 +54,8 @@ class Stock:
 
 def stock(model: PreTrainedModel) -> Stock:
     """What the model consists of now."""
-    blocks = zip(anatomy.block_names(model), anatomy.blocks(model), strict=True)
-    return Stock(_pieces(model), [(name, weakref.ref(block)) for name, block in blocks], _stored_bytes(model))
+    blocks = [(name, weakref.ref(block)) for name, block in anatomy.all_blocks(model).items()]
+    return Stock(_pieces(model), blocks, _stored_bytes(model))
 
 
 def size(now: Stock) -> dict[str, int]:
@@ -137,7 +137,7 @@ def matrices(before: Stock, now: Stock) -> pd.DataFrame:
 
 
 def _pieces(model: PreTrainedModel) -> Pieces:
-    products = {id(layer.weight) for layer in anatomy.products(model)}
+    products = {id(parameter) for parameter in anatomy.products(model)}
     rows = {id(module.weight): len(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = anatomy.experts(model)
     found = {}

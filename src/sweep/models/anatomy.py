@@ -1,11 +1,18 @@
-"""Where the parts of a decoder are that need no record of a family: its blocks and matrices."""
+"""Where the parts of a decoder are that need no record of a family: its blocks, and what can be pruned in them by weight.
+
+A matrix is what multiplies activations as one, whatever holds it: a linear layer, a parameter of many experts, a bare
+parameter. No name tells that: the model reads a few tokens once, and what it does is noted by its modules (`watching`).
+Routers, convolutions, norms, positions and states are none.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,12 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sweep.formats import stand_in
 from sweep.formats.packing import packed
-from sweep.models import decoders, transformers_private
+from sweep.models import decoders, transformers_private, watching
 from sweep.models.decoders import DECODERS
+from sweep.models.watching import Piece
 from sweep.settings import RequestError
 
 Linear: TypeAlias = nn.Linear | Conv1D  # GPT-2 writes its linear layers as Conv1D, whose weight is (in, out)
-ROUTERS = {"router", "gate", "shared_expert_gate"}  # linear layers that choose experts
+# What chooses or weighs experts without a ranking that would show it goes by the name of its module.
+ROUTERS = {"router", "gate", "shared_expert_gate", "modality_router"}
 # What decoders call the attention module of a block, families without a record among them.
 ATTENTION = {known.attention for known in DECODERS.values()} | {"self_attention"}
 
@@ -28,20 +37,203 @@ def weight(linear: Linear) -> Tensor:
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
+# ---- what was seen of a model ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter that is of no linear layer holds matrices."""
+
+    parts: int  # matrices: along the first of three dimensions, or rows one behind the other in two
+    merged: Literal["", "first", "last"] = ""  # which two of three dimensions are one of the matrix
+    flipped: bool = False  # stored (in, out)
+    chosen: bool = True  # a token goes through some of the parts only: they are experts
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """(parts, out, in), writing through."""
+        match self.merged, parameter.ndim:
+            case "first", _:
+                found = parameter.flatten(0, 1)[None]
+            case "last", _:
+                found = parameter.flatten(1)[None]
+            case _, 2:
+                found = parameter.unflatten(0, (self.parts, -1))
+            case _:
+                found = parameter
+        return found.transpose(1, 2) if self.flipped else found
+
+
+@dataclass
+class _Noted:
+    """What was seen of one module's own parameters."""
+
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)  # of two dimensions and more: why they are no matrices to prune
+    block: weakref.ref[nn.Module] | None = (
+        None  # the first that the module is in: some models share modules among blocks
+    )
+
+
+_MERGED: tuple[Literal["", "first", "last"], ...] = ("", "first", "last")
+_NOTED: weakref.WeakKeyDictionary[nn.Module, _Noted] = weakref.WeakKeyDictionary()
+_STACKS: weakref.WeakKeyDictionary[PreTrainedModel, list[weakref.ref[nn.ModuleList]]] = weakref.WeakKeyDictionary()
+
+
+def look(model: PreTrainedModel) -> None:
+    """Have the model read a few tokens, unless it has, and note what its parameters are.
+
+    Raises RequestError when it cannot.
+    """
+    if model in _STACKS and all(module in _NOTED for module in model.modules() if _has_matrix(module)):
+        return
+    seen = watching.look(model)
+    stacks = _find_stacks(model, seen.ran)
+    _STACKS[model] = [weakref.ref(stack) for stack in stacks]
+    _note(model, seen, stacks)
+
+
+def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """The lists of blocks that a text goes through, in the order in which it comes to them."""
+    known = [stack for stack in (reference() for reference in _STACKS.get(model, [])) if stack is not None]
+    if known:
+        return known
+    every = _find_stacks(model, [path for path, _ in model.named_modules()])
+    if len(every) == 1 or any(parameter.is_meta for parameter in model.parameters()):
+        return every  # clear without a look
+    look(model)
+    return _stacks(model)
+
+
+def _find_stacks(model: PreTrainedModel, ran: list[str]) -> list[nn.ModuleList]:
+    """The lists, none inside another, of modules that ran and hold matrices; what is itself a matrix is no block."""
+    order = {path: place for place, path in enumerate(ran)}
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not path.startswith(tuple(f"{outer}." for outer in found)):
+            first = min((order[f"{path}.{n}"] for n in range(len(module)) if f"{path}.{n}" in order), default=None)
+            if first is not None and any(not isinstance(block, Linear) and _holds_matrix(block) for block in module):
+                found[path] = first
+    if not found:
+        raise RequestError(
+            f"{type(model).__name__} has no list of blocks that a text goes through, so it is no decoder that sweep knows"
+        )
+    return [model.get_submodule(path) for path in sorted(found, key=found.__getitem__)]  # type: ignore[misc]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return (
+        any(isinstance(inner, Linear) for inner in module.modules())
+        or bool(packed(module))
+        or any(parameter.ndim == 3 for parameter in module.parameters())
+    )
+
+
+def _note(model: PreTrainedModel, seen: watching.Seen, stacks: list[nn.ModuleList]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    met: dict[tuple[type, str], Layout] = {}  # experts of a block that no token came to are as those of another
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if layout := _layout(parameter, seen.pieces.get(f"{path}.{name}", [])):
+                met.setdefault((type(module), name), layout)
+    for path, module in model.named_modules():
+        noted = _NOTED[module] = _Noted()
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.ndim < 2:
+                continue
+            full = f"{path}.{name}" if path else name
+            layout = None if isinstance(module, Linear) else met.get((type(module), name))
+            reason = _why_left(module, path, full, names[id(parameter)], seen, layout)
+            if reason:
+                noted.left[name] = reason
+            elif layout is not None:
+                noted.layouts[name] = layout
+    for block in reversed([block for stack in stacks for block in stack]):
+        for module in block.modules():
+            _NOTED[module].block = weakref.ref(block)
+
+
+def _guessed(module: nn.Module, path: str) -> _Noted:
+    """What a module of a model that was not looked at seems to hold."""
+    if path.rpartition(".")[2] in ROUTERS:
+        return _Noted(left={"weight": "router"})
+    return _Noted(
+        {name: Layout(len(p), flipped=transformers_private.are_flipped(module)) for name, p in fused(module).items()}
+    )
+
+
+def _why_left(
+    module: nn.Module, path: str, full: str, first: str, seen: watching.Seen, layout: Layout | None
+) -> str | None:
+    """Why a parameter of two dimensions and more is no matrix to prune; None where it is one."""
+    linear = isinstance(module, Linear)
+    if full != first:
+        return f"the same tensor as {first}"
+    if full in seen.routers or (path.rpartition(".")[2] in ROUTERS and (linear or layout is not None)):
+        return "router"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolution"
+    if isinstance(module, nn.Embedding):
+        return "lookup"
+    if linear and weight(module).shape[0] == 1:
+        return "vector"
+    return None if linear or layout is not None else "multiplies no activations as a matrix"
+
+
+def _layout(parameter: Tensor, pieces: list[tuple[Piece, int]]) -> Layout | None:
+    """How a parameter holds the matrices that were seen; None where none was, or none that a view of it can be."""
+    if not pieces or not parameter.is_contiguous():
+        return None
+    chosen = len({tokens for _, tokens in pieces}) > 1 or pieces[0][1] < watching.TOKENS
+    for merged in _MERGED if parameter.ndim == 3 else _MERGED[:1]:
+        for flipped in (False, True):
+            parts = len(parameter)
+            if parameter.ndim == 2:  # of several matrices that lie one behind the other, each is multiplied by itself
+                lengths = {piece.columns if flipped else piece.rows for piece, _ in pieces}
+                parts = max(1, len(parameter) // min(lengths)) if len(lengths) == 1 else 1
+            layout = Layout(1 if merged else parts, merged, flipped, chosen)
+            if len(parameter) % layout.parts == 0 and _fits(layout.view(parameter), [piece for piece, _ in pieces]):
+                return layout
+    return None
+
+
+def _fits(view: Tensor, pieces: list[Piece]) -> bool:
+    """Whether the pieces are rows, or all, of one of the matrices of a view (parts, out, in)."""
+    _, rows, columns = view.shape
+    return all(
+        piece.columns == columns
+        and piece.rows <= rows
+        and (piece.rows == 1 or piece.row_step == view.stride(1))
+        and (columns == 1 or piece.column_step == view.stride(2))
+        for piece in pieces
+    )
+
+
+# ---- blocks ----
+
+
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's blocks, in order: the longest list of modules of one class that is not inside another."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
-    nested = {id(inner) for outer in lists for inner in outer.modules() if inner is not outer}  # such as experts
-    lists = [m for m in lists if id(m) not in nested]
-    if not lists:
-        raise RequestError(f"{type(model).__name__} has no list of equal blocks, so it is no decoder that sweep knows")
-    return max(lists, key=len)
+    """The decoder's blocks, in order: of several lists of them the longest."""
+    return max(_stacks(model), key=len)
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """The name of every block, in order."""
-    names = {id(module): name for name, module in model.named_modules()}
+    """The name of every block of `blocks`, in order."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     return [names[id(block)] for block in blocks(model)]
+
+
+def all_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The blocks of all lists that a text goes through, by name, list by list in the order in which it comes to them.
+
+    The model is looked at, so that `matrices` knows what is in them.
+    """
+    look(model)
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    return {names[id(block)]: block for stack in _stacks(model) for block in stack}
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -56,41 +248,34 @@ def replace_forward(restore: ExitStack, module: nn.Module, forward: Callable[...
     module.forward = forward
 
 
+# ---- matrices ----
+
+
 def linears(model: PreTrainedModel) -> dict[str, Linear]:
     """Every linear layer inside the blocks, by its full name, in order. Embeddings and head are outside the blocks."""
-    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    inside = {id(module) for block in all_blocks(model).values() for module in block.modules()}
     return {
         name: module for name, module in model.named_modules() if id(module) in inside and isinstance(module, Linear)
     }
 
 
-def products(model: PreTrainedModel) -> list[Linear]:
-    """Every linear layer that a token's hidden state goes through: in the decoder, routers left out, and the head.
-
-    Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
-    """
-    found = [
-        module
-        for path, module in decoder(model).named_modules()
-        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS
-    ]
-    head = model.get_output_embeddings()
-    return found if head is None else [*found, head]
-
-
 def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Every weight matrix of the linear layers and experts inside a block, (out, in), as a view that writes through.
+    """Every matrix inside a block that can be pruned, (out, in), as a view that writes through.
 
     prefix  the block's own name, without which names are those within the block
-    The matrices of experts, which transformers keep fused in three dimensions, are named by expert: `mlp.experts.3.up_proj`.
-    Routers decide which expert reads a token; they are tiny, and no linear layers to prune.
+    The matrices of experts are named by expert: `mlp.experts.3.up_proj`. What several blocks share is in the first's.
     """
     found = {}
     for path, module in block.named_modules(prefix=prefix):
-        if isinstance(module, Linear) and path.rpartition(".")[2] not in ROUTERS:
+        noted = _NOTED.get(module) or _guessed(module, path)
+        if noted.block is not None and noted.block() is not block:
+            continue
+        if isinstance(module, Linear) and "weight" not in noted.left:
             found[path] = weight(module).detach()
-        for name, parameter in fused(module).items():
-            found |= expert_matrices(module, f"{path}.", name, parameter)
+        for name, layout in noted.layouts.items():
+            if name not in module._parameters:  # packed
+                continue
+            found |= _named(module, path, name, layout)
     return found
 
 
@@ -104,7 +289,7 @@ def all_matrices(model: PreTrainedModel, *, embeddings: bool = False, head: bool
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings and not (head and _tied(model)):
         found[_name(model, embedding)] = weight(embedding).detach()
-    for name, block in zip(block_names(model), blocks(model), strict=True):
+    for name, block in all_blocks(model).items():
         found |= matrices(block, name)
     if head and output is not None:
         found[_name(model, output)] = weight(output).detach()
@@ -142,49 +327,110 @@ def without(found: dict[str, Tensor], patterns: Iterable[str], key: str) -> dict
     return found
 
 
+def left(model: PreTrainedModel) -> dict[str, str]:
+    """The parameters of two dimensions and more in the blocks that are no matrices to prune, each with the reason."""
+    return {
+        f"{path}.{name}": reason
+        for block_name, block in all_blocks(model).items()
+        for path, module in block.named_modules(prefix=block_name)
+        for name, reason in _NOTED[module].left.items()
+        if name in module._parameters
+    }
+
+
+def products(model: PreTrainedModel) -> list[Tensor]:
+    """Every parameter of one matrix that a token's hidden state is multiplied by: in the decoder, and the head.
+
+    Some decoders have some beside their blocks, such as OPT's between embeddings and blocks of another width.
+    """
+    look(model)
+    modules = {id(m): m for block in [decoder(model), *all_blocks(model).values()] for m in block.modules()}
+    found = []
+    for module in modules.values():
+        noted = _NOTED.get(module, _Noted())
+        if isinstance(module, Linear) and noted.left.get("weight", "vector") == "vector":
+            found.append(module.weight)
+        found += [
+            getattr(module, name)
+            for name, layout in noted.layouts.items()
+            if layout.parts == 1 and name in module._parameters
+        ]
+    head = model.get_output_embeddings()
+    return found if head is None else [*found, head.weight]
+
+
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All that a model consists of: its parameters, a tied one once, and of fused experts each one's matrices.
+    """All that a model consists of: its parameters, a tied one once, and of those that hold several matrices each one.
 
     Names are the parameters' without `.weight`, so that a matrix is called as in `matrices`.
     """
+    look(model)
     found: dict[str, Tensor] = {}
     for full, parameter in model.named_parameters():
         path, _, name = full.rpartition(".")
         module = model.get_submodule(path)
-        if name in fused(module):
-            found |= expert_matrices(module, f"{path}.", name, parameter)
+        layout = _NOTED[module].layouts.get(name) if module in _NOTED else None
+        if layout is not None and layout.parts > 1:
+            found |= _named(module, path, name, layout)
         else:
             found[full.removesuffix(".weight")] = parameter
     return found
 
 
-def fused(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters in which a module, not what is inside it, keeps matrices of many experts, (experts, ., .), by name."""
-    own = {} if isinstance(module, nn.Conv1d) else dict(module.named_parameters(recurse=False))
-    return {name: parameter for name, parameter in own.items() if parameter.ndim == 3}
-
-
 def experts(model: PreTrainedModel) -> dict[str, float]:
-    """The matrices of experts, by the names of `tensors`, with the share of the experts that one token goes through.
+    """The matrices of parameters that hold several, by the names of `tensors`, with the share that one token goes through.
 
-    All of them where the configuration does not say how many a token takes.
+    All of them where the configuration does not say how many experts a token takes.
     """
+    look(model)
     taken = decoders.size(model.config.get_text_config().to_dict(), "experts_per_token")
     found: dict[str, float] = {}
     for path, module in model.named_modules():
-        for name, parameter in fused(module).items():
-            share = taken / len(parameter) if taken else 1.0
-            found |= dict.fromkeys(expert_matrices(module, f"{path}.", name, parameter), share)
+        noted = _NOTED.get(module, _Noted())
+        for name, layout in noted.layouts.items():
+            if layout.parts > 1 and name in module._parameters:
+                share = taken / layout.parts if taken and layout.chosen else 1.0
+                found |= dict.fromkeys(_named(module, path, name, layout), share)
         for stack in stand_in.stacks(module).values():  # packed
             share = taken / len(stack) if taken else 1.0
             found |= {name: share for name in packed(module, f"{path}.") if name not in found}
     return found
 
 
+def fused(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters in which a module, not what is inside it, keeps matrices of many experts, (experts, ., .), by name."""
+    own = {} if isinstance(module, nn.Conv1d) else dict(module.named_parameters(recurse=False))
+    noted = _NOTED.get(module)
+    return {
+        name: parameter
+        for name, parameter in own.items()
+        if parameter.ndim == 3 and (noted is None or (name in noted.layouts and not noted.layouts[name].merged))
+    }
+
+
 def expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
     """The matrices of all experts in the fused parameter `name` of a module, (out, in), as views; `path` ends in a dot."""
+    layout = Layout(len(fused), flipped=are_flipped(module, name))
+    return _of_parts(module, path, name, layout.view(fused.detach()))
+
+
+def are_flipped(module: nn.Module, name: str) -> bool:
+    """Whether the slices of a fused parameter are (in, out)."""
+    noted = _NOTED.get(module, _Noted())
+    return noted.layouts[name].flipped if name in noted.layouts else transformers_private.are_flipped(module)
+
+
+def _named(module: nn.Module, path: str, name: str, layout: Layout) -> dict[str, Tensor]:
+    """The matrices (out, in) of a parameter of a module, by name."""
+    view = layout.view(getattr(module, name).detach())
+    if layout.parts > 1:
+        return _of_parts(module, f"{path}." if path else "", name, view)
+    return {path if name == "weight" else f"{path}.{name}" if path else name: view[0]}
+
+
+def _of_parts(module: nn.Module, path: str, name: str, view: Tensor) -> dict[str, Tensor]:
     return {
-        f"{path}{expert}.{matrix}": found
-        for expert, tensor in enumerate(fused.detach())
-        for matrix, found in transformers_private.expert_matrices(module, name, tensor).items()
+        f"{path}{part}.{matrix}": found
+        for part, tensor in enumerate(view)
+        for matrix, found in transformers_private.gate_and_up(module, name, tensor).items()
     }

@@ -33,9 +33,9 @@ class Place:
 
 def places(model: PreTrainedModel) -> Iterable[Place]:
     """Every parameter inside the blocks whose matrices can be packed, one at a time, so that each can be freed."""
-    for block in anatomy.block_names(model):
-        names = [name for name, _ in model.get_submodule(block).named_modules(prefix=block)]
-        prunable = anatomy.matrices(model.get_submodule(block), block).keys()
+    for path, block in anatomy.all_blocks(model).items():
+        names = [name for name, _ in block.named_modules(prefix=path)]
+        prunable = anatomy.matrices(block, path).keys()
         for name in names:
             module = model.get_submodule(name)
             if name in prunable and type(module).forward in _PLAIN:
@@ -67,7 +67,7 @@ def put_read(model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> None
     for path, its in of_experts.items():
         module = model.get_submodule(path)
         for parameter, fused in anatomy.fused(module).items():
-            names = transformers_private.expert_matrices(module, parameter, fused[0]).keys()
+            names = transformers_private.gate_and_up(module, parameter, fused[0]).keys()
             if mine := {name: layer for name, layer in its.items() if name.rpartition(".")[2] in names}:
                 _put_experts(module, path, parameter, mine)
 
@@ -79,11 +79,11 @@ def _put_experts(module: nn.Module, path: str, parameter: str, layers: Mapping[s
         if not hasattr(module, number):
             module.add_module(number, nn.Module())
         module.get_submodule(number).add_module(matrix, layer)
-    order = list(transformers_private.expert_matrices(module, parameter, getattr(module, parameter)[0]))
+    order = list(transformers_private.gate_and_up(module, parameter, getattr(module, parameter)[0]))
     for number, expert in module.named_children():
         if number.isdigit():
             experts[int(number)] = [getattr(expert, matrix) for matrix in order]
-    flipped = transformers_private.are_flipped(module)
+    flipped = anatomy.are_flipped(module, parameter)
     delattr(module, parameter)
     setattr(module, parameter, stand_in.stacked((experts[i] for i in range(len(experts))), flipped=flipped))
 

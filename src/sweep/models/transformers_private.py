@@ -43,12 +43,11 @@ def run_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:
         model.set_experts_implementation(other.get_experts_implementation())
 
 
-def expert_matrices(experts: nn.Module, name: str, expert: Tensor) -> dict[str, Tensor]:
-    """The matrices, (out, in), that one expert's slice of the fused parameter `name` holds, by name, as views.
+def gate_and_up(experts: nn.Module, name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """The matrices, (out, in), that one expert's matrix (out, in) of the fused parameter `name` holds, by name, as views.
 
     Gate and up are two where they lie one behind the other, and one `gate_up_proj` where their rows alternate.
     """
-    matrix = expert.t() if are_flipped(experts) else expert
     if name == "gate_up_proj" and getattr(experts, "is_concatenated", True):
         gate, up = matrix.chunk(2)
         return {"gate_proj": gate, "up_proj": up}

@@ -68,9 +68,7 @@ class Masks(Mapping[str, Tensor]):
 
 def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
     """All that weight pruning may prune, as views that write through; of tied embeddings and head both names."""
-    found: dict[str, Tensor] = {}
-    for name, block in zip(anatomy.block_names(model), anatomy.blocks(model), strict=True):
-        found |= anatomy.matrices(block, name)
+    found = anatomy.all_matrices(model)
     names = {id(module): name for name, module in model.named_modules()}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:

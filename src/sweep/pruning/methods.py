@@ -126,7 +126,7 @@ def _nothing(model: PreTrainedModel, method: Dense, sparsity: float, given: Give
 
 
 def _matrices(model: PreTrainedModel, method: Dense) -> list[Tensor]:
-    return [matrix for block in anatomy.blocks(model) for matrix in anatomy.matrices(block).values()]
+    return list(anatomy.all_matrices(model).values())
 
 
 def _weights(model: PreTrainedModel, method: Weight, sparsity: float, given: Given) -> Pruned:

@@ -146,7 +146,7 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
     kept = _everything(model, method)
     if method.targets != "all":
         attention = method.targets == "attention"
-        blocks = tuple(f"{name}." for name in anatomy.block_names(model))
+        blocks = tuple(f"{name}." for name in anatomy.all_blocks(model))
         kept = {
             name: weight
             for name, weight in kept.items()
@@ -166,10 +166,10 @@ def targets(model: PreTrainedModel, method: Weight) -> Weights:
                     f"method.pattern={method.pattern} needs input dimensions divisible by {m}, but {name} "
                     f"has {weight.shape[1]}: add method.exclude=[{name}] or choose another pattern"
                 )
-    if isinstance(method.allocation, tuple) and len(method.allocation) != len(anatomy.blocks(model)):
+    if isinstance(method.allocation, tuple) and len(method.allocation) != len(anatomy.all_blocks(model)):
         raise RequestError(
             f"method.allocation lists {len(method.allocation)} sparsities; the model has "
-            f"{len(anatomy.blocks(model))} blocks: give one for each"
+            f"{len(anatomy.all_blocks(model))} blocks: give one for each"
         )
     return kept
 
@@ -206,7 +206,7 @@ def allocate(job: Job, sparsity: float) -> dict[str, int]:
         return dict(zip(job.shapes, select.counts_across(dense_scores(job), total), strict=True))
     shares = [sparsity] * len(sizes)
     if allocation != "uniform":
-        blocks = anatomy.block_names(job.model)
+        blocks = anatomy.all_blocks(job.model)
         of_block = owl(job, sparsity) if allocation == "owl" else dict(zip(blocks, allocation, strict=True))
         own = [next((of_block[b] for b in of_block if name.startswith(f"{b}.")), sparsity) for name in job.shapes]
         shares = _moved(own, sizes, total)
@@ -237,7 +237,7 @@ def owl(job: Job, sparsity: float) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
     norms, weights = dense_norms(job), job.weights()
-    for block in anatomy.block_names(job.model):
+    for block in anatomy.all_blocks(job.model):
         found = [
             scores.wanda(weight, norms[name].to(weight.device))
             for name, weight in weights.items()
