@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import random_tokens, tiny_model
-from sweep import config, identity
+from sweep import calibrate, config, identity
 from sweep.config import Cell
 from sweep.models import anatomy, origin, parts, surgery
 from sweep.pruning import (
-    calibrate,
     checks,
     criteria,
     methods,
