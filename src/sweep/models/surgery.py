@@ -6,13 +6,15 @@ True in a keep-mask = stays. `describe_shape` makes the configuration say what t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy, decoders, parts
+from sweep.models import anatomy, layers, parts, trial
+from sweep.settings import RequestError
 
 
 @torch.no_grad()
@@ -84,20 +86,78 @@ def set_head_counts(attention: parts.Attention) -> None:
 
 
 def remove_blocks(model: PreTrainedModel, keep: Sequence[bool]) -> None:
-    """Remove the blocks where `keep` is False. The others are renumbered, as the key-value cache goes by number."""
-    blocks = anatomy.blocks(model)
-    kept = [index for index, stays in enumerate(keep) if stays]
-    kinds = getattr(model.config, "layer_types", None)
-    for index in reversed(range(len(blocks))):
-        if not keep[index]:
-            del blocks[index]
-    for number, block in enumerate(blocks):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", number)  # noqa: B010 - a plain number, which nn.Module's types do not know
-    setattr(model.config, decoders.key(model.config.to_dict(), "blocks"), len(blocks))
-    if kinds is not None:
-        model.config.layer_types = [kinds[index] for index in kept]
+    """Remove the blocks where `keep` is False; the configuration and the numbers that the others keep follow.
+
+    It is tried on a few tokens: what is left must say what the model says while these blocks are passed by, with a cache
+    and without. Raises RequestError where it does not, and the model is as it was.
+    """
+    gone = [number for number, stays in enumerate(keep) if not stays]
+    if not gone:
+        return
+    try:
+        _remove_blocks(model, gone)
+    except RequestError as error:
+        alone = {} if len(gone) == 1 else {number: _whether_removable(model, number) for number in gone}
+        told = [f"block {number}: {why}" for number, why in alone.items() if why] or [str(error)]
+        raise RequestError(
+            f"blocks {', '.join(map(str, gone))} of {type(model).__name__} cannot be removed: {'; '.join(told)}. Choose "
+            "among others with method.blocks=[...], or use +method=weight"
+        ) from error
+
+
+def _whether_removable(model: PreTrainedModel, number: int) -> str:
+    """Why this block alone cannot be removed; empty where it can. The model stays as it is."""
+    with ExitStack() as undo:
+        try:
+            _remove_blocks(model, [number], undo)
+        except RequestError as error:
+            return str(error)
+    return ""
+
+
+def _remove_blocks(model: PreTrainedModel, gone: Sequence[int], undo: ExitStack | None = None) -> None:
+    """Remove blocks and try what is left.
+
+    undo  closed, it brings the blocks back; without it they are gone for good
+    """
+    blocks = list(anatomy.blocks(model))
+    like = trial.forms(model)
+    proof = trial.Proof(model, lambda restore: trial.pass_by(restore, {blocks[n]: like[blocks[n]] for n in gone}))
+    with ExitStack() as changes:
+        _take_out(model, [number for number in range(len(blocks)) if number not in set(gone)], changes)
+        proof.check()
+        kept = changes.pop_all()
+    if undo is not None:
+        undo.push(kept)
+
+
+def _take_out(model: PreTrainedModel, numbers: Sequence[int], undo: ExitStack) -> None:
+    """Leave the blocks of these numbers alone, until `undo` is closed."""
+    blocks, config = list(anatomy.blocks(model)), layers.configuration(model)
+    name = anatomy.block_names(model)[0].rpartition(".")[0]
+    places = layers.indices(blocks)
+    for module, dimension, rows in layers.tables(model, config, len(blocks), numbers):
+        undo.callback(setattr, module, "weight", module.weight)
+        weight = module.weight.detach().index_select(dimension, rows.to(module.weight.device))
+        module.weight = nn.Parameter(weight, module.weight.requires_grad)
+    layers.cut(config, len(blocks), numbers, undo)
+    undo.callback(model.set_submodule, name, model.get_submodule(name))
+    model.set_submodule(name, nn.ModuleList(blocks[number] for number in numbers))
+    for new, old in enumerate(numbers):
+        for path, attribute in places:
+            module = _within(blocks[old], path)
+            value = getattr(module, attribute, None)
+            if module is not None and value is not None:
+                undo.callback(setattr, module, attribute, value)
+                setattr(module, attribute, places[path, attribute](new))
+
+
+def _within(block: nn.Module, path: str) -> nn.Module | None:
+    """The module of this name within a block; None where this one has none."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 @torch.no_grad()
