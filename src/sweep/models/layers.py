@@ -161,7 +161,7 @@ def _line(name: str, values: Mapping[int, int]) -> Callable[[int], int] | None:
     step, rest = divmod(end - start, max(last - first, 1))
     own = re.fullmatch(_OWN, name)
     if len(values) == 1:
-        return (lambda number: number) if own and start == first else None
+        return int if own and start == first else None
     if rest or step < 1 or any(value != start + step * (number - first) for number, value in values.items()):
         return None
     if not own and (len(values) < 3 or not 0 <= start - step * first < step):  # widths that grow are no numbers

@@ -136,10 +136,10 @@ def _take_out(model: PreTrainedModel, numbers: Sequence[int], undo: ExitStack) -
     blocks, config = list(anatomy.blocks(model)), layers.configuration(model)
     name = anatomy.block_names(model)[0].rpartition(".")[0]
     places = layers.indices(blocks)
-    for module, dimension, rows in layers.tables(model, config, len(blocks), numbers):
-        undo.callback(setattr, module, "weight", module.weight)
-        weight = module.weight.detach().index_select(dimension, rows.to(module.weight.device))
-        module.weight = nn.Parameter(weight, module.weight.requires_grad)
+    for table, dimension, rows in layers.tables(model, config, len(blocks), numbers):
+        undo.callback(setattr, table, "weight", table.weight)
+        weight = table.weight.detach().index_select(dimension, rows.to(table.weight.device))
+        table.weight = nn.Parameter(weight, table.weight.requires_grad)
     layers.cut(config, len(blocks), numbers, undo)
     undo.callback(model.set_submodule, name, model.get_submodule(name))
     model.set_submodule(name, nn.ModuleList(blocks[number] for number in numbers))

@@ -200,10 +200,7 @@ def forms(model: PreTrainedModel) -> dict[nn.Module, Form]:
     """What each block gives while a text is read. Raises RequestError for a block that reads none, or not once."""
     blocks = list(anatomy.blocks(model))
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
-    handles = [
-        block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)  # type: ignore[arg-type]
-        for block in blocks
-    ]
+    handles = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in blocks]
     try:
         attempt("reading a few tokens", lambda: logits(model))
     finally:
@@ -215,7 +212,7 @@ def forms(model: PreTrainedModel) -> dict[nn.Module, Form]:
     carried: dict[int, int | str] = {}
     for (_, _, _, output), (_, args, kwargs, _) in itertools.pairwise(calls):
         if isinstance(output, tuple | list):
-            places = {
+            places: dict[int, int | str] = {
                 id(value): place for place, value in [*enumerate(args), *kwargs.items()] if isinstance(value, Tensor)
             }
             carried |= {at: places[id(value)] for at, value in enumerate(output) if at and id(value) in places}
