@@ -388,7 +388,7 @@ def _work(kind: str, names: list[str], pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - progress bars; the process ends soon
+    sys.stderr = Path(os.devnull).open("w")  # progress bars; the process ends soon
     for name in names:
         pipe.send(try_one(kind, name))
     pipe.close()
