@@ -388,7 +388,7 @@ def _work(kind: str, names: list[str], pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    sys.stderr = Path(os.devnull).open("w")  # progress bars; the process ends soon
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
     for name in names:
         pipe.send(try_one(kind, name))
     pipe.close()
