@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sweep
+import tiny_models
 from conftest import FAMILIES, packed_request, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Cell, Execution, parse
-from sweep.formats import bitmap, declared, semi_structured
+from sweep.formats import bitmap, declared, semi_structured, stand_in
 from sweep.formats.declared import FORMATS, Format, Kernel
-from sweep.formats.packing import PackedLinear, packed
+from sweep.formats.packing import DenseMatrix, PackedLinear, packed
 from sweep.measuring import counting
 from sweep.models import anatomy
 from sweep.pruning import methods
@@ -278,6 +281,120 @@ def test_a_packed_model_has_the_logits_and_the_counts_of_the_dense_one(form: For
     assert after["weights_bytes"] == after["stored_bytes"]
     changed = sum(layer.held_bytes - 4 * layer.in_features * layer.out_features for layer in packed(model).values())
     assert after["weights_bytes"] - before["weights_bytes"] == changed
+
+
+def packed_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, PreTrainedModel, Tensor]:
+    """(logits, the model with packed matrices, its logits)"""
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        model, _ = execution.prepare(model, Execution("csr"))
+        return expected, model, model(input_ids=ids, use_cache=False).logits
+
+
+@each(HERE)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])  # both ways round; with biases
+def test_experts_are_packed_one_by_one(form: Format, kind: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    model = tiny_models.make(kind, dtype=getattr(torch, form.only_dtype("auto") or "float32"))
+    methods.prune(model, Weight("weight"), 0.7, None)
+    ids, wide = random_tokens(), sum(block.mlp.experts.gate_up_proj.numel() for block in anatomy.blocks(model))
+    with torch.no_grad():
+        expected, before = model(input_ids=ids).logits, counting.stock(model)
+        model, _ = execution.prepare(model, Execution(form.name, fallback=True))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-3, rtol=1e-3)
+    experts = {name: layer for name, layer in packed(model).items() if ".experts." in name}
+    assert sum(m.out_features * m.in_features for n, m in experts.items() if "down" not in n) == wide
+    assert not any(parameter.ndim == 3 for parameter in model.parameters())
+    after = counting.stock(model)
+    assert {name: (p.size, p.nonzeros, p.share) for name, p in after.pieces.items()} == {
+        name: (p.size, p.nonzeros, p.share) for name, p in before.pieces.items()
+    }
+    assert all(after.pieces[name].held_bytes == layer.held_bytes for name, layer in experts.items())
+    if form.stored:
+        again, _ = sweep.load_model(saved(model, tmp_path / "saved", tiny_checkpoint))
+        assert packed(again).keys() == packed(model).keys()
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "jetmoe", "llama4_text", "nemotron_h", "granitemoehybrid"])
+@pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
+def test_packed_experts_run_in_every_way_that_a_model_can_run_its_own(kind: str, how: str) -> None:
+    model = tiny_models.make(kind)
+    try:
+        model.set_experts_implementation(how)
+    except ValueError:
+        return  # it reads its experts in one way of its own, which is tried as eager
+    methods.prune(model, Weight("weight"), 0.7, None)
+    expected, _, got = packed_logits(model, random_tokens())
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_matrices_without_zeros_stay_dense_beside_packed_ones(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    model = tiny_models.make("qwen3_moe")
+    methods.prune(model, Weight("weight", exclude=("*.experts.0.*",)), 0.7, None)
+    with torch.no_grad():
+        expected = model(input_ids=random_tokens()).logits
+        model, _ = execution.prepare(model, Execution("bitmap"))
+        torch.testing.assert_close(model(input_ids=random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+        forms = {
+            name.split(".experts.")[1][0]: layer.format.name
+            for name, layer in packed(model).items()
+            if "expert" in name
+        }
+        assert forms["0"] == "dense" and forms["1"] == "bitmap"
+        again, _ = sweep.load_model(saved(model, tmp_path / "saved", tiny_checkpoint))
+        assert torch.equal(again(input_ids=random_tokens()).logits, model(input_ids=random_tokens()).logits)
+
+
+@each(HERE)
+def test_code_that_reads_the_matrix_itself_gets_what_the_dense_one_gives(form: Format) -> None:
+    dtype = form.dtypes[-1]
+    packing = form.packing("auto", getattr(torch, dtype))
+    weight, bias = matrix(6, 10, dtype), torch.linspace(-1, 1, 6).to(getattr(torch, dtype))
+    stands = packing.make(weight, bias, None).weight
+    x = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    assert (stands.shape, stands.dtype, stands.dim(), len(stands)) == (weight.shape, weight.dtype, 2, 6)
+    functions: list[Callable[[Any], Tensor]] = [
+        lambda w: torch.nn.functional.linear(x, w, bias),
+        lambda w: x @ w.t(),
+        lambda w: torch.matmul(x[0], w.T),
+        lambda w: x[0].mm(w.transpose(0, 1)),
+        lambda w: w @ x[0].t(),  # and what no product of a packed layer is
+        lambda w: torch.einsum("bti,oi->bto", x, w),
+        lambda w: w[2:4],
+        lambda w: w.float().abs().sum(0),
+        lambda w: torch.cat([w, w]),
+        lambda w: w * 2 + 1,
+        lambda w: w.to(torch.float64),
+        lambda w: w.view(3, 20),
+    ]
+    for function in functions:
+        with torch.no_grad():
+            torch.testing.assert_close(function(stands), function(weight), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_stack_of_matrices_is_read_as_the_tensor_that_it_stands_for(flipped: bool) -> None:
+    dense = torch.stack([matrix(6, 10, "float32", 0.1 * i) for i in range(4)])
+    layers = [[DenseMatrix(expert[:2]), DenseMatrix(expert[2:])] for expert in dense]
+    stack, whole = stand_in.stacked(layers, flipped=flipped), dense.transpose(1, 2) if flipped else dense
+    assert stack.shape == whole.shape and torch.equal(stack.dense(), whole)
+    ids, x = torch.tensor([3, 0, 3]), torch.randn(3, 5, whole.shape[1], generator=torch.Generator().manual_seed(0))
+    functions: list[Callable[[Any], Tensor]] = [
+        lambda w: (w if flipped else w.transpose(-2, -1))[1].t().clone(),
+        lambda w: x[0] @ w[torch.tensor(2)],
+        lambda w: torch.bmm(x, w[ids]),
+        lambda w: torch.bmm(w[ids].mT, x.transpose(1, 2)),
+        lambda w: torch.nn.functional.linear(x[0], w.mT[1]),
+        lambda w: w[1:3],
+        lambda w: w[:, 0],
+        lambda w: w[ids == 3] if len(ids) == len(w) else w[torch.tensor([True, False, True, False])],
+        lambda w: w.transpose(0, 1),
+        lambda w: w.sum((0, 1)),
+    ]
+    for function in functions:
+        got = function(stack)
+        torch.testing.assert_close(got.dense() if isinstance(got, stand_in.StandIn) else got, function(whole))
 
 
 def test_a_matrix_that_a_format_cannot_hold_is_named() -> None:

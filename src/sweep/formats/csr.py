@@ -38,7 +38,7 @@ class CsrLinear(PackedLinear):
         return int(torch.count_nonzero(self.matrix.values()))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = (self.matrix @ x.reshape(-1, self.in_features).t()).t()
+        product = (self.matrix @ x.reshape(-1, self.in_features).t()).t().contiguous()  # as a linear layer gives it
         product = product if bias is None else product + bias
         return product.reshape(*x.shape[:-1], self.out_features)
 

@@ -408,16 +408,14 @@ def fused(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def expert_matrices(module: nn.Module, path: str, name: str, fused: Tensor) -> dict[str, Tensor]:
-    """The matrices of all experts in the fused parameter `name` of a module, (out, in), as views; `path` ends in a dot."""
-    layout = Layout(len(fused), flipped=are_flipped(module, name))
-    return _of_parts(module, path, name, layout.view(fused.detach()))
-
-
-def are_flipped(module: nn.Module, name: str) -> bool:
-    """Whether the slices of a fused parameter are (in, out)."""
-    noted = _NOTED.get(module, _Noted())
-    return noted.layouts[name].flipped if name in noted.layouts else transformers_private.are_flipped(module)
+def several(module: nn.Module, path: str) -> dict[str, tuple[Layout, dict[str, Tensor]]]:
+    """The parameters of a module that hold several matrices each: how, and which, (out, in), as views by full name."""
+    noted = _NOTED.get(module) or _guessed(module, path)
+    return {
+        name: (layout, _named(module, path, name, layout))
+        for name, layout in noted.layouts.items()
+        if layout.parts > 1 and name in module._parameters
+    }
 
 
 def _named(module: nn.Module, path: str, name: str, layout: Layout) -> dict[str, Tensor]:

@@ -17,17 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from sweep.formats import stand_in
 from sweep.formats.declared import FORMATS, Stored
-from sweep.formats.packing import PackedLinear, packed
+from sweep.formats.packing import DenseMatrix, PackedLinear, packed
 from sweep.models import (
     cut_tokenizer,
     differences,
     headers,
+    layers,
     origin,
     parts,
     placing,
@@ -48,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 def is_plain(model: PreTrainedModel) -> bool:
     """Whether transformers builds this model from the configuration and tensors of these shapes alone."""
-    if packed(model):
+    if packed(model) or _answers(model):
         return False
     built = transformers_private.built(type(model), model.config, model.dtype)
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (built, model)]
@@ -106,10 +113,16 @@ def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
             facts["format"] = max(facts["format"], entry.version)
             facts.setdefault(entry.key, {})[name] = layer.facts()
     beyond, buffers = _beyond(model)
-    if beyond or buffers or any(stand_in.stacks(module) for module in model.modules()):
-        facts["format"] = max(facts["format"], DIFFERS)
-        facts |= {"differences": beyond} if beyond else {}
+    more = {"differences": beyond, "experts": placing.facts(model), "answers": _answers(model)}
+    if buffers or any(more.values()):
+        facts |= {name: found for name, found in more.items() if found} | {"format": max(facts["format"], DIFFERS)}
     return facts
+
+
+def _answers(model: PreTrainedModel) -> dict[str, dict[str, list[Any]]]:
+    """What parts of the configuration answer in place of their properties, which no file of it says; by name of the part."""
+    parts_ = {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
+    return {name: found for name, part in parts_.items() if (found := dict(getattr(type(part), "answers", {})))}
 
 
 def _beyond(model: PreTrainedModel) -> tuple[differences.Facts, dict[str, Tensor]]:
@@ -239,6 +252,8 @@ def _load_own(
     """
     weights = pretrained.tensors(path, place)
     config = AutoConfig.from_pretrained(path, **options)
+    for part, answers in facts.get("answers", {}).items():
+        layers.answer_with(getattr(config, part) if part else config, answers)
     stored = config.dtype or torch.float32
     with torch.device(place), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype, **options)
@@ -247,9 +262,9 @@ def _load_own(
         differences.make(model, facts.get("differences", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path / FILE} is damaged: it does not fit the model of config.json ({error})") from error
-    layers = _packed_layers(weights, facts, model.dtype)
-    placing.put_read(model, layers)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    matrices = _packed_layers(weights, facts, model.dtype)
+    placing.put_read(model, matrices, facts.get("experts", {}))
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in matrices}
     for name, tensor in weights.items():  # each a copy, since what is read lies in the file still
         kept = dtype == "auto" or tensor.dtype != stored  # such as a router's, which are wider than the rest
         weights[name] = tensor.to(tensor.dtype if kept else own[name].dtype if name in own else model.dtype, copy=True)
@@ -292,6 +307,10 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
                 what = f"it has no tensor {error}" if isinstance(error, KeyError) else error
                 raise RequestError(f"layer {name} of the checkpoint is damaged: {what}") from error
             found[name] = layer
+    for experts in facts.get("experts", {}).values():
+        for name in experts["matrices"]:
+            if name not in found:
+                found[name] = DenseMatrix(weights.pop(f"{name}.matrix").to(dtype))
     return found
 
 

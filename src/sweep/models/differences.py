@@ -56,17 +56,32 @@ def between(built: nn.Module, model: nn.Module) -> Facts:
         if isinstance(left, nn.ModuleList) and (numbers := _numbers(name, _modules(built).get(name), left)) is not None:
             facts.setdefault("lists", {})[name] = numbers
             make(built, {"lists": {name: numbers}})
-    if substitutes := {name: _substitute(module) for name, module in after.items() if isinstance(module, Substitute)}:
+    before = _modules(built)
+    substitutes = {
+        name: told
+        for name, module in after.items()
+        if isinstance(module, Substitute) and (told := _substitute(module)) != _substitute(before.get(name))
+    }
+    if substitutes:
         facts["substitutes"] = substitutes
         make(built, {"substitutes": substitutes})
     before = _modules(built)
+    mixed = {
+        name: mixin for name, module in after.items() if name in before and (mixin := _mixin(before[name], module))
+    }
+    if mixed:
+        facts["mixed"] = mixed
+        make(built, {"mixed": mixed})
+    if added := _added(before, after):
+        facts["added"] = added
+        make(built, {"added": added})
     gone = [name for name in before if name not in after] + _gone_tensors(before, after)
     if absent := [name for name in gone if not any(name.startswith(f"{other}.") for other in gone)]:
         facts["absent"] = absent
         make(built, {"absent": absent})
         before = _modules(built)
     for name, module in after.items():
-        if name in before and type(before[name]) is not type(module) and not isinstance(module, PackedLinear):
+        if name in before and _kind(before[name]) != _kind(module) and not isinstance(module, PackedLinear):
             raise RequestError(
                 f"{name} is a {type(module).__name__}, and the configuration builds a {type(before[name]).__name__}: "
                 "no checkpoint can tell of it"
@@ -86,6 +101,8 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
 
     lists        of a list of modules, the numbers of those that are left
     substitutes  by name, class and settings of what stands there instead
+    mixed        by name, a class of sweep's that is mixed into the module's own
+    added        by name, of what kind a tensor is that the module has beside its own
     absent       names of modules and parameters that are not there
     attributes   of a module, the plain values that it keeps
     """
@@ -94,6 +111,17 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
         built.set_submodule(name, nn.ModuleList(whole.get_submodule(str(number)) for number in numbers))
     for name, told in facts.get("substitutes", {}).items():
         built.set_submodule(name, _made(told))
+    for name, mixin in facts.get("mixed", {}).items():
+        module = built.get_submodule(name)
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (_ours(mixin), kind), {"__module__": kind.__module__})
+    for full, kind_of_tensor in facts.get("added", {}).items():
+        path, _, name = full.rpartition(".")
+        owner = built.get_submodule(path)
+        if kind_of_tensor == "parameter":
+            owner.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))
+        else:
+            owner.register_buffer(name, torch.empty(0), persistent=True)
     for full in facts.get("absent", ()):
         path, _, name = full.rpartition(".")
         owner = built.get_submodule(path)
@@ -145,8 +173,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _numbers(name: str, whole: nn.Module | None, left: nn.ModuleList) -> list[int] | None:
-    """Of a list that has lost modules or whose modules are others, the numbers of those that are left, ascending."""
-    if not isinstance(whole, nn.ModuleList):
+    """Of a list that has lost modules, the numbers of those that are left, ascending; None of any other."""
+    if not isinstance(whole, nn.ModuleList) or len(whole) == len(left):
         return None
     numbers, next_ = [], 0
     for module in left:
@@ -159,14 +187,14 @@ def _numbers(name: str, whole: nn.Module | None, left: nn.ModuleList) -> list[in
             f"{name} has {len(left)} modules that do not follow each other so among the {len(whole)} that the "
             "configuration builds: no checkpoint can tell of them"
         )
-    return numbers if numbers != list(range(len(whole))) else None
+    return numbers
 
 
 def _alike(built: nn.Module, left: nn.Module) -> bool:
     """Whether what is left of a module can come of one that the configuration builds, by its class and its parts'."""
     if isinstance(left, Substitute | PackedLinear):
         return True
-    if type(built) is not type(left):
+    if type(built) is not _kind(left)[-1]:
         return False
     children = dict(built.named_children())
     return all(
@@ -233,20 +261,55 @@ def _text(told: Any) -> str:
     return "" if told is _MISSING else json.dumps(told)
 
 
-def _substitute(module: Substitute) -> dict[str, Any]:
+def _kind(module: nn.Module) -> tuple[type, ...]:
+    """The class of a module; of one that sweep has mixed a class into, which is made anew each time, the two."""
     kind = type(module)
-    return {"class": f"{kind.__module__.removeprefix(_OURS)}.{kind.__qualname__}", "settings": module.settings()}
+    return kind.__bases__ if kind.__bases__[0].__module__.startswith(_OURS) and len(kind.__bases__) > 1 else (kind,)
+
+
+def _mixin(built: nn.Module, module: nn.Module) -> str:
+    """The name of the class of sweep's that is mixed into a module's own; empty where none is."""
+    first, *rest = _kind(module)
+    return _name(first) if rest and _kind(built) == (*rest,) else ""
+
+
+def _added(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The names of tensors that a state dict holds and that the modules were not built with, and of what kind they are."""
+    found = {}
+    for path, module in after.items():
+        built = before.get(path)
+        if built is None or isinstance(module, PackedLinear | Substitute):
+            continue
+        own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        state = module.state_dict().keys()
+        for name in own:
+            if name in state and not hasattr(built, name):
+                found[f"{path}.{name}"] = "parameter" if isinstance(own[name], nn.Parameter) else "buffer"
+    return found
+
+
+def _substitute(module: nn.Module | None) -> dict[str, Any]:
+    return {"class": _name(type(module)), "settings": module.settings()} if isinstance(module, Substitute) else {}
 
 
 def _made(told: Mapping[str, Any]) -> Substitute:
-    """Raises RequestError for a class that is no substitute of sweep's."""
-    place, _, name = str(told["class"]).rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(f"{_OURS}{place}"), name)
-        if not issubclass(kind, Substitute):
-            raise TypeError
-    except (ImportError, AttributeError, TypeError) as error:
-        raise RequestError(
-            f"the checkpoint has a module that this version of sweep does not know: {told['class']}"
-        ) from error
+    kind = _ours(told["class"])
+    if not issubclass(kind, Substitute):
+        raise RequestError(f"{told['class']} makes no module")
     return kind(**told["settings"])
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__.removeprefix(_OURS)}.{kind.__qualname__}"
+
+
+def _ours(name: str) -> Any:
+    """Raises RequestError for what is no class of sweep's models."""
+    place, _, kind = str(name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(f"{_OURS}{place}"), kind)
+    except (ImportError, AttributeError) as error:
+        raise RequestError(f"the checkpoint has a module that this version of sweep does not know: {name}") from error
+    if not (isinstance(found, type) and found.__module__ == f"{_OURS}{place}"):
+        raise RequestError(f"the checkpoint has a module that is none of sweep's: {name}")
+    return found

@@ -5,16 +5,24 @@ True in a keep-mask = stays. `describe_shape` makes the configuration say what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sweep.models import anatomy, layers, parts, trial
 from sweep.settings import RequestError
+
+# What names the id of a token, or of several, and of those the ones that may be unset; models compare with the others.
+_ID = re.compile(r"(^|_)token_(ids?|index)$|^padding_idx$")
+_UNSET = re.compile(r"^padding_idx$|^(forced_)?(bos|eos|pad|sep|cls|mask|unk|decoder_start)_")
+NO_TOKEN = -1  # of a removed token that models compare with those of a text: it is none of them
 
 
 @torch.no_grad()
@@ -161,35 +169,109 @@ def _within(block: nn.Module, path: str) -> nn.Module | None:
 
 
 @torch.no_grad()
-def remove_tokens(model: PreTrainedModel, kept: Tensor) -> None:
-    """Keep the embedding and head rows of the token ids `kept`, ascending; they become ids 0, 1, 2, …"""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    rows = kept.to(embedding.weight.device)
-    embedding.weight = nn.Parameter(embedding.weight.index_select(0, rows), embedding.weight.requires_grad)
-    embedding.num_embeddings = len(rows)
+def remove_tokens(model: PreTrainedModel, kept: Tensor) -> Callable[[], None]:
+    """Keep of every tensor with a row for each token those of the ids `kept`, ascending; they become ids 0, 1, 2, …
+
+    Cut is what has as many entries along one dimension as the embedding has rows, whatever it is: embeddings, heads, their
+    biases, tables. Lookups of fewer rows that the ids go into, such as those of single layers, keep theirs of these ids.
+    Returns what makes the model as it was. Raises ValueError for a tensor with two such dimensions.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    lookups = {id(module): module.num_embeddings for module in _lookups(model)}
     new_id = {old: new for new, old in enumerate(kept.tolist())}
-    embedding.padding_idx = new_id.get(embedding.padding_idx)
-    if head is not None:
-        weight = (
-            embedding.weight if tied else nn.Parameter(head.weight.index_select(0, rows), head.weight.requires_grad)
-        )
-        head.weight, head.out_features = weight, len(rows)
-        if head.bias is not None:
-            head.bias = nn.Parameter(head.bias.index_select(0, rows), head.bias.requires_grad)
-    model.config.vocab_size = len(rows)
-    for module in model.modules():
-        if hasattr(module, "vocab_size") and isinstance(module.vocab_size, int):
-            module.vocab_size = len(rows)
-        if module is not embedding and getattr(module, "padding_idx", None) is not None:
-            module.padding_idx = new_id.get(module.padding_idx)
-    for config in (model.config, model.generation_config):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            old = getattr(config, name, None)
-            if isinstance(old, list):
-                setattr(config, name, [new_id[i] for i in old if i in new_id] or None)
-            elif old is not None:
-                setattr(config, name, new_id.get(old))
+    left = {size: kept[kept < size] for size in {rows, *lookups.values()}}
+    undo: list[Callable[[], None]] = []
+    done: dict[int, Tensor] = {}  # by the identity of the tensor that was: tied ones stay so
+
+    def change(holder: Any, name: str, value: Any) -> None:
+        undo.append(functools.partial(setattr, holder, name, getattr(holder, name)))
+        setattr(holder, name, value)
+
+    def restore() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        for module in list(model.modules()):
+            size = lookups.get(id(module), rows)
+            cut = {name: tensor for name, tensor in _own_tensors(module).items() if size in tensor.shape}
+            for name, tensor in cut.items():
+                if id(tensor) not in done:
+                    done[id(tensor)] = _cut(tensor, size, left[size])
+                change(module, name, done[id(tensor)])
+            for name, value in list(vars(module).items()):
+                if cut and value == size and type(value) is int:
+                    change(module, name, len(left[size]))
+                else:
+                    _tell(change, module, name, left, new_id)
+        for config in (*_configs(model.config), model.generation_config):
+            for name in list(vars(config)) if config is not None else ():
+                _tell(change, config, name, left, new_id)
+    except Exception:
+        restore()
+        raise
+    return restore
+
+
+def _tell(
+    change: Callable[..., None], holder: Any, name: str, left: Mapping[int, Tensor], new_id: Mapping[int, int]
+) -> None:
+    """Have an attribute of a module or a configuration follow, where it is a size of the vocabulary or a token's id."""
+    value = vars(holder)[name]
+    if "vocab" in name and type(value) is int and value in left:
+        change(holder, name, len(left[value]))
+    elif _ID.search(name) and _new(value, new_id, name) != value:
+        change(holder, name, _new(value, new_id, name))
+
+
+def _lookups(model: PreTrainedModel) -> list[nn.Embedding]:
+    """The embeddings of other sizes than the model's that the token ids go into, found by watching what they read."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings != rows]
+    ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
+    found: list[nn.Embedding] = []
+
+    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, nn.Embedding)
+        read, known = inputs[0] if inputs else None, ids < module.num_embeddings
+        if isinstance(read, Tensor) and read.shape == ids.shape and torch.equal(read.cpu()[known], ids[known]):
+            found.append(module)
+
+    with ExitStack() as stack:
+        for module in others:
+            stack.callback(module.register_forward_pre_hook(watch).remove)
+        if others:
+            model(input_ids=ids.to(model.device), use_cache=False)
+    return found
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+
+
+def _cut(tensor: Tensor, size: int, kept: Tensor) -> Tensor:
+    """The tensor with the entries `kept` along the one dimension of this size."""
+    if tensor.shape.count(size) > 1:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has a row for each token along two dimensions")
+    found = tensor.index_select(tensor.shape.index(size), kept.to(tensor.device))
+    return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
+
+
+def _new(old: Any, new_id: Mapping[int, int], name: str) -> Any:
+    """What a token's id, or each of a list, has become; of a removed one None, or `NO_TOKEN`."""
+    if isinstance(old, list):
+        return [new_id[i] for i in old if i in new_id] or None
+    if type(old) is not int or old < 0:
+        return old
+    return new_id.get(old, None if _UNSET.search(name) else NO_TOKEN)
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those within it."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value)
 
 
 def describe_shape(model: PreTrainedModel) -> None:

@@ -34,8 +34,8 @@ def prune(
     """Remove the rows of the least important tokens in place; what is returned carries the new tokenizer.
 
     tokens  token ids of text, of any shape, for a criterion that reads one
-    Raises RequestError when the tokenizer has no token to stand for the removed ones, or when the request would
-    remove special tokens.
+    Raises RequestError when the tokenizer has no token to stand for the removed ones, when the request would remove
+    special tokens, and for a model that does something else than before with the tokens that stay.
     """
     size = model.get_input_embeddings().weight.shape[0]
     unknown = cut_tokenizer.unknown_id(tokenizer, size)
@@ -57,7 +57,7 @@ def prune(
     scores[sorted(protected)] = torch.inf
     kept = select.lowest(scores, gone).nonzero().squeeze(1)
     parameters = sum(p.numel() for p in model.parameters())
-    surgery.remove_tokens(model, kept)
+    _remove(model, kept, seed)
     removed = parameters - sum(p.numel() for p in model.parameters())
     return Pruned(
         targets=removed * size // gone if gone else size * model.get_input_embeddings().weight.shape[1],
@@ -67,6 +67,38 @@ def prune(
         gone=np.setdiff1d(np.arange(size), kept.numpy()),
         tokenizer=cut_tokenizer.remapped(tokenizer, kept.tolist(), size),
     )
+
+
+def _remove(model: PreTrainedModel, kept: Tensor, seed: int) -> None:
+    """Remove all other tokens, and prove it: texts of tokens that stay get the logits of these that they had.
+
+    Raises RequestError, and leaves the model as it was, where they do not.
+    """
+    drawn = torch.randint(len(kept), (2, 12), generator=torch.Generator().manual_seed(seed))
+    restore, why = (lambda: None), ""
+    try:
+        before = _logits(model, kept[drawn])[..., kept]
+        restore = surgery.remove_tokens(model, kept)
+        after = _logits(model, drawn)
+        apart = (before - after).abs().max().item() if after.shape == before.shape else float("inf")
+        if apart > 32 * torch.finfo(model.dtype).eps * max(1.0, before.abs().max().item()):
+            why = f"the logits of the tokens that stay are up to {apart:.3g} apart"
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        why = str(error)
+    if why:
+        restore()
+        raise RequestError(
+            f"method=vocab: {type(model).__name__} cannot lose tokens ({why}): what it does with their ids is not known. "
+            "Its weights can be pruned: +method=weight"
+        )
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(sequences, tokens, rows) float32, on the CPU, whatever the model draws at random drawn the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
 
 def _zipf(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
