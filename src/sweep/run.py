@@ -29,6 +29,7 @@ from sweep.pruning.masks import Masks
 from sweep.quantization import forms, quantise
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
+from sweep.solver import no_rounding
 from sweep.texts import text
 
 Tables = dict[str, pd.DataFrame]
@@ -65,7 +66,7 @@ class Done(Protocol):
 
 
 def _prune(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
-    rounding = quantise.while_pruning(cell, model)
+    rounding = quantise.rounding(cell.quantize, model) if cell.quantize.joint else no_rounding
     return methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo, rounding=rounding)
 
 

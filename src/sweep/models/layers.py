@@ -10,6 +10,7 @@ then answers with what is left of the list in place of the property, and `Left` 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ _DEPTH = (
     r"(num_|n_)?(hidden_|decoder_)?(layers?|blocks)|num_decoder_layers"  # how configurations call the number of blocks
 )
 _NUMBERS = r".*(layers|_layer_ids|idxs|indexes|indices)"  # how they call a list of numbers of blocks
-_OWN = r"layer_(idx|id|number)"  # how blocks call their own
+OWN = r"layer_(idx|id|number)"  # how blocks call their own
 _FIRST = r"first_k_.*|num_dense_layers|num_(hash|dense)_.*layers"  # a number of blocks, the first
 _LAST = r"num_kv_shared_layers"  # the last
 _AT_LENGTH = r".*(token_ids?|_shape|_multipliers|_limit|_sizes?)"  # lists that say nothing of blocks
@@ -84,7 +85,7 @@ def cut(config: PreTrainedConfig, depth: int, numbers: Sequence[int], undo: Exit
     """Have the configuration speak of the blocks with these numbers alone. What it then says is undone with `undo`."""
     lists = _properties(config, depth)
     before = dict(vars(config))
-    undo.callback(_restore, config, type(config), before)
+    undo.callback(restore, config, type(config), before)
     overrides = _overrides(config, depth, numbers)
     said = per_block(config, depth)
     for name, value in said.items():
@@ -97,7 +98,7 @@ def cut(config: PreTrainedConfig, depth: int, numbers: Sequence[int], undo: Exit
     return Left(tuple(numbers), said)
 
 
-def _restore(config: PreTrainedConfig, kind: type, before: dict[str, Any]) -> None:
+def restore(config: PreTrainedConfig, kind: type, before: dict[str, Any]) -> None:
     config.__class__ = kind
     vars(config).clear()
     vars(config).update(before)
@@ -132,12 +133,16 @@ def _asked(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
+def _answer(name: str, config: Any) -> list[Any]:
+    return list(type(config).answers[name])
+
+
 def answer_with(config: PreTrainedConfig, answers: dict[str, list[Any]]) -> None:
     """Have the configuration give these lists in place of its properties, or beside them."""
     kind, inherited = type(config), dict(getattr(type(config), "answers", {}))
     base = kind.__mro__[1] if inherited else kind
     own = {**inherited, **answers}
-    members = {name: property(lambda self, name=name: list(type(self).answers[name])) for name in own}
+    members = {name: property(functools.partial(_answer, name)) for name in own}
     config.__class__ = type(base.__name__, (base,), {**members, "answers": own, "__module__": base.__module__})
 
 
@@ -157,16 +162,21 @@ def indices(blocks: Sequence[nn.Module]) -> dict[tuple[str, str], Callable[[int]
 
 
 def _line(name: str, values: Mapping[int, int]) -> Callable[[int], int] | None:
-    (first, start), (last, end) = min(values.items()), max(values.items())
+    first, last = min(values), max(values)
+    start, end = values[first], values[last]
     step, rest = divmod(end - start, max(last - first, 1))
-    own = re.fullmatch(_OWN, name)
+    own = re.fullmatch(OWN, name)
     if len(values) == 1:
         return int if own and start == first else None
     if rest or step < 1 or any(value != start + step * (number - first) for number, value in values.items()):
         return None
     if not own and (len(values) < 3 or not 0 <= start - step * first < step):  # widths that grow are no numbers
         return None
-    return lambda number: start + step * (number - first)
+    return functools.partial(_at, start - step * first, step)
+
+
+def _at(start: int, step: int, number: int) -> int:
+    return start + step * number
 
 
 def tables(

@@ -168,6 +168,13 @@ class Form:
     others: int = 0  # values beside the hidden state
     carried: dict[int, int | str] = field(default_factory=dict)  # of these, what the next block gets, by its argument
 
+    def of(self, hidden: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """A hidden state in this form; what goes from block to block beside it as it came, all else None."""
+        if not issubclass(self.kind, tuple | list):
+            return hidden
+        others = [_argument(args, kwargs or {}, self.carried.get(place + 1)) for place in range(self.others)]
+        return self.kind(hidden, *others) if hasattr(self.kind, "_fields") else self.kind([hidden, *others])
+
 
 def pass_by(restore: ExitStack, like: Mapping[nn.Module, Form]) -> None:
     """Have blocks hand on what they get, in the form of what they gave, until `restore` is closed."""
@@ -177,17 +184,27 @@ def pass_by(restore: ExitStack, like: Mapping[nn.Module, Form]) -> None:
 
 def handed_on(args: tuple[Any, ...], kwargs: dict[str, Any], form: Form) -> Any:
     """The hidden state among a block's arguments, in the form of what the block gives."""
-    hidden = hidden_state(args, kwargs)
-    if not issubclass(form.kind, tuple | list):
-        return hidden
-    others = [_argument(args, kwargs, form.carried.get(place + 1)) for place in range(form.others)]
-    values = [hidden, *others]
-    return form.kind(*values) if hasattr(form.kind, "_fields") else form.kind(values)
+    return form.of(hidden_state(args, kwargs), args, kwargs)
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first tensor of numbers, none of ids, among a block's arguments."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def with_hidden_state(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with another hidden state."""
+    old = hidden_state(args, kwargs)
+    return tuple(hidden if value is old else value for value in args), {
+        name: hidden if value is old else value for name, value in kwargs.items()
+    }
+
+
+def named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Any]]:
+    """Arguments with their places or names."""
+    return [*enumerate(args), *kwargs.items()]
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int | str | None) -> Any:
@@ -212,9 +229,7 @@ def forms(model: PreTrainedModel) -> dict[nn.Module, Form]:
     carried: dict[int, int | str] = {}
     for (_, _, _, output), (_, args, kwargs, _) in itertools.pairwise(calls):
         if isinstance(output, tuple | list):
-            places: dict[int, int | str] = {
-                id(value): place for place, value in [*enumerate(args), *kwargs.items()] if isinstance(value, Tensor)
-            }
+            places = {id(value): place for place, value in named(args, kwargs) if isinstance(value, Tensor)}
             carried |= {at: places[id(value)] for at, value in enumerate(output) if at and id(value) in places}
     return {
         block: Form(type(output), len(output) - 1, carried) if isinstance(output, tuple | list) else Form(type(output))

@@ -71,7 +71,7 @@ def _check_blocks(cell: Cell, method: Neuron | Head | Layer, shape: Mapping[str,
         case Head():
             heads = decoders.size(shape, "heads")
             _check_heads(cell, method, blocks, heads, decoders.size(shape, "groups") or heads)
-        case Layer():
+        case Layer() if method.unit == "block":  # how many sublayers there are shows when they are looked for
             _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
 
 

@@ -17,7 +17,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import cache, confusion, cost, versions
 from sweep.calibrate import exact_device, inputs_observed
-from sweep.models import anatomy, token_ids
+from sweep.models import anatomy, token_ids, trial
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning import drop_file, normaliser
 from sweep.pruning.checks import HIGHER_IS_WORSE
@@ -323,6 +323,8 @@ class Resumed:
     def __init__(self, model: PreTrainedModel, probe: Probe) -> None:
         self.model, self.probe = model, probe
         self.blocks = list(anatomy.blocks(model))
+        forms = trial.forms(model)
+        self.forms = {block: forms[block] for block in self.blocks}
         self.rows = probe.rows.to(model.device)
         self.head = model.get_output_embeddings()
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -364,16 +366,20 @@ class Resumed:
         """(R, T, d) what the block gives in the whole model."""
         if block + 1 < len(self.blocks):
             return self._entering[block + 1]
-        return self._from(block, self._entering[block], self.blocks[block])
+        return self.through(block)
 
     def after(self, block: int, hidden: Tensor, copies: int) -> np.ndarray:
         """(copies, O) log-likelihoods when `hidden`, (copies * R, T, d), leaves the block."""
-        with _skipped(self.blocks, block + 1, hidden):
+        with _skipped(self.forms, block + 1, hidden):
             return self._likelihoods(self._scored(self.model, self._nothing(len(hidden))), copies)
 
     def without_block(self, block: int) -> np.ndarray:
         """(O,) log-likelihoods of the model that lacks the block."""
         return self.after(block, self.entering(block), 1)[0]
+
+    def through(self, block: int) -> Tensor:
+        """(R, T, d) what the block gives, as it is now, of what it gets in the whole model."""
+        return self._from(block, self.entering(block), self.blocks[block])
 
     def ablated(self, ablation: Ablation, wanted: Sequence[int]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """(indices into the ablation's units, (C, O) log-likelihoods without each), for all wanted units.
@@ -423,7 +429,7 @@ class Resumed:
         found: list[Tensor] = []
         handle = block.register_forward_hook(lambda _, __, output: found.append(first_tensor((output,), {})))
         try:
-            with _skipped(self.blocks, index, hidden), _skipped_after(self.blocks, index):
+            with _skipped(self.forms, index, hidden), _skipped_after(self.forms, index):
                 self._scored(self.model, self._nothing(len(hidden)))
         finally:
             handle.remove()
@@ -491,35 +497,25 @@ class Resumed:
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module], count: int, hidden: Tensor) -> Iterator[None]:
+def _skipped(forms: Mapping[nn.Module, trial.Form], count: int, hidden: Tensor) -> Iterator[None]:
     """The first `count` blocks do nothing, and `hidden` is what leaves them (enters the next, when count is 0)."""
-    for block in blocks[: max(count, 0)]:
-        block.forward = lambda *_, **__: hidden
-    handle = None
-    if count == 0:
-        handle = blocks[0].register_forward_pre_hook(
-            lambda _, args, kwargs: ((hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}),
-            with_kwargs=True,
-        )
-    try:
+    with ExitStack() as restore:
+        for block, form in list(forms.items())[: max(count, 0)]:
+            anatomy.replace_forward(restore, block, lambda *a, form=form, **k: form.of(hidden, a, k))
+        if count == 0:
+            handle = next(iter(forms)).register_forward_pre_hook(
+                lambda _, args, kwargs: trial.with_hidden_state(args, kwargs, hidden), with_kwargs=True
+            )
+            restore.callback(handle.remove)
         yield
-    finally:
-        for block in blocks[: max(count, 0)]:
-            del block.forward  # the class's own is seen again
-        if handle is not None:
-            handle.remove()
 
 
 @contextmanager
-def _skipped_after(blocks: Sequence[nn.Module], last: int) -> Iterator[None]:
+def _skipped_after(forms: Mapping[nn.Module, trial.Form], last: int) -> Iterator[None]:
     """The blocks after `last` pass on what they get."""
-    for block in blocks[last + 1 :]:
-        block.forward = lambda *args, **kwargs: first_tensor(args, kwargs)
-    try:
+    with ExitStack() as restore:
+        trial.pass_by(restore, dict(list(forms.items())[last + 1 :]))
         yield
-    finally:
-        for block in blocks[last + 1 :]:
-            del block.forward
 
 
 def _key(model: PreTrainedModel, probe: Probe) -> list[Any]:

@@ -92,6 +92,8 @@ class Layer(Named):
     family: Literal["layer"] = "layer"
     criterion: str = setting("block_influence", names=criteria.Names("block"), alias="importance")
     drop: Drop = part(Drop())
+    # what goes: whole blocks; of a block the attention, or what takes its place; the FFN; or whichever of the two
+    unit: Literal["block", "attention", "ffn", "sublayer"] = "block"
     steps: int = setting(1, minimum=1)
     sparsity_of: Literal["parameters", "units"] = "parameters"
     blocks: tuple[int, ...] | None = None

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +19,8 @@ from sweep.config import Cell
 from sweep.models import anatomy, parts, token_ids
 from sweep.pruning import depth, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
-from sweep.pruning.pruned import Pruned
+from sweep.pruning.pruned import Given, Pruned
 from sweep.solver import Rounding, no_rounding
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a family may read beside the model and what is asked: the arguments of `prune`."""
-
-    tokens: Tensor | None
-    seed: int
-    tokenizer: PreTrainedTokenizerBase | None
-    sequential: bool
-    memo: sharing.Memo
-    device: torch.device | str | None
-    rounding: Rounding
 
 
 @dataclass(frozen=True)
@@ -151,13 +139,21 @@ def _of_parts(model: PreTrainedModel, method: Neuron | Head) -> list[Tensor]:
     return [linear.weight for part in units.parts(model, method) for linear in (*part.inputs, part.output)]
 
 
-def _blocks(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) -> Pruned:
-    return depth.prune(model, method, sparsity, given.tokens, given.seed, given.tokenizer, given.memo)
-
-
 def _of_blocks(model: PreTrainedModel, method: Layer) -> list[Tensor]:
-    gone = tuple(f"{name}." for number, name in enumerate(anatomy.block_names(model)) if _chosen(method, number))
-    return [tensor for name, tensor in anatomy.tensors(model).items() if name.startswith(gone)]
+    names = anatomy.block_names(model)
+    gone = {
+        f"{names[unit.block]}.{part}".removesuffix(".")
+        for unit in depth.units(model, method)
+        for part in (unit.modules or ("",))
+        if _chosen(method, unit.block)
+    }
+    inside = tuple(f"{name}." for name in gone)
+    return [tensor for name, tensor in anatomy.tensors(model).items() if name in gone or name.startswith(inside)]
+
+
+def _of_each_block(model: PreTrainedModel, method: Layer) -> list[int]:
+    counts = Counter(unit.block for unit in depth.units(model, method))
+    return [counts[block] for block in range(len(anatomy.blocks(model)))]
 
 
 def _tokens(model: PreTrainedModel, method: Vocab, sparsity: float, given: Given) -> Pruned:
@@ -179,6 +175,6 @@ WORK: dict[type, Family] = {
         _of_parts,
         lambda model, method: [a.groups if method.unit == "group" else a.heads for a in parts.attentions(model)],
     ),
-    Layer: Family(_blocks, _of_blocks, lambda model, method: [1] * len(anatomy.blocks(model))),
+    Layer: Family(depth.prune, _of_blocks, _of_each_block),
     Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block
 }

@@ -1,4 +1,7 @@
-"""What pruning says that it did. What has become of the model is counted: see measuring/counting.py."""
+"""What a family of methods is given, and what it says that it did.
+
+What has become of the model is counted: see measuring/counting.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,29 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from sweep.formats.grid import Grid
+from sweep.pruning import sharing
 from sweep.pruning.masks import Masks
+from sweep.solver import Rounding, no_rounding
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a family may read beside the model and what is asked."""
+
+    tokens: Tensor | None = None  # (sequences, length) calibration text, for methods that read one
+    seed: int = 0  # of criteria that draw numbers
+    tokenizer: PreTrainedTokenizerBase | None = None  # for methods that change the vocabulary or measure on a task
+    sequential: bool = True  # weight methods calibrate a block on what the pruned blocks before it put out
+    memo: sharing.Memo = sharing.unshared  # where statistics of the unpruned model come from
+    device: torch.device | str | None = (
+        None  # where a weight method works, one block at a time; None = where the model lies
+    )
+    rounding: Rounding = no_rounding  # what quantises matrices in the pass that prunes them
 
 
 @dataclass(frozen=True)
@@ -19,7 +42,7 @@ class Pruned:
     removed: int  # weights that were
     calibration_tokens: int = 0
     units: int | None = None  # neurons, heads, layers or tokens that could have been removed
-    # those that were, by their numbers in the unpruned model: blocks or tokens (n,), neurons or heads (n, 2) with their block
+    # those that were, by their numbers in the unpruned model: blocks or tokens (n,), all else (n, 2) with its block
     gone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     masks: Masks = field(default_factory=Masks)  # of the weights, where single ones were removed
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the matrices that were quantised in the same pass

@@ -6,8 +6,9 @@ T tokens; a part is one block's output matrix with its units (see units.Part).
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep.calibrate import exact_device, inputs_observed
+from sweep.models import trial
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning.criteria import READABLE, Labels
 from sweep.pruning.unit_scores import Activations, Gradients
@@ -122,20 +124,35 @@ def read(
     return {name: found[kind if kind in found else backward[0]] for name, kind in labels.items()}
 
 
+Around = Callable[
+    [nn.Module, tuple, dict], tuple[Tensor, Tensor]
+]  # block and its arguments: hidden state before, after
+
+
 def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Mean over tokens of the cosine between what enters a block and what leaves it: (blocks,) float64."""
-    totals = torch.zeros(len(blocks), dtype=torch.float64)
+    return cosines([(block, None) for block in blocks], model, tokens)
 
-    def observe(index: int, before: Tensor, after: Tensor) -> None:
-        totals[index] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
+
+def cosines(places: Sequence[tuple[nn.Module, Around | None]], model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean over tokens of the cosine between two hidden states: (places,) float64.
+
+    places  block, and which states of it: None = what enters and what leaves it
+    """
+    totals = torch.zeros(len(places), dtype=torch.float64)
+
+    def observe(place: int, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        around = places[place][1]
+        if around is None:
+            before, after = first_tensor(args, kwargs), first_tensor((output,), {})
+        else:
+            before, after = around(block, args, kwargs)
+        totals[place] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum().to(totals)
 
     tail = Tail(model)
     handles = [
-        block.register_forward_hook(
-            lambda _, args, kwargs, output, i=i: observe(i, first_tensor(args, kwargs), first_tensor((output,), {})),
-            with_kwargs=True,
-        )
-        for i, block in enumerate(blocks)
+        block.register_forward_hook(lambda *call, place=place: observe(place, *call), with_kwargs=True)
+        for place, (block, _) in enumerate(places)
     ]
     try:
         with torch.no_grad():
@@ -149,8 +166,8 @@ def block_cosines(blocks: Sequence[nn.Module], model: PreTrainedModel, tokens: T
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:
     """The hidden state among a block's arguments, or in its output, which some families wrap in a tuple."""
-    value = args[0] if args else kwargs["hidden_states"]
-    return value[0] if isinstance(value, tuple) else value
+    value = args[0] if args else trial.hidden_state(args, kwargs)
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 def _columns(output: nn.Module) -> int:
