@@ -25,7 +25,7 @@ from embedded import EMBEDDED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sweep import config, execution
-from sweep.formats import bitmap
+from sweep.formats import compiled
 from sweep.formats.packing import packed
 from sweep.measuring import efficiency
 from sweep.models import anatomy, loading
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     given = parser.parse_args()
     phases = [PHASES[name] for name in given.phases]
-    print(f"torch {torch.__version__}, kernels {', '.join(bitmap.kernels())}")
+    print(f"torch {torch.__version__}, kernels {', '.join(compiled.available())}")
     for name in given.models:
         make = {"small": small, "large": large}[name]
         for threads in given.threads:

@@ -18,7 +18,7 @@ import sweep
 from conftest import packed_request, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Execution, parse
-from sweep.formats import bitmap, declared
+from sweep.formats import bitmap, compiled, declared
 from sweep.formats.packing import packed
 from sweep.measuring import counting
 from sweep.models import anatomy
@@ -77,9 +77,12 @@ def assert_multiplies(weight: Tensor, kernel: str, tokens: int = 1) -> None:
             assert ((got.double() - expected).abs() / scale).max() < TOLERANCE[weight.dtype]
 
 
-@pytest.fixture(params=bitmap.VERSIONS)
+KERNELS = [name for name, kernel in declared.BITMAP.kernels.items() if kernel.compiled]
+
+
+@pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> str:
-    if request.param not in bitmap.kernels():
+    if request.param not in compiled.available():
         pytest.skip(f"this processor cannot run {request.param}")
     return request.param
 
@@ -93,7 +96,7 @@ def test_products_and_expansion_equal_torch(kernel: str, dtype: torch.dtype) -> 
         parts = bitmap.compress(weight)
         columns = weight.shape[1]
         assert torch.equal(bitmap.expand(*parts, columns), weight)
-        assert torch.equal(bitmap.extension().expand(*parts, columns, bitmap.VERSIONS.index(kernel)), weight)
+        assert torch.equal(compiled.extension().bitmap_expand(*parts, columns, compiled.version(kernel)), weight)
         assert_multiplies(weight, kernel)
 
 
@@ -121,7 +124,7 @@ def test_a_matrix_larger_than_a_panel_and_several_threads(kernel: str, monkeypat
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for panel in (1, 7 * 400, 1 << 20):
-                monkeypatch.setattr(bitmap, "PANEL_BYTES", panel)
+                monkeypatch.setattr(compiled, "PANEL_BYTES", panel)
                 assert_multiplies(weight, kernel, tokens=1)
                 assert_multiplies(weight, kernel, tokens=20)
     finally:
@@ -134,7 +137,7 @@ def test_the_kernel_runs_on_as_many_threads_as_torch_is_set_to() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            assert bitmap.extension().threads() == count
+            assert compiled.extension().threads() == count
     finally:
         torch.set_num_threads(threads)
 
@@ -206,36 +209,35 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
 
 
 def test_the_kernels_are_those_that_are_declared() -> None:
-    assert {*bitmap.VERSIONS, "torch"} == set(declared.BITMAP.kernels)
-    for name, dtype in itertools.product(bitmap.kernels(), (torch.bfloat16, torch.float32)):
+    assert set(compiled.VERSIONS) == {name for form in declared.FORMATS.values() for name in form.kernels} - {"torch"}
+    for name, dtype in itertools.product(compiled.runs(declared.BITMAP), (torch.bfloat16, torch.float32)):
         if str(dtype).removeprefix("torch.") in declared.BITMAP.kernels[name].dtypes:
             assert_multiplies(matrix(5, 70, 0.5, dtype), name)
-            assert bitmap.packing(name, dtype).kernel == f"bitmap {name}" and bitmap.packing(name, dtype).lacks is None
+            packing = declared.BITMAP.packing(name, dtype)
+            assert packing.kernel == f"bitmap {name}" and packing.lacks is None
 
 
 def test_a_kernel_that_this_processor_lacks_is_replaced_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitmap, "kernels", lambda: ("portable",))
+    monkeypatch.setattr(compiled, "available", lambda: ("portable",))
     with pytest.raises(RequestError, match="execution=bitmap, kernel avx2: this processor runs portable. Install"):
         execution.prepare(tiny_model("llama"), Execution("bitmap", "avx2"))
     assert execution.prepare(tiny_model("llama"), Execution("bitmap", "avx2", fallback=True))[1] == "bitmap torch"
 
 
 def test_the_kernel_refuses_other_inputs() -> None:
-    made = layer(
-        matrix(4, 70, 0.5, torch.float32), bitmap.kernels()[-1] if bitmap.kernels()[-1] != "avx512_bf16" else "avx512"
-    )
+    made = layer(matrix(4, 70, 0.5, torch.float32), compiled.chosen(declared.BITMAP, "auto", torch.float32)[0])
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="the input has 64 features, the matrix 70"):
             made(torch.zeros(1, 64))
         with pytest.raises(RuntimeError, match="the input is BFloat16 on cpu, the matrix Float"):
             made(torch.zeros(1, 70, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError, match="no gradient flows through a bitmap layer"):
+    with pytest.raises(RuntimeError, match="no gradient flows through a layer of execution=bitmap"):
         made(torch.zeros(1, 70, requires_grad=True))
 
 
 def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    bitmap.extension.cache_clear()
+    compiled.extension.cache_clear()
     try:
         cell, _ = parse(packed_request())
         with pytest.raises(
@@ -248,11 +250,11 @@ def test_without_a_compiler_nothing_falls_back_in_silence(monkeypatch: pytest.Mo
         machine.check_execution(allowed)
         assert execution.prepare(tiny_model("llama"), allowed.execution)[1] == "bitmap torch"
         monkeypatch.setenv("CXX", "false")  # a compiler that fails
-        bitmap.extension.cache_clear()
-        with pytest.raises(bitmap.KernelError, match="the bitmap kernel cannot be built"):
-            bitmap.extension()
+        compiled.extension.cache_clear()
+        with pytest.raises(compiled.KernelError, match="the kernels cannot be built"):
+            compiled.extension()
     finally:
-        bitmap.extension.cache_clear()
+        compiled.extension.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -305,7 +307,7 @@ def test_the_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([tmp_path / "driver"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for name in bitmap.kernels():
+    for name in compiled.available():
         assert f"{name}: " in ran.stdout
 
 

@@ -22,8 +22,9 @@ import tiny_models
 from conftest import FAMILIES, packed_request, random_tokens, tiny_model
 from sweep import execution, machine, saving
 from sweep.config import Cell, Execution, parse
-from sweep.formats import bitmap, declared, semi_structured, stand_in
+from sweep.formats import bitmap, compiled, declared, semi_structured, stand_in
 from sweep.formats.declared import FORMATS, Format, Kernel
+from sweep.formats.grid import Grid
 from sweep.formats.packing import DenseMatrix, PackedLinear, packed
 from sweep.measuring import counting
 from sweep.models import anatomy
@@ -45,7 +46,9 @@ def asked(form: Format, **changes: object) -> dict[str, object]:
     """A request that the format can serve, but for the changes."""
     method = {"family": "neuron"} if form.holds == "cut" else {"family": "weight"}
     method |= {"pattern": form.patterns[0]} if form.patterns else {}
-    return packed_request(method=method, execution={"name": form.name}, device=form.devices[0]) | changes
+    quantize = {"name": f"int{form.bits}" if form.bits else "none"}
+    request = packed_request(method=method, execution={"name": form.name}, device=form.devices[0], quantize=quantize)
+    return request | changes
 
 
 def cell(form: Format, **changes: object) -> Cell:
@@ -58,11 +61,42 @@ def matrix(rows: int, columns: int, dtype: str, sparsity: float = 0.6) -> Tensor
     return weight.masked_fill(torch.rand(rows, columns, generator=draw) < sparsity, 0).to(getattr(torch, dtype))
 
 
+def rounded(form: Format, weight: Tensor) -> tuple[Tensor, Grid | None]:
+    """(the matrix as the format can hold it, its grid): a format of codes holds a quantised one."""
+    if form.bits is None:
+        return weight, None
+    group = 32 if form.bits == 4 and weight.shape[1] % 32 == 0 else None
+    largest = weight.float().unflatten(1, (-1, group or weight.shape[1])).abs().amax(2)
+    grid = Grid(form.bits, (largest / (2 ** (form.bits - 1) - 1)).bfloat16().float(), group)
+    return grid.values(grid.codes(weight), weight.dtype), grid
+
+
+def packs(form: Format, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    weight, grid = rounded(form, weight)
+    return form.packing("auto", weight.dtype).make(weight, bias, grid)
+
+
+def run_in(form: Format, model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it runs in this form, for which its matrices are rounded first where they must."""
+    return execution.prepare(model, Execution(form.name, fallback=True), quantised(form, model))[0]
+
+
+@torch.no_grad()
+def quantised(form: Format, model: PreTrainedModel) -> dict[str, Grid]:
+    grids = {}
+    for name, block in zip(anatomy.block_names(model), anatomy.blocks(model), strict=True):
+        for matrix_name, weight in anatomy.matrices(block, name).items():
+            values, grid = rounded(form, weight)
+            weight.copy_(values)
+            grids |= {matrix_name: grid} if grid is not None else {}
+    return grids
+
+
 def prepared(form: Format, family: str = "qwen2", sparsity: float = 0.9, dtype: str | None = None) -> PreTrainedModel:
     """A tiny model with biases, pruned and packed on the CPU."""
     model = tiny_model(family).to(getattr(torch, dtype or form.only_dtype("auto") or "float32"))
     methods.prune(model, Weight("weight"), sparsity, None)
-    return execution.prepare(model, Execution(form.name, fallback=True))[0]
+    return run_in(form, model)
 
 
 def saved(model: PreTrainedModel, folder: Path, tokenizer: Path) -> Path:
@@ -233,12 +267,14 @@ def test_an_execution_that_multiplies_one_dtype_decides_it_for_its_baseline_too(
 @each(HERE)
 def test_a_layer_holds_its_matrix_and_multiplies_it(form: Format) -> None:
     for dtype in form.dtypes:
-        packing = form.packing("auto", getattr(torch, dtype))
         for rows, columns in ((1, 1), (7, 15), (64, 64), (33, 130)):
-            weight, bias = matrix(rows, columns, dtype), torch.linspace(-1, 1, rows).to(getattr(torch, dtype))
+            (weight, _), bias = (
+                rounded(form, matrix(rows, columns, dtype)),
+                torch.linspace(-1, 1, rows).to(getattr(torch, dtype)),
+            )
             x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
             for added in (None, bias):
-                layer = packing.make(weight, added, None)
+                layer = packs(form, matrix(rows, columns, dtype), added)
                 assert (layer.format, layer.out_features, layer.in_features) == (form, rows, columns)
                 assert torch.equal(layer.dense(), weight) and layer.nonzeros == int((weight != 0).sum())
                 wide = None if added is None else added.double()
@@ -248,8 +284,9 @@ def test_a_layer_holds_its_matrix_and_multiplies_it(form: Format) -> None:
                 assert got.dtype == weight.dtype and got.shape == expected.shape
                 scale = (x.double().abs() @ weight.double().abs().t()).clamp(min=1)
                 assert ((got.double() - expected).abs() / scale).max() < TOLERANCE[dtype]
-        assert packing.suits(matrix(9, 65, dtype), None)
-        assert not packing.suits(torch.ones(9, 64, dtype=weight.dtype), None)
+        suits = form.packing("auto", weight.dtype).suits
+        assert suits(*rounded(form, matrix(9, 65, dtype)))
+        assert not suits(torch.ones(9, 64, dtype=weight.dtype), None)
 
 
 @each(HERE)
@@ -260,8 +297,7 @@ def test_bytes_are_those_that_a_file_of_the_layer_takes(form: Format) -> None:
         return file.getbuffer().nbytes
 
     for dtype in form.dtypes:
-        packing = form.packing("auto", getattr(torch, dtype))
-        small, large = (packing.make(matrix(rows, 256, dtype), None, None) for rows in (64, 1024))
+        small, large = (packs(form, matrix(rows, 256, dtype)) for rows in (64, 1024))
         assert file_bytes(large) - file_bytes(small) == pytest.approx(large.held_bytes - small.held_bytes, abs=1024)
         assert large.held_bytes > 12 * small.held_bytes
 
@@ -270,10 +306,11 @@ def test_bytes_are_those_that_a_file_of_the_layer_takes(form: Format) -> None:
 def test_a_packed_model_has_the_logits_and_the_counts_of_the_dense_one(form: Format) -> None:
     model = tiny_model("qwen2").to(getattr(torch, form.only_dtype("auto") or "float32"))  # with biases
     methods.prune(model, Weight("weight"), 0.9, None)
+    grids = quantised(form, model)
     with torch.no_grad():
         expected = model(input_ids=random_tokens()).logits
         before = counting.size(counting.stock(model))
-        model, kernel = execution.prepare(model, Execution(form.name, fallback=True))
+        model, kernel = execution.prepare(model, Execution(form.name, fallback=True), grids)
         assert kernel != "torch" and len(packed(model)) == len(packed(model.model.layers)) > 0
         torch.testing.assert_close(model(input_ids=random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
     after = counting.size(counting.stock(model))
@@ -449,7 +486,7 @@ def test_packed_matrices_that_removal_of_units_has_made_smaller_are_read_again(
     model = tiny_model(family)
     methods.prune(model, method, 0.5, random_tokens())
     methods.prune(model, Weight("weight"), 0.5, None)
-    model, _ = execution.prepare(model, Execution(form.name, fallback=True))
+    model = run_in(form, model)
     again, _ = sweep.load_model(saved(model, tmp_path / "saved", tiny_checkpoint))
     assert packed(again).keys() == packed(model).keys() != set()
     with torch.no_grad():
@@ -462,9 +499,9 @@ def test_a_checkpoint_whose_kernel_cannot_be_built_is_read_and_told(
     folder = saved(prepared(declared.BITMAP), tmp_path / "saved", tiny_checkpoint)
 
     def none() -> tuple[str, ...]:
-        raise bitmap.KernelError("there is no C++ compiler")
+        raise compiled.KernelError("there is no C++ compiler")
 
-    monkeypatch.setattr(bitmap, "kernels", none)
+    monkeypatch.setattr(compiled, "available", none)
     with pytest.warns(UserWarning, match="layers in the format bitmap run slowly: there is no C\\+\\+ compiler"):
         again, _ = sweep.load_model(folder)
     assert {typing.cast(bitmap.BitmapLinear, layer).kernel for layer in packed(again).values()} == {"torch"}
@@ -485,6 +522,21 @@ def test_a_checkpoint_of_bitmap_layers_is_written_as_it_always_was(tmp_path: Pat
         if name.rpartition(".")[0] in columns
     }
     assert parts == {"mask", "values", "offsets", "bias"}
+
+
+# ---- codes, to which weights must have been quantised ----
+
+
+@each([form for form in PACKED if form.bits])
+def test_a_format_of_codes_needs_them(form: Format) -> None:
+    for name in ["none", *(["int8", "q5_0"] if form.bits == 4 else [])]:
+        message = (
+            f"execution={form.name} multiplies codes of up to {form.bits} bits: set quantize=int.*got quantize={name}"
+        )
+        with pytest.raises(RequestError, match=message):
+            parse(asked(form, quantize={"name": name}))
+    for name in ("int4", "q4_0", *(["int8", "q8_0", "q5_0"] if form.bits == 8 else [])):
+        assert cell(form, quantize={"name": name}).execution.format == form
 
 
 # ---- semi_structured, which runs on CUDA alone ----

@@ -314,6 +314,12 @@ def _checked_execution(cell: Cell) -> Execution:
             f"execution={form.name} multiplies matrices {form.matrices}: set method.pattern={n}:{m} "
             f"sparsity={1 - n / m:g}, or use another execution"
         )
+    if form.bits is not None and (cell.quantize.name == forms.NONE or cell.quantize.form.bits > form.bits):
+        able = [name for name, each in forms.FORMS.items() if each.bits <= form.bits]
+        raise RequestError(
+            f"execution={form.name} multiplies codes of up to {form.bits} bits: set quantize={' or '.join(able)}, got "
+            f"quantize={cell.quantize.name}, or use another execution"
+        )
     if form.kernels and asked.kernel not in ("auto", *form.kernels):
         raise RequestError(
             f"execution.kernel must be one of auto, {', '.join(form.kernels)} with execution={form.name}; got "

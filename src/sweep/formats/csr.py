@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sweep.formats import declared
+from sweep.formats.declared import Format
 from sweep.formats.grid import Grid
 from sweep.formats.packing import PackedLinear, Packing
 
@@ -43,5 +44,5 @@ class CsrLinear(PackedLinear):
         return product.reshape(*x.shape[:-1], self.out_features)
 
 
-def packing(kernel: str, dtype: torch.dtype) -> Packing:
+def packing(form: Format, kernel: str, dtype: torch.dtype) -> Packing:
     return Packing("torch csr", CsrLinear)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sweep.settings import RequestError
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from sweep.formats.packing import Packing
 
-FormatName = Literal["dense", "shrunk", "bitmap", "csr", "semi_structured"]
-KernelName = Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "torch"]
+FormatName = Literal["dense", "shrunk", "int8", "int4", "bitmap", "bitmap_int8", "csr", "semi_structured"]
+KernelName = Literal["auto", "avx512_vnni", "avx512_bf16", "avx512", "avx2", "portable", "torch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -46,9 +46,12 @@ class Format:
 
     name: FormatName
     what: str  # words for the table of executions
-    module: str | None = None  # has `packing(kernel, dtype)`; None: the model runs as pruning has left it
+    module: str | None = None  # has `packing(form, kernel, dtype)`; None: the model runs as pruning has left it
     # what it is for: matrices with zeros in them, those that removal of units has made smaller, or both
     holds: Literal["zeros", "cut", "any"] = "zeros"
+    bits: int | None = (
+        None  # of the codes that it holds, to which weights must be quantised; None: it holds any weights
+    )
     patterns: tuple[str, ...] = ()  # of method.pattern, one of which it needs
     matrices: str = ""  # what these patterns are
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")  # that it multiplies
@@ -70,7 +73,9 @@ class Format:
     def check_saves(self) -> None:
         """Raises RequestError where a checkpoint cannot hold a model in this form."""
         if not self.saves:
-            others = " or ".join(other.name for other in FORMATS.values() if other.saves and other.holds != "cut")
+            others = " or ".join(
+                other.name for other in FORMATS.values() if other.saves and other.holds != "cut" and not other.bits
+            )
             raise RequestError(f"save_model: safetensors holds no {self.name} matrices: use execution={others}")
 
     def check_dtype(self, dtype: str, kernel: str = "auto") -> None:
@@ -100,7 +105,7 @@ class Format:
     def packing(self, kernel: str, dtype: torch.dtype) -> Packing:
         """How matrices of this dtype are packed on this machine, to be multiplied by this kernel."""
         assert self.module is not None
-        return importlib.import_module(self.module).packing(kernel, dtype)
+        return importlib.import_module(self.module).packing(self, kernel, dtype)
 
 
 DENSE = Format("dense", "zeros in a dense matrix")
@@ -126,6 +131,47 @@ BITMAP = Format(
     fallback="kernel",
     stored=Stored(2, "bitmap_columns", "one bit a weight and their non-zeros"),
 )
+_CODED: dict[str, Any] = {  # what the formats of codes have in common
+    "module": "sweep.formats.codes",
+    "dtypes": ("bfloat16", "float32"),
+    "devices": ("cpu",),
+    "where": "the CPU",
+    "elsewhere": "set device=cpu, or use execution=dense, which runs the quantised values",
+    "fallback": "kernel",
+}
+_CODED_KERNELS = {
+    "avx512": Kernel(("bfloat16", "float32")),
+    "avx2": Kernel(("bfloat16", "float32")),
+    "portable": Kernel(("bfloat16", "float32")),
+    "torch": Kernel(("bfloat16", "float32"), compiled=False),
+}
+_BYTE_KERNELS = {"avx512_vnni": Kernel(("bfloat16", "float32"))} | _CODED_KERNELS
+INT8 = Format(
+    "int8",
+    "matrices quantised with `quantize=`, a byte a weight and the scales; inputs stay bfloat16 or float32. Products by our "
+    "own kernel (AVX-512 VNNI, AVX-512, AVX2, portable), many tokens by expanding panels for the dense product",
+    bits=8,
+    kernels=_BYTE_KERNELS,
+    stored=Stored(3, "int8_columns", "codes of a byte and their scales"),
+    **_CODED,
+)
+INT4 = Format(
+    "int4",
+    "the same in half a byte, for `quantize=int4` or `q4_0`",
+    bits=4,
+    kernels=_CODED_KERNELS,
+    stored=Stored(4, "int4_columns", "codes of half a byte and their scales"),
+    **_CODED,
+)
+BITMAP_INT8 = Format(
+    "bitmap_int8",
+    "pruned and quantised: one bit a weight, a byte for each that is not zero, and the scales; 5 bits a weight at 50 %. "
+    "Products as for `int8`",
+    bits=8,
+    kernels=_BYTE_KERNELS,
+    stored=Stored(5, "bitmap_int8_columns", "one bit a weight, codes of a byte for the non-zeros, and their scales"),
+    **_CODED,
+)
 CSR = Format(
     "csr",
     "torch's compressed sparse rows, float32",
@@ -150,7 +196,9 @@ SEMI_STRUCTURED = Format(
     fallback="dense",
 )
 
-FORMATS: dict[str, Format] = {form.name: form for form in (DENSE, SHRUNK, BITMAP, CSR, SEMI_STRUCTURED)}
+FORMATS: dict[str, Format] = {
+    form.name: form for form in (DENSE, SHRUNK, INT8, INT4, BITMAP, BITMAP_INT8, CSR, SEMI_STRUCTURED)
+}
 
 
 def table() -> str:

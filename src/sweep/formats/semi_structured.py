@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
 from sweep.formats import declared
+from sweep.formats.declared import Format
 from sweep.formats.grid import Grid
 from sweep.formats.packing import PackedLinear, Packing
 
@@ -39,5 +40,5 @@ def is_two_of_four(weight: Tensor, grid: Grid | None = None) -> bool:
     return columns % 4 == 0 and int((weight.reshape(rows, -1, 4) != 0).sum(2).max()) <= 2
 
 
-def packing(kernel: str, dtype: torch.dtype) -> Packing:
+def packing(form: Format, kernel: str, dtype: torch.dtype) -> Packing:
     return Packing("torch 2:4", SemiStructuredLinear, suits=is_two_of_four)

@@ -1,4 +1,4 @@
-// The kernels of bitmap.h behind tensors: one call a linear layer, threads of PyTorch's own pool.
+// The kernels of bitmap.h and codes.h behind tensors: one call a linear layer, threads of PyTorch's own pool.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bitmap.h"
+#include "codes.h"
 
 namespace {
 
@@ -43,10 +44,9 @@ sweep::Matrix<T> view(const Tensor& mask, const Tensor& values, const Tensor& of
 }
 
 // work(begin, end) over all rows, in parts of equal bytes, one a thread.
-template <class T, class Work>
-void over_rows(const sweep::Matrix<T>& m, int64_t begin, int64_t end, const Work& work) {
-  const int64_t bytes =
-      static_cast<int64_t>(sizeof(T)) * (m.offsets[end] - m.offsets[begin]) + (end - begin) * m.words * 8;
+template <class M, class Work>
+void over_rows(const M& m, int64_t begin, int64_t end, const Work& work) {
+  const int64_t bytes = bytes_before(m, end) - bytes_before(m, begin);
   const int64_t parts = bytes < SERIAL || at::in_parallel_region() ? 1 : at::get_num_threads();
   if (parts == 1) return work(begin, end);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -56,15 +56,15 @@ void over_rows(const sweep::Matrix<T>& m, int64_t begin, int64_t end, const Work
   });
 }
 
-// Few inputs: each pass over the compressed matrix serves up to MAX_TOKENS of them.
-template <class T>
-Tensor by_products(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias) {
-  const int64_t tokens = x.numel() / m.columns, each = sweep::prepared_bytes(version, m);
+// Few inputs of type T: each pass over the compressed matrix serves up to MAX_TOKENS of them.
+template <class T, class M>
+Tensor by_products(Version version, const M& m, const Tensor& x, const Tensor& bias) {
+  const int64_t tokens = x.numel() / m.columns, each = sweep::prepared_bytes<T>(version, m);
   const Tensor input = x.contiguous();
   const Tensor prepared = at::empty({tokens * each}, at::kByte);  // which is aligned: no load crosses a cache line
   char* const place = static_cast<char*>(prepared.mutable_data_ptr());
   for (int64_t n = 0; n < tokens; ++n)
-    sweep::prepare(version, m, static_cast<const T*>(input.const_data_ptr()) + n * m.columns, place + n * each);
+    sweep::prepare<T>(version, m, static_cast<const T*>(input.const_data_ptr()) + n * m.columns, place + n * each);
   Tensor out = at::empty({tokens, m.rows}, x.options());
   T* result = static_cast<T*>(out.mutable_data_ptr());
   const T* add = bias.defined() ? static_cast<const T*>(bias.const_data_ptr()) : nullptr;
@@ -73,7 +73,7 @@ Tensor by_products(Version version, const sweep::Matrix<T>& m, const Tensor& x, 
     const int now = static_cast<int>(std::min<int64_t>(tokens - done, sweep::MAX_TOKENS));
     const char* from = place + done * each;
     over_rows(m, 0, m.rows, [&](int64_t begin, int64_t end) {
-      sweep::products(version, now, m, from, sums.data(), begin, end);
+      sweep::products<T>(version, now, m, from, sums.data(), begin, end);
       for (int n = 0; n < now; ++n)
         for (int64_t r = begin; r < end; ++r)
           sweep::narrow(sums[n * m.rows + r] + (add ? sweep::widen(add[r]) : 0.0f), result + (done + n) * m.rows + r);
@@ -95,8 +95,8 @@ char* scratch(int64_t bytes) {
 }
 
 // Many inputs: a panel of rows at a time is expanded, as elements of type To, and multiplied by PyTorch's dense product.
-template <class T, class To>
-Tensor by_panels(Version version, const sweep::Matrix<T>& m, const Tensor& x, const Tensor& bias, int64_t panel_bytes) {
+template <class T, class To, class M>
+Tensor by_panels(Version version, const M& m, const Tensor& x, const Tensor& bias, int64_t panel_bytes) {
   const auto type = std::is_same_v<T, To> ? x.scalar_type() : at::kFloat;
   const Tensor input = x.reshape({-1, m.columns}).to(type);
   const Tensor added = bias.defined() ? bias.to(type) : bias;
@@ -126,61 +126,123 @@ bool widened() {
   return sizeof(T) == sizeof(sweep::bf16) && !sweep::available(Version::avx512_bf16);
 }
 
-template <class T>
-Tensor dispatch(Version version, const Tensor& x, const Tensor& mask, const Tensor& values, const Tensor& offsets,
-                const Tensor& bias, int64_t columns, int64_t few, int64_t panel_bytes) {
-  const auto m = view<T>(mask, values, offsets, columns);
-  TORCH_CHECK(!bias.defined() || (bias.numel() == m.rows && bias.scalar_type() == x.scalar_type()),
-              "bitmap: the bias must be (rows) of the input's dtype");
-  const int64_t tokens = x.numel() / columns;
+template <class T, class M>
+Tensor dispatch(Version version, const M& m, const Tensor& x, const std::optional<Tensor>& bias, int64_t few,
+                int64_t panel_bytes) {
+  TORCH_CHECK(x.dim() >= 1 && m.columns > 0 && x.size(-1) == m.columns, "the input has ", x.size(-1),
+              " features, the matrix ", m.columns);
+  TORCH_CHECK(!bias || (bias->numel() == m.rows && bias->scalar_type() == x.scalar_type()),
+              "the bias must be (rows) of the input's dtype");
+  const Tensor added = bias.value_or(Tensor());
+  const int64_t tokens = x.numel() / m.columns;
   auto shape = x.sizes().vec();
   shape.back() = m.rows;
-  const Tensor out = tokens <= few  ? by_products(version, m, x, bias)
-                     : widened<T>() ? by_panels<T, float>(version, m, x, bias, panel_bytes)
-                                    : by_panels<T, T>(version, m, x, bias, panel_bytes);
+  const Tensor out = tokens <= few  ? by_products<T>(version, m, x, added)
+                     : widened<T>() ? by_panels<T, float>(version, m, x, added, panel_bytes)
+                                    : by_panels<T, T>(version, m, x, added, panel_bytes);
   return out.view(shape);
+}
+
+template <class M, class To>
+Tensor expand_all(Version version, const M& m, at::ScalarType dtype, To) {
+  Tensor dense = at::empty({m.rows, m.columns}, at::device(at::kCPU).dtype(dtype));
+  To* to = static_cast<To*>(dense.mutable_data_ptr());
+  over_rows(m, 0, m.rows, [&](int64_t from, int64_t until) {
+    sweep::expand(version, m, to + from * m.columns, from, until);
+  });
+  return dense;
+}
+
+// work(element), with an element of the dtype's type.
+template <class Work>
+Tensor of_type(at::ScalarType dtype, const Work& work) {
+  if (dtype == at::kBFloat16) return work(sweep::bf16{});
+  TORCH_CHECK(dtype == at::kFloat, "bfloat16 and float32 only, got ", dtype);
+  return work(float{});
 }
 
 Version checked(int64_t version) {
   TORCH_CHECK(version >= 0 && version < static_cast<int64_t>(sweep::VERSION_NAMES.size()) &&
                   sweep::available(static_cast<Version>(version)),
-              "bitmap: this processor cannot run kernel version ", version);
+              "this processor cannot run kernel version ", version);
   return static_cast<Version>(version);
 }
 
-Tensor linear(const Tensor& x, const Tensor& mask, const Tensor& values, const Tensor& offsets,
-              const std::optional<Tensor>& bias, int64_t columns, int64_t version, int64_t few, int64_t panel_bytes) {
+Tensor bitmap_linear(const Tensor& x, const Tensor& mask, const Tensor& values, const Tensor& offsets,
+                     const std::optional<Tensor>& bias, int64_t columns, int64_t version, int64_t few,
+                     int64_t panel_bytes) {
   const c10::AutoGradMode guard(false);
-  const Version kernel = checked(version);
-  TORCH_CHECK(x.dim() >= 1 && columns > 0 && x.size(-1) == columns, "bitmap: the input has ", x.size(-1),
-              " features, the matrix ", columns);
-  TORCH_CHECK(x.scalar_type() == values.scalar_type() && x.device().is_cpu(), "bitmap: the input is ", x.scalar_type(),
-              " on ", x.device(), ", the matrix ", values.scalar_type(), " on cpu");
-  const Tensor added = bias.value_or(Tensor());
-  if (x.scalar_type() == at::kBFloat16)
-    return dispatch<sweep::bf16>(kernel, x, mask, values, offsets, added, columns, few, panel_bytes);
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "bitmap: bfloat16 and float32 only, got ", x.scalar_type());
-  return dispatch<float>(kernel, x, mask, values, offsets, added, columns, few, panel_bytes);
-}
-
-template <class T>
-void expand_all(Version version, const sweep::Matrix<T>& m, Tensor& dense) {
-  T* to = static_cast<T*>(dense.mutable_data_ptr());
-  over_rows(m, 0, m.rows, [&](int64_t from, int64_t until) {
-    sweep::expand(version, m, to + from * m.columns, from, until);
+  TORCH_CHECK(x.scalar_type() == values.scalar_type() && x.device().is_cpu(), "the input is ", x.scalar_type(), " on ",
+              x.device(), ", the matrix ", values.scalar_type(), " on cpu");
+  return of_type(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    return dispatch<T>(checked(version), view<T>(mask, values, offsets, columns), x, bias, few, panel_bytes);
   });
 }
 
-Tensor expand(const Tensor& mask, const Tensor& values, const Tensor& offsets, int64_t columns, int64_t version) {
-  const Version kernel = checked(version);
-  Tensor dense = at::empty({offsets.numel() - 1, columns}, values.options());
-  if (values.scalar_type() == at::kBFloat16) {
-    expand_all(kernel, view<sweep::bf16>(mask, values, offsets, columns), dense);
-  } else {
-    TORCH_CHECK(values.scalar_type() == at::kFloat, "bitmap: bfloat16 and float32 only, got ", values.scalar_type());
-    expand_all(kernel, view<float>(mask, values, offsets, columns), dense);
+Tensor bitmap_expand(const Tensor& mask, const Tensor& values, const Tensor& offsets, int64_t columns,
+                     int64_t version) {
+  return of_type(values.scalar_type(), [&](auto element) {
+    const auto m = view<decltype(element)>(mask, values, offsets, columns);
+    return expand_all(checked(version), m, values.scalar_type(), element);
+  });
+}
+
+// A matrix of codes: those of a bitmap where there is a mask, else dense ones, int8 or two in a uint8.
+struct CodesTensors {
+  const Tensor& codes;
+  const Tensor& scales;
+  const std::optional<Tensor>& mask;
+  const std::optional<Tensor>& offsets;
+  int64_t columns;
+};
+
+template <class Work>
+Tensor with_codes(const CodesTensors& t, const Work& work) {
+  const int64_t rows = t.scales.size(0), words = (t.columns + sweep::WORD - 1) / sweep::WORD;
+  const auto type = t.scales.scalar_type();
+  TORCH_CHECK(t.scales.dim() == 2 && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) &&
+                  t.scales.is_contiguous() && t.codes.is_contiguous() && t.columns > 0,
+              "codes: scales must be (rows, groups) float32, bfloat16 or float16");
+  using sweep::Scales;
+  const Scales scales{type == at::kFloat ? Scales::FLOAT : type == at::kBFloat16 ? Scales::BF16 : Scales::HALF_FLOAT,
+                      t.scales.const_data_ptr()};
+  const int64_t groups = t.scales.size(1), group = groups == 1 ? 0 : t.columns / groups;
+  TORCH_CHECK(group * groups == (group ? t.columns : 0) && group % sweep::HALF == 0,
+              "codes: a group is a multiple of 32 columns that divides them");
+  if (t.mask) {
+    TORCH_CHECK(t.offsets && t.codes.scalar_type() == at::kChar, "codes: a bitmap has int8 codes and offsets");
+    const auto m = view<int8_t>(*t.mask, t.codes, *t.offsets, t.columns);
+    TORCH_CHECK(m.rows == rows, "codes: as many scales as rows");
+    return work(sweep::BitmapCodes{rows, t.columns, words, group, m.mask, m.offsets, m.values, scales});
   }
-  return dense;
+  const bool whole = t.codes.scalar_type() == at::kChar;
+  TORCH_CHECK((whole || t.codes.scalar_type() == at::kByte) && t.codes.dim() == 2 && t.codes.size(0) == rows &&
+                  t.codes.size(1) == words * (whole ? sweep::WORD : sweep::HALF),
+              "codes: dense ones must be (rows, 64 words) int8 or (rows, 32 words) uint8");
+  if (whole)
+    return work(sweep::Codes<8>{rows, t.columns, words, group, t.codes.const_data_ptr<int8_t>(), scales});
+  return work(sweep::Codes<4>{rows, t.columns, words, group, t.codes.const_data_ptr<uint8_t>(), scales});
+}
+
+Tensor codes_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& mask,
+                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t columns,
+                    int64_t version, int64_t few, int64_t panel_bytes) {
+  const c10::AutoGradMode guard(false);
+  TORCH_CHECK(x.device().is_cpu(), "the input is on ", x.device(), ", the matrix on cpu");
+  return of_type(x.scalar_type(), [&](auto element) {
+    return with_codes({codes, scales, mask, offsets, columns}, [&](const auto& m) {
+      return dispatch<decltype(element)>(checked(version), m, x, bias, few, panel_bytes);
+    });
+  });
+}
+
+Tensor codes_expand(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& mask,
+                    const std::optional<Tensor>& offsets, int64_t columns, at::ScalarType dtype, int64_t version) {
+  return of_type(dtype, [&](auto element) {
+    return with_codes({codes, scales, mask, offsets, columns},
+                      [&](const auto& m) { return expand_all(checked(version), m, dtype, element); });
+  });
 }
 
 // Names of the kernel versions that this processor can run, slowest first; the place in VERSION_NAMES is the number.
@@ -205,8 +267,10 @@ int64_t threads() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("linear", &linear, pybind11::call_guard<pybind11::gil_scoped_release>());
-  module.def("expand", &expand, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("bitmap_linear", &bitmap_linear, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("bitmap_expand", &bitmap_expand, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("codes_linear", &codes_linear, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("codes_expand", &codes_expand, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("versions", &versions);
   module.def("threads", &threads, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -60,6 +60,21 @@ inline void narrow(float value, bf16* result) {
 }
 inline void narrow(float value, float* result) { *result = value; }
 
+// The same for what is no NaN, without the branch, which keeps a compiler from rounding many at a time.
+inline __attribute__((always_inline)) void narrow_finite(float value, bf16* result) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *result = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline __attribute__((always_inline)) void narrow_finite(float value, float* result) { *result = value; }
+
+// An input as floats, with zeros up to `padded` columns.
+template <class T>
+void widen_all(const T* x, int64_t columns, int64_t padded, float* to) {
+  for (int64_t c = 0; c < columns; ++c) to[c] = widen(x[c]);
+  std::fill(to + columns, to + padded, 0.0f);
+}
+
 // A weight as it is, or as a float.
 inline void put(bf16 value, bf16* to) { *to = value; }
 template <class T>
@@ -389,8 +404,9 @@ struct Avx512Bf16 {
 
 // ---- Choice at run time ------------------------------------------------------------------------------------------------
 
-enum class Version : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr std::array<const char*, 4> VERSION_NAMES{"portable", "avx2", "avx512", "avx512_bf16"};
+// The last one multiplies codes alone, which codes.h holds.
+enum class Version : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_vnni = 4 };
+constexpr std::array<const char*, 5> VERSION_NAMES{"portable", "avx2", "avx512", "avx512_bf16", "avx512_vnni"};
 
 inline bool available(Version version) {
 #ifdef SWEEP_X86
@@ -404,6 +420,7 @@ inline bool available(Version version) {
     case Version::avx2: return avx2;
     case Version::avx512: return avx512;
     case Version::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Version::avx512_vnni: return avx512 && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return version == Version::portable;
@@ -415,15 +432,15 @@ constexpr bool reads_bf16(Version version) {
   return sizeof(T) == sizeof(bf16) && version == Version::avx512_bf16;
 }
 
-// Bytes of one prepared input.
-template <class T>
+// Bytes of one prepared input, whose elements are of type In: here always that of the values.
+template <class In, class T>
 int64_t prepared_bytes(Version version, const Matrix<T>& m) {
   return m.words * WORD * static_cast<int64_t>(reads_bf16<T>(version) ? sizeof(bf16) : sizeof(float));
 }
 
 // One input x of `columns` elements as the kernel reads it, with zeros past the last column.
-template <class T>
-void prepare(Version version, const Matrix<T>& m, const T* x, void* to) {
+template <class In, class T>
+void prepare(Version version, const Matrix<T>& m, const In* x, void* to) {
   const int64_t padded = m.words * WORD;
   if (reads_bf16<T>(version)) {
     T* const out = static_cast<T*>(to);
@@ -436,14 +453,12 @@ void prepare(Version version, const Matrix<T>& m, const T* x, void* to) {
     std::fill(out + c, out + padded, T(0));
     for (int64_t j = 0; c + j < m.columns; ++j) out[c + (j < 16 ? 2 * j : 2 * (j - 16) + 1)] = x[c + j];
   } else {
-    float* const out = static_cast<float*>(to);
-    for (int64_t c = 0; c < m.columns; ++c) out[c] = widen(x[c]);
-    std::fill(out + m.columns, out + padded, 0.0f);
+    widen_all(x, m.columns, padded, static_cast<float*>(to));
   }
 }
 
-template <class T, int N>
-void products(Version version, const Matrix<T>& m, const void* x, float* out, int64_t begin, int64_t end) {
+template <class In, int N, class T>
+void products_of(Version version, const Matrix<T>& m, const void* x, float* out, int64_t begin, int64_t end) {
 #ifdef SWEEP_X86
   if constexpr (sizeof(T) == sizeof(bf16))
     if (version == Version::avx512_bf16)
@@ -455,18 +470,18 @@ void products(Version version, const Matrix<T>& m, const void* x, float* out, in
   Portable<T>::template products<N>(m, static_cast<const float*>(x), out, begin, end);
 }
 
-// For 1 .. MAX_TOKENS inputs.
-template <class T>
-void products(Version version, int tokens, const Matrix<T>& m, const void* x, float* out, int64_t begin, int64_t end) {
+// For 1 .. MAX_TOKENS inputs, and a matrix M of any kind.
+template <class In, class M>
+void products(Version version, int tokens, const M& m, const void* x, float* out, int64_t begin, int64_t end) {
   switch (tokens) {
-    case 1: return products<T, 1>(version, m, x, out, begin, end);
-    case 2: return products<T, 2>(version, m, x, out, begin, end);
-    case 3: return products<T, 3>(version, m, x, out, begin, end);
-    case 4: return products<T, 4>(version, m, x, out, begin, end);
-    case 5: return products<T, 5>(version, m, x, out, begin, end);
-    case 6: return products<T, 6>(version, m, x, out, begin, end);
-    case 7: return products<T, 7>(version, m, x, out, begin, end);
-    default: return products<T, 8>(version, m, x, out, begin, end);
+    case 1: return products_of<In, 1>(version, m, x, out, begin, end);
+    case 2: return products_of<In, 2>(version, m, x, out, begin, end);
+    case 3: return products_of<In, 3>(version, m, x, out, begin, end);
+    case 4: return products_of<In, 4>(version, m, x, out, begin, end);
+    case 5: return products_of<In, 5>(version, m, x, out, begin, end);
+    case 6: return products_of<In, 6>(version, m, x, out, begin, end);
+    case 7: return products_of<In, 7>(version, m, x, out, begin, end);
+    default: return products_of<In, 8>(version, m, x, out, begin, end);
   }
 }
 
@@ -480,19 +495,22 @@ void expand(Version version, const Matrix<T>& m, To* dense, int64_t begin, int64
   Portable<T>::expand(m, dense, begin, end);
 }
 
+template <class T>
+int64_t bytes_before(const Matrix<T>& m, int64_t row) {
+  return static_cast<int64_t>(sizeof(T)) * m.offsets[row] + row * m.words * static_cast<int64_t>(sizeof(uint64_t));
+}
+
 // The first row of part `part` of `parts` of the rows begin .. end, so that the parts have equal bytes: an empty row costs
 // its mask alone.
-template <class T>
-int64_t first_row(const Matrix<T>& m, int64_t part, int64_t parts, int64_t begin, int64_t end) {
+template <class M>
+int64_t first_row(const M& m, int64_t part, int64_t parts, int64_t begin, int64_t end) {
   if (part >= parts) return end;
-  const auto bytes_before = [&](int64_t row) {
-    return static_cast<int64_t>(sizeof(T)) * m.offsets[row] + row * m.words * static_cast<int64_t>(sizeof(uint64_t));
-  };
-  const int64_t wanted = bytes_before(begin) + (bytes_before(end) - bytes_before(begin)) / parts * part;
+  const int64_t first = bytes_before(m, begin);
+  const int64_t wanted = first + (bytes_before(m, end) - first) / parts * part;
   int64_t low = begin, high = end;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (bytes_before(middle) < wanted)
+    if (bytes_before(m, middle) < wanted)
       low = middle + 1;
     else
       high = middle;
