@@ -333,10 +333,11 @@ def packed_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, PreTrain
 def test_experts_are_packed_one_by_one(form: Format, kind: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
     model = tiny_models.make(kind, dtype=getattr(torch, form.only_dtype("auto") or "float32"))
     methods.prune(model, Weight("weight"), 0.7, None)
+    grids = quantised(form, model)
     ids, wide = random_tokens(), sum(block.mlp.experts.gate_up_proj.numel() for block in anatomy.blocks(model))
     with torch.no_grad():
         expected, before = model(input_ids=ids).logits, counting.stock(model)
-        model, _ = execution.prepare(model, Execution(form.name, fallback=True))
+        model, _ = execution.prepare(model, Execution(form.name, fallback=True), grids)
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-3, rtol=1e-3)
     experts = {name: layer for name, layer in packed(model).items() if ".experts." in name}
     assert sum(m.out_features * m.in_features for n, m in experts.items() if "down" not in n) == wide
