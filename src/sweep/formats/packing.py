@@ -111,6 +111,19 @@ class Packing:
     read: Callable[[Mapping[str, Tensor], Any], PackedLinear] | None = None
 
 
+_BESIDE = "_packed"  # ends the name of a layer beside which the code still reads the parameter by its own name
+
+
+def beside(parameter: str) -> str:
+    """The name of the layer that holds a parameter's matrix, where a stand-in has the parameter's own."""
+    return f"{parameter}{_BESIDE}"
+
+
+def matrix_name(layer: str) -> str:
+    """What the matrix of a packed layer is called, by the layer's name in the model."""
+    return layer.removesuffix(_BESIDE).removesuffix(".weight") if layer.endswith(_BESIDE) else layer
+
+
 def packed(model: nn.Module, prefix: str = "") -> dict[str, PackedLinear]:
     """The packed layers of a model, or of a module, by name after the prefix."""
     return {f"{prefix}{name}": module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -87,13 +87,19 @@ def _dense(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Matrix(StandIn):
-    """A matrix whose rows are those of several packed ones, one below the other."""
+    """A matrix whose rows are those of several packed ones, one below the other.
+
+    whole  the shape in which it is read, where that has more dimensions than a matrix
+    """
 
     parts: tuple[PackedLinear, ...]
     flipped: bool = False
+    whole: torch.Size | None = None
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
+        if self.whole is not None:
+            return self.whole
         out = sum(part.out_features for part in self.parts)
         return _shape((out, self.parts[0].in_features), self.flipped)
 
@@ -106,8 +112,8 @@ class Matrix(StandIn):
         return next(iter(self.parts[0].held())).device
 
     def dense(self) -> Tensor:
-        whole = torch.cat([part.dense() for part in self.parts])
-        return whole.t() if self.flipped else whole
+        matrix = torch.cat([part.dense() for part in self.parts])
+        return (matrix.t() if self.flipped else matrix).reshape(self.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(…, out) products of the inputs (…, in)."""
@@ -116,11 +122,11 @@ class Matrix(StandIn):
         products = torch.cat([part.multiply(x, None) for part in self.parts], -1)
         return products if bias is None else products + bias
 
-    def t(self) -> Matrix:
-        return replace(self, flipped=not self.flipped)
+    def t(self) -> Any:
+        return self.dense().t() if self.whole is not None else replace(self, flipped=not self.flipped)
 
-    def transpose(self, *_: int) -> Matrix:
-        return self.t()
+    def transpose(self, first: int, second: int) -> Any:
+        return self.dense().transpose(first, second) if self.whole is not None or first == second else self.t()
 
     T = mT = property(t)
 
@@ -189,13 +195,13 @@ def _shape(sizes: tuple[int, int], flipped: bool) -> torch.Size:
 
 
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    if isinstance(input, Tensor) and isinstance(weight, Matrix) and not weight.flipped:
+    if isinstance(input, Tensor) and isinstance(weight, Matrix) and not weight.flipped and weight.whole is None:
         return weight.linear(input, bias)
     return None
 
 
 def _matmul(input: Any, other: Any) -> Tensor | None:
-    if isinstance(input, Tensor) and isinstance(other, Matrix) and other.flipped:
+    if isinstance(input, Tensor) and isinstance(other, Matrix) and other.flipped and other.whole is None:
         return other.linear(input)
     return _bmm(input, other)
 
@@ -243,6 +249,11 @@ def stacked(experts: Iterable[Iterable[PackedLinear]], *, flipped: bool, flat: b
     return Stack(tuple(Matrix(tuple(parts), flipped) for parts in experts), flat)
 
 
+def stand_ins(module: nn.Module) -> dict[str, StandIn]:
+    """What a module has in the place of parameters of its own, by their names."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, StandIn)}
+
+
 def stacks(module: nn.Module) -> dict[str, Stack]:
-    """The stand-ins that a module has for fused parameters of its own, by their names."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Stack)}
+    """Of these, those of many experts."""
+    return {name: value for name, value in stand_ins(module).items() if isinstance(value, Stack)}

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sweep.formats.grid import Grid
-from sweep.formats.packing import packed
+from sweep.formats.packing import matrix_name, packed
 from sweep.models import anatomy
 
 
@@ -145,7 +145,8 @@ def _pieces(model: PreTrainedModel) -> Pieces:
         multiplies = id(tensor) in products or name in experts
         share = experts.get(name, 1.0) if multiplies else 1 / rows.get(id(tensor), 1)
         found[name] = Piece(tensor.numel(), int(torch.count_nonzero(tensor)), tensor.nbytes, multiplies, share)
-    for name, layer in packed(model).items():
+    for path, layer in packed(model).items():
+        name = matrix_name(path)
         found[name] = Piece(
             layer.out_features * layer.in_features, layer.nonzeros, layer.held_bytes, True, experts.get(name, 1.0)
         )

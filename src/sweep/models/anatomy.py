@@ -270,7 +270,7 @@ def matrices(block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         noted = _NOTED.get(module) or _guessed(module, path)
         if noted.block is not None and noted.block() is not block:
             continue
-        if isinstance(module, Linear) and "weight" not in noted.left:
+        if isinstance(module, Linear) and "weight" not in noted.left and "weight" in module._parameters:
             found[path] = weight(module).detach()
         for name, layout in noted.layouts.items():
             if name not in module._parameters:  # packed
@@ -348,7 +348,11 @@ def products(model: PreTrainedModel) -> list[Tensor]:
     found = []
     for module in modules.values():
         noted = _NOTED.get(module, _Noted())
-        if isinstance(module, Linear) and noted.left.get("weight", "vector") == "vector":
+        if (
+            isinstance(module, Linear)
+            and noted.left.get("weight", "vector") == "vector"
+            and "weight" in module._parameters
+        ):
             found.append(module.weight)
         found += [
             getattr(module, name)
@@ -408,14 +412,26 @@ def fused(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def several(module: nn.Module, path: str) -> dict[str, tuple[Layout, dict[str, Tensor]]]:
-    """The parameters of a module that hold several matrices each: how, and which, (out, in), as views by full name."""
+def held(module: nn.Module, path: str) -> dict[str, tuple[Layout, dict[str, Tensor]]]:
+    """The parameters of a module whose matrices its own code multiplies: how they hold them, and which, (out, in), as views
+    by full name. Linear layers that multiply as such layers do are none."""
     noted = _NOTED.get(module) or _guessed(module, path)
+    layouts = dict(noted.layouts)
+    if isinstance(module, Linear) and "weight" not in noted.left and not multiplies_plainly(module):
+        layouts["weight"] = Layout(1, flipped=isinstance(module, Conv1D))
     return {
-        name: (layout, _named(module, path, name, layout))
-        for name, layout in noted.layouts.items()
-        if layout.parts > 1 and name in module._parameters
+        name: (
+            layout,
+            {path: weight(module).detach()} if isinstance(module, Linear) else _named(module, path, name, layout),
+        )
+        for name, layout in layouts.items()
+        if name in module._parameters
     }
+
+
+def multiplies_plainly(module: nn.Module) -> bool:
+    """Whether a linear layer multiplies by its matrix and adds its bias, and nothing else."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _named(module: nn.Module, path: str, name: str, layout: Layout) -> dict[str, Tensor]:

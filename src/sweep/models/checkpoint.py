@@ -113,7 +113,7 @@ def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
             facts["format"] = max(facts["format"], entry.version)
             facts.setdefault(entry.key, {})[name] = layer.facts()
     beyond, buffers = _beyond(model)
-    more = {"differences": beyond, "experts": placing.facts(model), "answers": _answers(model)}
+    more = {"differences": beyond, "stand_ins": placing.facts(model), "answers": _answers(model)}
     if buffers or any(more.values()):
         facts |= {name: found for name, found in more.items() if found} | {"format": max(facts["format"], DIFFERS)}
     return facts
@@ -263,7 +263,7 @@ def _load_own(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path / FILE} is damaged: it does not fit the model of config.json ({error})") from error
     matrices = _packed_layers(weights, facts, model.dtype)
-    placing.put_read(model, matrices, facts.get("experts", {}))
+    placing.put_read(model, matrices, facts.get("stand_ins", {}))
     own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in matrices}
     for name, tensor in weights.items():  # each a copy, since what is read lies in the file still
         kept = dtype == "auto" or tensor.dtype != stored  # such as a router's, which are wider than the rest
@@ -307,8 +307,8 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
                 what = f"it has no tensor {error}" if isinstance(error, KeyError) else error
                 raise RequestError(f"layer {name} of the checkpoint is damaged: {what}") from error
             found[name] = layer
-    for experts in facts.get("experts", {}).values():
-        for name in experts["matrices"]:
+    for stands in facts.get("stand_ins", {}).values():  # of experts some matrices may be dense
+        for name in stands["matrices"]:
             if name not in found:
                 found[name] = DenseMatrix(weights.pop(f"{name}.matrix").to(dtype))
     return found

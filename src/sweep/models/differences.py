@@ -200,7 +200,7 @@ def _alike(built: nn.Module, left: nn.Module) -> bool:
     return all(
         name in children and _alike(children[name], child)
         for name, child in left.named_children()
-        if not (name.isdigit() and stand_in.stacks(left))
+        if not (isinstance(child, PackedLinear) or (name.isdigit() and stand_in.stacks(left)))
     )
 
 
@@ -212,7 +212,7 @@ def _gone_tensors(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module
         if left is None or isinstance(left, PackedLinear | Substitute):
             continue
         lost = dict(module.named_parameters(recurse=False)).keys() - dict(left.named_parameters(recurse=False)).keys()
-        gone += [f"{path}.{name}" for name in sorted(lost - stand_in.stacks(left).keys())]
+        gone += [f"{path}.{name}" for name in sorted(lost - stand_in.stand_ins(left).keys())]
     return gone
 
 

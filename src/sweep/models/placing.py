@@ -1,7 +1,7 @@
 """Packed layers in the places of a model's matrices: linear layers, and the fused parameters that hold many experts'.
 
-A linear layer is replaced. Of a fused parameter each expert's matrix becomes a layer of its own, under the name that
-`anatomy` gives it, `mlp.experts.3.up_proj`, and a stand-in takes the parameter's name: the code that reads it is as it was.
+A linear layer is replaced. Where code reads a parameter itself a stand-in takes the parameter's name, and the code is as it
+was: of experts each one's matrix becomes a layer, under the name that `anatomy` gives it, `mlp.experts.3.up_proj`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from sweep.formats import stand_in
+from sweep.formats import packing, stand_in
 from sweep.formats.packing import DenseMatrix, PackedLinear, packed
+from sweep.formats.stand_in import Matrix, Stack
 from sweep.models import anatomy
-
-_PLAIN = (nn.Linear.forward, Conv1D.forward)  # a layer that does something else with its matrix keeps it
 
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter that holds the matrix of a linear layer, or those of the experts of one module."""
+    """A parameter that holds the matrix of a linear layer, or one that code reads itself, such as those of many experts."""
 
     module: str
     parameter: str
     matrices: Mapping[str, Tensor]  # (out, in), views by the names of `anatomy.matrices`
-    bias: Tensor | None = None  # of a linear layer; experts add theirs themselves
-    layout: anatomy.Layout | None = None  # of experts
+    bias: Tensor | None = None  # of a linear layer; other code adds its own
+    layout: anatomy.Layout | None = None  # of what code reads itself
 
 
 def places(model: PreTrainedModel) -> Iterable[Place]:
@@ -37,9 +36,9 @@ def places(model: PreTrainedModel) -> Iterable[Place]:
     for path, block in anatomy.all_blocks(model).items():
         prunable = anatomy.matrices(block, path).keys()
         for name, module in list(block.named_modules(prefix=path)):
-            if name in prunable and type(module).forward in _PLAIN:
+            if name in prunable and anatomy.multiplies_plainly(module):
                 yield Place(name, "weight", {name: anatomy.weight(module).detach()}, module.bias)
-            for parameter, (layout, matrices) in anatomy.several(module, name).items():
+            for parameter, (layout, matrices) in anatomy.held(module, name).items():
                 if matrices.keys() <= prunable:
                     yield Place(name, parameter, matrices, layout=layout)
 
@@ -49,47 +48,65 @@ def put(model: PreTrainedModel, place: Place, layers: Mapping[str, PackedLinear]
     if place.layout is None:
         model.set_submodule(place.module, layers[place.module])
         return
-    beside = {name: DenseMatrix(matrix.clone()) for name, matrix in place.matrices.items() if name not in layers}
-    flat = getattr(model.get_submodule(place.module), place.parameter).ndim == 2
-    told = {"matrices": list(place.matrices), "flipped": place.layout.flipped, "flat": flat}
-    _put_experts(model, place.module, place.parameter, beside | dict(layers), told)
+    held = getattr(model.get_submodule(place.module), place.parameter)
+    told: dict[str, Any] = {"flipped": place.layout.flipped}
+    if place.layout.parts == 1:
+        name = packing.beside(f"{place.module}.{place.parameter}")
+        told |= {"matrices": [name], "shape": list(held.shape)}
+        layers = dict.fromkeys([name], *layers.values())
+    else:
+        told |= {"matrices": list(place.matrices), "flat": held.ndim == 2}
+        rest = {name: DenseMatrix(matrix.clone()) for name, matrix in place.matrices.items() if name not in layers}
+        layers = {**layers, **rest}
+    _put_stand_in(model, f"{place.module}.{place.parameter}", layers, told)
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a checkpoint must say of packed experts beside their layers: by the full name of the parameter that held them,
-    the names of the layers, expert by expert, and whether the code reads each as (in, out), and all in two dimensions."""
+    """What a checkpoint must say of stand-ins beside their layers, by the full name of the parameter.
+
+    matrices  names of the layers, of experts one after the other
+    flipped   whether code reads each as (in, out)
+    flat      of experts, whether it reads all in two dimensions
+    shape     of what is of no experts, as it is read
+    """
     names = {id(layer): name for name, layer in packed(model).items()}
-    return {
-        f"{path}.{parameter}": {
-            "matrices": [names[id(part)] for matrix in stack.matrices for part in matrix.parts],
-            "flipped": stack.matrices[0].flipped,
-            "flat": stack.flat,
-        }
-        for path, module in model.named_modules()
-        for parameter, stack in stand_in.stacks(module).items()
-    }
+    found = {}
+    for path, module in model.named_modules():
+        for parameter, held in stand_in.stand_ins(module).items():
+            matrices = held.matrices if isinstance(held, Stack) else (held,)
+            told = {"matrices": [names[id(part)] for matrix in matrices for part in matrix.parts]}
+            told |= {"flat": held.flat} if isinstance(held, Stack) else {"shape": list(held.shape)}
+            found[f"{path}.{parameter}"] = told | {"flipped": matrices[0].flipped}
+    return found
 
 
 def put_read(model: PreTrainedModel, layers: Mapping[str, PackedLinear], told: Mapping[str, Any]) -> None:
     """Put the packed layers of a checkpoint, by name, into a model that its configuration built; `told` as `facts` has it."""
-    of_experts = {name for its in told.values() for name in its["matrices"]}
+    read = {name for its in told.values() for name in its["matrices"]}
     for full, its in told.items():
-        path, _, parameter = full.rpartition(".")
-        _put_experts(model, path, parameter, layers, its)
-    for name in layers.keys() - of_experts:
+        _put_stand_in(model, full, layers, its)
+    for name in layers.keys() - read:
         model.set_submodule(name, layers[name])
 
 
-def _put_experts(
-    model: PreTrainedModel, path: str, parameter: str, layers: Mapping[str, PackedLinear], told: Mapping[str, Any]
+def _put_stand_in(
+    model: PreTrainedModel, full: str, layers: Mapping[str, PackedLinear], told: Mapping[str, Any]
 ) -> None:
+    """Put layers into the module whose parameter, by its full name, they hold, and a stand-in for that."""
+    path, _, parameter = full.rpartition(".")
     module = model.get_submodule(path)
+    delattr(module, parameter)
+    if "shape" in told:
+        (name,) = told["matrices"]
+        layer, shape = layers[name], torch.Size(told["shape"])
+        module.add_module(name.rpartition(".")[2], layer)
+        setattr(module, parameter, Matrix((layer,), told["flipped"], None if len(shape) == 2 else shape))
+        return
     experts: dict[str, list[PackedLinear]] = {}
     for name in told["matrices"]:
-        _, number, matrix = name.removeprefix(path).rsplit(".", 2)
+        number, _, matrix = name.removeprefix(f"{path}.").partition(".")
         if not hasattr(module, number):
             module.add_module(number, nn.Module())
         module.get_submodule(number).add_module(matrix, layers[name])
         experts.setdefault(number, []).append(layers[name])
-    delattr(module, parameter)
     setattr(module, parameter, stand_in.stacked(experts.values(), flipped=told["flipped"], flat=told["flat"]))
