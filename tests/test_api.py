@@ -103,7 +103,7 @@ def test_a_model_whose_blocks_differ_says_what_its_own_save_pretrained_cannot(
         ({"method": "wonda"}, "method must be one of magnitude, .*; got 'wonda'. Did you mean 'wanda'"),
         ({"method": "wanda", "sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
         ({"method": "wanda", "patern": "2:4"}, "unknown key 'method.patern'. Did you mean 'pattern'"),
-        ({"method": "neuron", "device": "cpu"}, "device is read by weight methods only"),
+        ({"method": "neuron", "device": "cpu"}, "device is read by weight methods and by quantize.method=gptq only"),
         ({"method": "wanda", "length": 10**7}, "bytes, which cannot give 16 sequences of 10000000 tokens"),
     ],
 )

@@ -27,7 +27,6 @@ from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
 from sweep.quantization import forms, quantise
 from sweep.settings import RequestError
-from sweep.solver import no_rounding
 from sweep.texts import text
 
 
@@ -76,18 +75,30 @@ def prune(
             data_root=data_root,
             quantize={"name": quantize} if isinstance(quantize, str) else quantize,
         )
-        if device is not None and not isinstance(cell.method, Weight):
-            raise RequestError(f"device is read by weight methods only, not by method={method}: leave it out")
+        if device is not None and not (isinstance(cell.method, Weight) or forms.reads_text(cell.quantize)):
+            raise RequestError(
+                f"device is read by weight methods and by quantize.method=gptq only, not by method={method}: leave it out"
+            )
         plan.check_method(cell, model.config.to_dict())
-        tokens = text.for_cell(cell, tokenizer)
-        rounding = quantise.rounding(cell.quantize, model) if cell.quantize.joint else no_rounding
-        pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
-    if cell.quantize.name != forms.NONE:
-        quantised = quantise.quantise_as(cell, model, tokens, done=pruned.grids, device=device)
-        pruned = replace(pruned, grids={**pruned.grids, **quantised.grids})
+        pruned = _changed(cell, model, tokenizer, device)
     if cell.method.family in families.SHRINKING:
         checkpoint.save_pretrained_as_sweep(model)
     return pruned
+
+
+def _changed(
+    cell: config.Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device | str | None
+) -> Pruned:
+    """Have the stages that the cell asks for change the model in place."""
+    quantises = cell.quantize.name != forms.NONE
+    if quantises and not cell.method.removes_units:
+        quantise.targets(model, cell.quantize)  # raises before anything is changed
+    tokens, rounding = text.for_cell(cell, tokenizer), quantise.while_pruning(cell, model)
+    pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
+    if not quantises:
+        return pruned
+    done = quantise.quantise_as(cell, model, tokens, done=pruned.grids, device=device)
+    return replace(pruned, grids={**pruned.grids, **done.grids})
 
 
 def _cell(model: PreTrainedModel, **asked: Any) -> config.Cell:

@@ -282,7 +282,7 @@ def read_blocks(
         if missing:
             raise RequestError(
                 f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
-                "reads no text, such as magnitude"
+                "reads no text, such as magnitude, and quantize.method=rtn"
             )
         yield name, weights, inputs
         del inputs

@@ -256,6 +256,9 @@ def _normalised(cell: Cell) -> Cell:
     method = cell.method
     readers = [stage for stage in used if stage.declared.reads_text(getattr(cell, stage.group))]
     drawn = [stage for stage in used if stage.declared.draws(getattr(cell, stage.group))]
+    if readers and cell.calibration is None:
+        named = " and ".join(stage.group for stage in readers)
+        raise RequestError(f"what is asked of {named} reads calibration text, and there is none: set calibration=pydoc")
     calibration = cell.calibration if readers else None
     whole = families.reads_all_text(method) and len(readers) == 1
     seed = cell.seed if drawn or (readers and not whole) else 0

@@ -29,7 +29,6 @@ from sweep.pruning.masks import Masks
 from sweep.quantization import forms, quantise
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
-from sweep.solver import no_rounding
 from sweep.texts import text
 
 Tables = dict[str, pd.DataFrame]
@@ -66,7 +65,7 @@ class Done(Protocol):
 
 
 def _prune(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
-    rounding = quantise.rounding(cell.quantize, model) if cell.quantize.joint else no_rounding
+    rounding = quantise.while_pruning(cell, model)
     return methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo, rounding=rounding)
 
 

@@ -93,6 +93,15 @@ class Quantize(Named):
         return self.group if self.name != NONE and self.form.groups else None
 
 
+def jointly(asked: Quantize, method: Method) -> bool:
+    """Whether the pass that prunes quantises too."""
+    return reads_text(asked) and _prunes_by_column(method) and asked.joint is not False
+
+
+def _prunes_by_column(method: Method) -> bool:
+    return isinstance(method, Weight) and method.criterion == "sparsegpt"
+
+
 def reads_text(asked: Quantize) -> bool:
     """Whether the numbers depend on the calibration text."""
     return asked.name != NONE and asked.method == "gptq"
@@ -121,20 +130,19 @@ def normalised(asked: Quantize, method: Method) -> Quantize:
     if form.groups and group not in form.groups:
         raise RequestError(f"quantize.group must be one of {', '.join(map(str, form.groups))}; got {group}")
     if asked.method == "rtn":
-        return replace(asked, group=group, joint=False, damping=Quantize.damping)
+        return replace(asked, group=group, joint=None, damping=Quantize.damping)
     if isinstance(method, Vocab):
         raise RequestError(
             "quantize.method=gptq cannot follow method=vocab, which has cut tokens that the calibration text is written "
             "in: use quantize.method=rtn"
         )
-    prunes_by_column = isinstance(method, Weight) and method.criterion == "sparsegpt"
-    if asked.joint and not prunes_by_column:
+    if asked.joint and not _prunes_by_column(method):
         named = getattr(method, "criterion", method.family)
         raise RequestError(
             "quantize.joint=true quantises in the pass in which method.criterion=sparsegpt prunes, column by column, and "
             f"{named} makes none: leave it out, and what is left is quantised after it, its zeros kept"
         )
-    return replace(asked, group=group, joint=prunes_by_column if asked.joint is None else asked.joint)
+    return replace(asked, group=group, joint=None if jointly(asked, method) or not _prunes_by_column(method) else False)
 
 
 def table() -> str:

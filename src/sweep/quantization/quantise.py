@@ -29,7 +29,7 @@ from sweep.quantization import forms
 from sweep.quantization.forms import Quantize
 from sweep.quantization.rounding import Rounder, nearest
 from sweep.settings import RequestError
-from sweep.solver import Rounding
+from sweep.solver import Rounding, no_rounding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,8 +133,11 @@ def targets(model: PreTrainedModel, asked: Quantize) -> dict[str, Tensor]:
     return found
 
 
-def rounding(asked: Quantize, model: PreTrainedModel) -> Rounding:
-    """What rounds the matrices of a model while they are pruned: each time a new one, None for one that is not quantised."""
+def while_pruning(cell: Cell, model: PreTrainedModel) -> Rounding:
+    """What rounds the matrices of the cell's model in the pass that prunes them, where that quantises too."""
+    asked = cell.quantize
+    if not forms.jointly(asked, cell.method):
+        return no_rounding
     names = set(targets(model, asked))
     return lambda name: Rounder(asked.form, asked.columns) if name in names else None
 
