@@ -250,7 +250,8 @@ def _kinds(cell: Mapping[str, Any], model: str | None) -> list[str]:
     method = cell.get("method") or {}
     exact = setting | {"method": [method.get("family"), method.get("criterion")]}
     for stage in config.STAGES:
-        if stage.group != "method" and cell.get(stage.group) not in (None, asdict(stage.unused)):
+        asked, unused = (json.dumps(of, sort_keys=True) for of in (cell.get(stage.group), asdict(stage.unused)))
+        if stage.group != "method" and asked not in ("null", unused):
             exact[stage.group] = cell[stage.group]
     return [json.dumps(kind, sort_keys=True) for kind in (exact, setting)]
 

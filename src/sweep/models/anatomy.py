@@ -82,8 +82,11 @@ _STACKS: weakref.WeakKeyDictionary[PreTrainedModel, list[weakref.ref[nn.ModuleLi
 def look(model: PreTrainedModel) -> None:
     """Have the model read a few tokens, unless it has, and note what its parameters are.
 
+    One without its weights, on the meta device, reads nothing: what its parameters are is guessed then.
     Raises RequestError when it cannot.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     if model in _STACKS and all(module in _NOTED for module in model.modules() if _has_matrix(module)):
         return
     seen = watching.look(model)
