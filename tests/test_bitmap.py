@@ -264,7 +264,7 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
     model = AutoModelForCausalLM.from_config(tiny_model(family).config, dtype=dtype).eval()
     methods.prune(model, Weight("weight"), 0.9, None)
     model, kernel = execution.prepare(model, Execution("bitmap"))
-    facts = {"method": {"family": "weight"}, "execution": "bitmap"}
+    facts = {"method": {"family": "weight"}, "execution": {"name": "bitmap"}}
     saving.save(model, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "saved", facts)
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     assert sum(t.nbytes for t in weights.values()) == counting.size(counting.stock(model))["stored_bytes"]

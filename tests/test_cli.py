@@ -65,7 +65,7 @@ def test_a_sweep_leaves_rows_skips_them_when_done_and_reports(tmp_path: Path, ti
     assert set(pd.read_parquet(tmp_path / "results" / "cells").columns) == set(rows.columns)
     for row in rows[rows.method == "weight"].itertuples():
         assert row.sparsity_achieved == pytest.approx(row.sparsity, abs=1e-3)
-        assert row.execution == "dense"
+        assert row.execution == "bitmap" and row.kernel.startswith("bitmap ")
     neuron = rows[rows.method == "neuron"]
     assert (neuron.execution == "shrunk").all()
     assert (neuron.weights_bytes < rows[rows.method == "dense"].weights_bytes.item()).all()

@@ -112,10 +112,13 @@ def test_what_can_be_typed_is_what_is_declared() -> None:
     kernels = {name for form in FORMATS.values() for name in form.kernels}
     assert set(typing.get_args(declared.KernelName)) == {"auto"} | kernels
     options = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/execution/*.yaml")}
+    assert set(typing.get_args(declared.ExecutionName)) == {"auto", *FORMATS}
+    assert options.pop("auto") == {"name": "auto", "saved": None}
     assert set(options) == {form.name for form in FORMATS.values() if form.holds != "cut"}  # which the method chooses
     for name, settings in options.items():
         read = {
             "name",
+            *(["saved"] if FORMATS[name].module else []),
             *(["kernel"] if FORMATS[name].kernels else []),
             *(["fallback"] if FORMATS[name].fallback else []),
         }
@@ -237,7 +240,9 @@ def test_removal_of_units_leaves_its_own_form_unless_a_format_holds_that_too(mon
     assert parse(packed_request(method=neuron))[0].execution == Execution("shrunk")
     monkeypatch.setitem(FORMATS, "csr", replace(declared.CSR, holds="any"))
     for method in (neuron, {"family": "weight"}):
-        assert parse(packed_request(method=method, execution={"name": "csr"}))[0].execution == Execution("csr")
+        assert parse(packed_request(method=method, execution={"name": "csr"}))[0].execution == Execution(
+            "csr", saved="packed"
+        )
 
 
 @each(list(FORMATS.values()))

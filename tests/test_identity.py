@@ -194,6 +194,7 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
         "benchmarks.num_fewshot": (cell, 0),
         "benchmarks.fewshot_seed": (cell, 7),
         "benchmarks.unsafe_code": (cell, True),
+        "execution.saved": (cell, "plain"),
         "perplexity.source": (cell, str(tmp_path / "elsewhere" / "evaluation.txt")),
         "calibration.source": (cell, str(tmp_path / "elsewhere" / "calibration.txt")),
         "calibration.subset": (of_hub, "other"),

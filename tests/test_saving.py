@@ -184,7 +184,7 @@ def test_the_card_states_method_sparsity_calibration_and_command() -> None:
 
 
 def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    tiny = ["model=local", f"model.path={tiny_checkpoint}", *QUICK, "benchmarks=pydoc"]
+    tiny = ["model=local", f"model.path={tiny_checkpoint}", *QUICK, "benchmarks=pydoc", "execution.saved=packed"]
     run("+method=weight", "sparsity=0.5", *tiny, cwd=tmp_path)  # a row without a model is not enough below
     command = ["+method=weight", "sparsity=0.25,0.5", "save_model=models", *tiny, "-m"]
     assert "1 already done, 2 to run" in run(*command, cwd=tmp_path)

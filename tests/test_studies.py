@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sweep
@@ -89,6 +93,47 @@ def test_a_study_is_recorded_by_this_version_from_committed_code(study: str) -> 
     for word in [*rows.measuring_version.astype(int).astype(str), *rows.git_commit.str[:7]]:
         assert re.search(rf"\b{word}\b", said), word
     assert ("uncommitted" in said) == dirty.any()
+
+
+PLANNED = """
+import json, sys
+from hydra.core.global_hydra import GlobalHydra
+from sweep import __main__, runner, versions
+
+def keep(plan, options, launch=None):
+    cells = [step.cell for step in (*plan.done, *plan.todo)]
+    rows = {(cell.method.family, cell.sparsity, cell.seed, cell.execution.name) for cell in cells}
+    print(json.dumps([len(plan.todo), sorted(rows)]))
+    return 0
+
+runner.run_plan = keep
+for words in json.loads(sys.argv.pop()):
+    sys.argv[1:] = words
+    GlobalHydra.instance().clear()
+    __main__._main()
+"""
+
+
+def test_a_recorded_study_plans_the_cells_that_it_has() -> None:
+    """What it ran has not changed with a default since: how the weights are run, for one."""
+    small = {study: path for study, path in RECORDED.items() if len(store.load(path)) < 30}
+    place = ["device=cpu", "threads=1", "-m"]
+    commands = [[f"+experiment={study}", f"results={path}", *place] for study, path in small.items()]
+    code = [sys.executable, "-c", PLANNED, json.dumps(commands)]
+    said = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 0, said.stderr
+    for (study, path), line in zip(small.items(), said.stdout.splitlines(), strict=True):
+        rows = store.load(path)
+        recorded = set(zip(rows.method, rows.sparsity, rows.seed, rows.execution, strict=True))
+        assert {tuple(cell) for cell in json.loads(line)[1]} == recorded, study
+
+
+@pytest.mark.parametrize("study", RECORDED)
+def test_a_study_of_zeroed_weights_says_how_it_runs_them(study: str) -> None:
+    """So that its cells keep their names whatever the default is."""
+    if (store.load(RECORDED[study]).method == "weight").any():
+        stated = yaml.safe_load((ROOT / "conf" / "experiment" / f"{study}.yaml").read_text())["defaults"]
+        assert {"override /execution": "dense"} in stated
 
 
 def test_the_list_of_studies_to_be_recorded_anew_names_studies() -> None:

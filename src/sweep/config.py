@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
-from sweep.formats.declared import FORMATS, SHRUNK, Format, FormatName, KernelName
+from sweep.formats.declared import FORMATS, SHRUNK, ExecutionName, Format, KernelName, Left
 from sweep.pruning import criteria, families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
 from sweep.quantization import forms
@@ -79,13 +79,21 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Execution(Named):
-    name: FormatName = "dense"
+    name: ExecutionName = "dense"  # auto until the machine is known: see machine.resolve
     kernel: KernelName = "auto"  # of formats that have several; auto = the fastest that runs here
     fallback: bool = False  # whether a slow substitute may run where the format cannot
+    # how save_model stores packed matrices: as they run, or as plain ones, which transformers loads too; None: as they
+    # run where the format was asked for by its name
+    saved: Literal["packed", "plain"] | None = None
 
     @property
     def format(self) -> Format:
         return FORMATS[self.name]
+
+    def check_saves(self) -> None:
+        """Raises RequestError where a checkpoint cannot hold a model in this form."""
+        if self.name != "auto" and self.saved != "plain":
+            self.format.check_saves()
 
 
 GROUPS: dict[str, type] = {
@@ -122,6 +130,14 @@ class Cell(Named):
         """The unpruned model measured with this cell's settings: what the cell is compared with."""
         unchanged = {stage.group: stage.unused for stage in STAGES}
         return _normalised(replace(self, **unchanged))
+
+    def left(self, dtype: Any) -> Left:
+        """What its stages leave in the matrices of the blocks, in the dtype that is known by now."""
+        cut = self.method.removes_units
+        pattern = getattr(self.method, "pattern", None)
+        codes = None if self.quantize.name == forms.NONE else self.quantize.form.bits
+        zeros = 0.0 if cut else self.sparsity
+        return Left(dtype, zeros, pattern, cut, codes, self.quantize.columns)
 
     def stages(self) -> list[Stage]:
         """Those that change its model, in order; none for a dense model."""
@@ -215,13 +231,13 @@ def parse(composed: Mapping[str, Any]) -> tuple[Cell, Options]:
     if not isinstance(method, Mapping):
         raise RequestError(f"method={method} replaces the whole group: write +method={method}, with the plus")
     cell = build(Cell, composed, "", also=names)
-    if cell.dtype == "auto":  # the baseline, too, is measured in what the execution multiplies
+    if cell.dtype == "auto" and cell.execution.name != "auto":  # the baseline, too, is measured in what it multiplies
         cell = replace(cell, dtype=cell.execution.format.only_dtype(cell.execution.kernel) or "auto")
     if asked.baseline:
         cell = cell.dense()
     cell = _normalised(cell)
     if asked.save_model is not None:
-        cell.execution.format.check_saves()
+        cell.execution.check_saves()
     return cell, asked
 
 
@@ -270,6 +286,8 @@ def _normalised(cell: Cell) -> Cell:
         if calibration.split is not None and calibration.column is None:
             calibration = replace(calibration, column="text")
     cell = replace(cell, calibration=calibration, seed=seed)
+    if cell.execution.name == "auto":
+        return replace(cell, execution=Execution("auto", saved=cell.execution.saved))
     if method.removes_units and cell.execution.format.holds == "zeros":
         cell = replace(cell, execution=Execution(SHRUNK.name))
     return replace(cell, execution=_checked_execution(cell))
@@ -330,4 +348,9 @@ def _checked_execution(cell: Cell) -> Execution:
         )
     if cell.dtype != "auto":
         form.check_dtype(cell.dtype, asked.kernel)
-    return Execution(asked.name, asked.kernel if form.kernels else "auto", asked.fallback and form.fallback is not None)
+    return Execution(
+        asked.name,
+        kernel=asked.kernel if form.kernels else "auto",
+        fallback=asked.fallback and form.fallback is not None,
+        saved=(asked.saved or "packed") if form.module else None,
+    )

@@ -29,6 +29,7 @@ FINGERPRINTED = {
     "benchmarks.fewshot_seed": "with each task that shows examples",
     "benchmarks.unsafe_code": "a permission; what runs without it runs the same with it",
     "perplexity.source": "by its text",
+    "execution.saved": "how a saved model is stored: what is measured is the same",
     "calibration.source": "by its text",
     "calibration.subset": "by its text",
     "calibration.split": "by its text",

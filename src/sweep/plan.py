@@ -103,6 +103,8 @@ def prepare(composed: Mapping[str, Any], placement: machine.Placement = machine.
     cell, options = config.parse(composed)
     cell = machine.resolve(cell, placement)
     machine.check_execution(cell)
+    if options.save_model is not None:
+        cell.execution.check_saves()
     origin.fingerprint(cell.model)  # raises when the model is not there
     headers.check(cell.model)
     catalogue.check(cell.benchmarks, cell.data_root)

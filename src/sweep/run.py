@@ -109,14 +109,17 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
         name = getattr(cell.method, "criterion", None)
         raise RequestError(f"method.criterion={name}: its file changed while the cell ran: run the command again")
     row |= columns | before.units_gone(cell, model)
+    saves_plain = cell.execution.saved == "plain"
+    if save_model is not None and saves_plain:
+        _save(cell, model, tokenizer, before, save_model, command)
     model, row["kernel"] = execution.prepare(model, cell.execution, known.grids)
 
     held = counting.stock(model)
     row |= counting.coded(held, known.grids, model.dtype.itemsize, forms.scale_bits(cell.quantize))
     row |= counting.size(held) | counting.removed(before.stock, held, before.targets)
     tables["layers"] = counting.matrices(before.stock, held)
-    if save_model is not None:
-        saving.save(model, tokenizer, save_model, _card(cell, command, row))
+    if save_model is not None and not saves_plain:
+        _save(cell, model, tokenizer, before, save_model, command)
 
     row |= _memory(cell, model, generates=can_generate)
     columns, tables["samples"] = _quality(cell, model, tokenizer, before)
@@ -176,14 +179,15 @@ class Before:
         return {"sparsity_units": (self.units - methods.count_units(model, cell.method)[0]) / self.removable}
 
 
-def _card(cell: Cell, command: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved model says of itself."""
+def _save(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before, folder: str, command: str | None) -> None:
+    """Save the model as it is now, with a card that says how it came about."""
     asked = plain(cell)
-    facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration")}
+    facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration", "execution")}
     facts |= {stage.group: asked[stage.group] for stage in cell.stages()}
-    facts |= {"execution": cell.execution.name, "model": cell.model.name, "command": command}
-    facts["cell"] = identity.cell_name(cell)
-    return facts | {name: row[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
+    facts |= {"model": cell.model.name, "command": command, "cell": identity.cell_name(cell)}
+    removed = counting.removed(before.stock, counting.stock(model), before.targets)
+    facts |= {name: removed[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
+    saving.save(model, tokenizer, folder, facts)
 
 
 def _memory(cell: Cell, model: PreTrainedModel, *, generates: bool) -> dict[str, Any]:

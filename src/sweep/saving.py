@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweep import __version__, cache, store
-from sweep.config import Model
-from sweep.formats.declared import DENSE, FORMATS
+from sweep.config import Execution, Model
+from sweep.formats.declared import DENSE
 from sweep.models import origin
 from sweep.settings import RequestError
 
@@ -179,7 +179,8 @@ def _files(path: Path) -> dict[str, Any]:
 
 def card(facts: Mapping[str, Any]) -> str:
     """The model card, from `model`, `method` (a mapping of settings), `sparsity`, `sparsity_achieved`,
-    `sparsity_all_parameters`, `dtype`, `seed`, `calibration` (a mapping, or None) and `command`, each where known."""
+    `sparsity_all_parameters`, `dtype`, `seed`, `calibration` (a mapping, or None), `execution` (a mapping) and `command`,
+    each where known."""
     import torch
     import transformers
 
@@ -204,8 +205,9 @@ def card(facts: Mapping[str, Any]) -> str:
         "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
-    stored = FORMATS[facts.get("execution") or DENSE.name].stored
-    if stored is not None:
+    run = Execution(**(facts.get("execution") or {}))
+    stored = run.format.stored
+    if stored is not None and run.saved != "plain":
         lines += [
             "",
             f"Pruned matrices are stored as {stored.words}: load the folder with `sweep.load_model(FOLDER)`, since "
@@ -213,6 +215,12 @@ def card(facts: Mapping[str, Any]) -> str:
         ]
     else:
         lines += ["", "Removed weights are stored as zeros; a matrix that lost whole units is smaller."]
+        if run.saved == "plain":
+            lines += [
+                "",
+                f"It was measured as `execution={run.name}`, and is stored in plain matrices, which transformers loads; "
+                "`execution.saved=packed` stores it as it was measured.",
+            ]
     if facts.get("command"):
         lines += ["", "Made by", "", "```sh", str(facts["command"]), "```"]
     return "\n".join(lines) + "\n"

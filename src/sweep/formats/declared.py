@@ -1,13 +1,13 @@
 """The forms in which matrices can be held and multiplied: what a cell's `execution` may name. No torch.
 
 What each needs of a cell and of a machine, which settings it reads, and whether a checkpoint holds it stands here, and is
-asked here by everyone else. Its layers are made in its own module, imported on use.
+asked here by everyone else, and by what `execution=auto` chooses. Its layers are made in its own module, imported on use.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 FormatName = Literal["dense", "shrunk", "int8", "int4", "bitmap", "bitmap_int8", "csr", "semi_structured"]
 KernelName = Literal["auto", "avx512_vnni", "avx512_bf16", "avx512", "avx2", "portable", "torch"]
+ExecutionName = Literal["auto", FormatName]
 Dtype = Literal["bfloat16", "float16", "float32"]
+BITS: Mapping[str, int] = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,28 @@ class Stored:
     version: int  # the format of sweep.json that brought it: versions that do not know it refuse the folder
     key: str  # in sweep.json: the `facts` of each layer, by its name
     words: str  # what is stored of a pruned matrix, for the model's card
+
+
+@dataclass(frozen=True)
+class Left:
+    """What the stages of a cell leave in the matrices of the blocks, as far as its settings tell."""
+
+    dtype: Dtype
+    zeros: float = 0.0  # the fraction of their weights
+    pattern: str | None = None  # of the zeros, as method.pattern has it
+    cut: bool = False  # removal of units has made them smaller
+    codes: int | None = None  # bits of the codes that they were quantised to
+    group: int | None = None  # columns that share a scale; None: a row does
+
+    @property
+    def bits(self) -> int:
+        """Of a weight that is held as it is."""
+        return BITS[self.dtype]
+
+    @property
+    def scales(self) -> float:
+        """Bits of scales a weight, of two bytes each; one a row counts for nothing."""
+        return 16 / self.group if self.group else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,8 @@ class Format:
     # what execution.fallback=true runs where it cannot: a kernel that needs no compiler, or the zeros in dense matrices
     fallback: Literal["kernel", "dense"] | None = None
     stored: Stored | None = None
+    # bits a weight of such matrices: execution=auto runs what takes the fewest. None: it is chosen by its name alone
+    weighs: Callable[[Left], float] | None = None
 
     @property
     def saves(self) -> bool:
@@ -76,7 +102,10 @@ class Format:
             others = " or ".join(
                 other.name for other in FORMATS.values() if other.saves and other.holds != "cut" and not other.bits
             )
-            raise RequestError(f"save_model: safetensors holds no {self.name} matrices: use execution={others}")
+            raise RequestError(
+                f"save_model: safetensors holds no {self.name} matrices: use execution={others}, or set "
+                "execution.saved=plain to store what they stand for"
+            )
 
     def check_dtype(self, dtype: str, kernel: str = "auto") -> None:
         """Raises RequestError for a dtype that the format, or the kernel asked for, does not multiply."""
@@ -98,6 +127,16 @@ class Format:
         dtypes = self.kernels[kernel].dtypes if kernel in self.kernels else self.dtypes
         return dtypes[0] if len(dtypes) == 1 else self.meant_for
 
+    def takes(self, left: Left, device: str) -> bool:
+        """Whether it holds such matrices, and multiplies them on this device."""
+        return (
+            (self.holds == "any" or (self.holds == "cut") == left.cut)
+            and (not self.patterns or left.pattern in self.patterns)
+            and (self.bits is None or (left.codes is not None and left.codes <= self.bits))
+            and left.dtype in self.dtypes
+            and device.partition(":")[0] in self.devices
+        )
+
     def compiles(self, kernel: str) -> bool:
         """Whether this kernel, or the fastest, which is `auto`, is compiled when first used."""
         return any(each.compiled for name, each in self.kernels.items() if kernel in (name, "auto"))
@@ -108,9 +147,12 @@ class Format:
         return importlib.import_module(self.module).packing(self, kernel, dtype)
 
 
-DENSE = Format("dense", "zeros in a dense matrix")
+DENSE = Format("dense", "zeros in a dense matrix", weighs=lambda left: left.bits)
 SHRUNK = Format(
-    "shrunk", "what removal of neurons, heads, layers or vocabulary leaves; chosen by the method", holds="cut"
+    "shrunk",
+    "what removal of neurons, heads, layers or vocabulary leaves; chosen by the method",
+    holds="cut",
+    weighs=lambda left: left.bits,
 )
 BITMAP = Format(
     "bitmap",
@@ -130,8 +172,10 @@ BITMAP = Format(
     },
     fallback="kernel",
     stored=Stored(2, "bitmap_columns", "one bit a weight and their non-zeros"),
+    weighs=lambda left: (1 - left.zeros) * left.bits + 1,
 )
 _CODED: dict[str, Any] = {  # what the formats of codes have in common
+    "holds": "any",
     "module": "sweep.formats.codes",
     "dtypes": ("bfloat16", "float32"),
     "devices": ("cpu",),
@@ -153,6 +197,7 @@ INT8 = Format(
     bits=8,
     kernels=_BYTE_KERNELS,
     stored=Stored(3, "int8_columns", "codes of a byte and their scales"),
+    weighs=lambda left: 8 + left.scales,
     **_CODED,
 )
 INT4 = Format(
@@ -161,6 +206,7 @@ INT4 = Format(
     bits=4,
     kernels=_CODED_KERNELS,
     stored=Stored(4, "int4_columns", "codes of half a byte and their scales"),
+    weighs=lambda left: 4 + left.scales,
     **_CODED,
 )
 BITMAP_INT8 = Format(
@@ -170,6 +216,7 @@ BITMAP_INT8 = Format(
     bits=8,
     kernels=_BYTE_KERNELS,
     stored=Stored(5, "bitmap_int8_columns", "one bit a weight, codes of a byte for the non-zeros, and their scales"),
+    weighs=lambda left: 8 * (1 - left.zeros) + 1 + left.scales,
     **_CODED,
 )
 CSR = Format(
@@ -194,6 +241,7 @@ SEMI_STRUCTURED = Format(
     where="a CUDA device of the Ampere generation or later",
     elsewhere="use execution=bitmap",
     fallback="dense",
+    weighs=lambda left: left.bits / 2 + 1,  # two bits for the place of each of two weights in four
 )
 
 FORMATS: dict[str, Format] = {
@@ -201,9 +249,23 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def automatic(left: Left, device: str, *, compiler: bool = True) -> Format:
+    """The form that `execution=auto` runs: of those that take what is left here, the one of the fewest bits a weight.
+
+    compiler  whether kernels can be built. Bytes decide because decoding reads all of them for each token, and because
+              they can be told before anything runs; of equal forms the one that is declared first
+    """
+    offered = [form for form in FORMATS.values() if form.weighs is not None and form.takes(left, device)]
+    offered = [form for form in offered if compiler or not form.compiles("auto")]
+    return min(offered, key=lambda form: form.weighs(left) if form.weighs else 0)
+
+
 def table() -> str:
     """The executions as a table in Markdown."""
     lines = ["| execution | what it is | where |", "|---|---|---|"]
+    lines.append(
+        "| `auto` | the one of these that holds what is left of the weights in the fewest bytes here | anywhere |"
+    )
     for form in FORMATS.values():
         compiler = ", with a C++ compiler when first used" if form.compiles("auto") else ""
         lines.append(f"| `{form.name}` | {form.what} | {form.where}{compiler} |")

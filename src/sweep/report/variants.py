@@ -29,6 +29,7 @@ _NAMED = {"method.family", "method.criterion", "method.importance", "execution.n
 # No number depends on them beyond what fingerprints and the names below say.
 _ASIDE = {
     "data_root",
+    "execution.saved",
     "calibration",
     "calibration.subset",
     "calibration.split",

@@ -188,7 +188,7 @@ COLUMNS = _by_name(  # of the schema, in its order
         "stored_bytes",
         _INT,
         COUNTED,
-        "bytes of the tensors that a checkpoint of the model holds, saved or not; its files have a header beside them",
+        "bytes of the tensors that a checkpoint holds of the model as it ran, saved or not; its files have a header beside them",
         unit="bytes",
         better=LOW,
         label="stored weights (MB)",
