@@ -30,7 +30,9 @@ LEFT = [  # every family, whatever it leaves
     for dtype, (pattern, zeros), cut, codes in itertools.product(
         DTYPES,
         [(None, s) for s in (0.0, 0.05, 0.1, 0.5, 0.95)] + [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5)],
-        (False, True), (None, 4, 8))
+        (False, True),
+        (None, 4, 8),
+    )
 ]
 
 
