@@ -16,6 +16,7 @@ import pytest
 
 import sweep
 from sweep import command_line
+from sweep.report import frontier, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -118,6 +119,33 @@ def test_on_failure_stop_stops(tmp_path: Path, tiny: list[str]) -> None:
     assert sorted(sweep.load(tmp_path / "results").method) == ["dense", "neuron"]
 
 
+def test_prune_quantise_or_both(tmp_path: Path, tiny: list[str]) -> None:
+    command = [
+        "+method=dense,wanda",
+        "quantize=none,int8",
+        "sparsity=0.5",
+        "benchmarks=pydoc",
+        "efficiency=none",
+        *tiny,
+    ]
+    command = [word for word in command if not word.startswith("efficiency.")]
+    planned = run(*command, "plan=true", "-m", cwd=tmp_path)
+    for words in ("dense", "dense int8", "weight wanda 0.5", "weight wanda 0.5 int8"):
+        assert f"  {words} (" in planned
+    run(*command, "-m", cwd=tmp_path)
+    rows = variants.with_variant(sweep.load(tmp_path / "results"))
+    assert sorted(zip(rows.method, rows.quantize, rows.quantize_method.fillna("-"), rows.baseline, strict=True)) == [
+        ("dense", "int8", "rtn", False),
+        ("dense", "none", "-", True),
+        ("weight", "int8", "rtn", False),
+        ("weight", "none", "-", False),
+    ]
+    bits = rows.set_index(["method", "quantize"]).bits_per_weight
+    assert bits["weight", "int8"] < bits["dense", "int8"] < bits["weight", "none"] < bits["dense", "none"] == 32
+    assert rows.groupby(frontier.SAME_POINT, dropna=False).ngroups == 4
+    assert "4 already done, 0 to run" in run(*command, "-m", cwd=tmp_path)
+
+
 def test_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, tiny: list[str]) -> None:
     output = run("+method=weight", "sparsity=0.1,0.2", "plan=true", *tiny, "-m", cwd=tmp_path)
     assert output.count("  run  ") == 3
@@ -191,6 +219,15 @@ def test_a_model_of_few_positions_is_refused_only_for_a_prompt_that_is_timed(
         (["+method=weight", "model=hub"], "sweep: model.name is missing: set model.name=VALUE"),
         (["+method=weight", "data_root=nowhere"], "sweep: data_root: there is no folder nowhere"),
         (["+method=neuron", "sparsity=0.9999"], "leaves a block without a neuron"),
+        (
+            ["+method=dense", "quantize=int4", "quantize.group=128"],
+            "gives 128 columns a scale, and the model's hidden_size is 576, which is no multiple: set quantize.group=32 or",
+        ),
+        (
+            ["+method=wanda", "quantize=q4_1"],
+            "sweep: quantize=q4_1: there is no such form. Did you mean 'q4_0'? Allowed: none, int8, int4, q8_0, q5_0, q4_0 "
+            "(q4_1, q5_1 and the K-quants add an offset to each group, so that zero is none of their values",
+        ),
         (
             ["+method=weight", "sparsity=range(0,1,0.01)", "max_cells=50", "-m"],
             "the grid has 100 cells, more than max_cells=50",

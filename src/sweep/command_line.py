@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from sweep import config
 from sweep.pruning import families
+from sweep.quantization import forms
 from sweep.settings import RequestError, did_you_mean, flat_fields, renamed
 
 SAID = {  # in the errors of Hydra and OmegaConf, by what they are about
@@ -65,6 +66,8 @@ def explain(error: Exception) -> str | None:
         )
     if match := re.search(SAID["no option of a group"], text):
         group, option, available = match[1], match[2], match[3].split("Config search path")[0].split()
+        if group == "quantize" and option not in forms.Names():
+            return f"{group}={option}: there is no such form.{did_you_mean(option, forms.Names())} Allowed: {forms.Names()}"
         if group == "hydra/launcher" and option in LAUNCHERS:
             return (
                 f"{group}={option}: the package of this launcher is not installed. "
