@@ -102,7 +102,8 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
     lists        of a list of modules, the numbers of those that are left
     substitutes  by name, class and settings of what stands there instead
     mixed        by name, a class of sweep's that is mixed into the module's own
-    added        by name, of what kind a tensor is that the module has beside its own
+    added        by name, of what kind a tensor is that the module has beside its own: a parameter, a buffer, or a passing
+                 one, which no state dict holds
     absent       names of modules and parameters that are not there
     attributes   of a module, the plain values that it keeps
     """
@@ -121,7 +122,7 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
         if kind_of_tensor == "parameter":
             owner.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))
         else:
-            owner.register_buffer(name, torch.empty(0), persistent=True)
+            owner.register_buffer(name, torch.empty(0), persistent=kind_of_tensor == "buffer")
     for full in facts.get("absent", ()):
         path, _, name = full.rpartition(".")
         owner = built.get_submodule(path)
@@ -258,7 +259,14 @@ def _value(told: Any) -> Any:
 
 
 def _text(told: Any) -> str:
-    return "" if told is _MISSING else json.dumps(told)
+    """For comparison. A configuration file makes lists of tuples, which say the same."""
+
+    def listed(told: Any) -> Any:
+        if isinstance(told, dict):
+            return listed(told["tuple"]) if "tuple" in told else {"mapping": listed(told["mapping"])}
+        return [listed(each) for each in told] if isinstance(told, list) else told
+
+    return "" if told is _MISSING else json.dumps(listed(told))
 
 
 def _kind(module: nn.Module) -> tuple[type, ...]:
@@ -274,7 +282,7 @@ def _mixin(built: nn.Module, module: nn.Module) -> str:
 
 
 def _added(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The names of tensors that a state dict holds and that the modules were not built with, and of what kind they are."""
+    """The names of tensors that the modules were not built with, and of what kind they are."""
     found = {}
     for path, module in after.items():
         built = before.get(path)
@@ -283,8 +291,9 @@ def _added(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> d
         own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
         state = module.state_dict().keys()
         for name in own:
-            if name in state and not hasattr(built, name):
-                found[f"{path}.{name}"] = "parameter" if isinstance(own[name], nn.Parameter) else "buffer"
+            if not hasattr(built, name):
+                kind = "parameter" if isinstance(own[name], nn.Parameter) else "buffer"
+                found[f"{path}.{name}"] = kind if name in state else "passing"
     return found
 
 

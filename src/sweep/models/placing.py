@@ -74,7 +74,7 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     for path, module in model.named_modules():
         for parameter, held in stand_in.stand_ins(module).items():
             matrices = held.matrices if isinstance(held, Stack) else (held,)
-            told = {"matrices": [names[id(part)] for matrix in matrices for part in matrix.parts]}
+            told: dict[str, Any] = {"matrices": [names[id(part)] for matrix in matrices for part in matrix.parts]}
             told |= {"flat": held.flat} if isinstance(held, Stack) else {"shape": list(held.shape)}
             found[f"{path}.{parameter}"] = told | {"flipped": matrices[0].flipped}
     return found

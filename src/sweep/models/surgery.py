@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -225,24 +226,32 @@ def _tell(
 
 
 def _lookups(model: PreTrainedModel) -> list[nn.Embedding]:
-    """The embeddings of other sizes than the model's that the token ids go into, found by watching what they read."""
+    """The embeddings of other sizes than the model's that the token ids go into, found by watching what is looked up."""
     rows = model.get_input_embeddings().weight.shape[0]
-    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings != rows]
+    others = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings != rows}
+    if not others:
+        return []
     ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
-    found: list[nn.Embedding] = []
+    with _Watched(ids) as watched:
+        model(input_ids=ids.to(model.device), use_cache=False)
+    return [module for weight, module in others.items() if weight in watched.weights]
 
-    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.Embedding)
-        read, known = inputs[0] if inputs else None, ids < module.num_embeddings
-        if isinstance(read, Tensor) and read.shape == ids.shape and torch.equal(read.cpu()[known], ids[known]):
-            found.append(module)
 
-    with ExitStack() as stack:
-        for module in others:
-            stack.callback(module.register_forward_pre_hook(watch).remove)
-        if others:
-            model(input_ids=ids.to(model.device), use_cache=False)
-    return found
+class _Watched(TorchFunctionMode):
+    """While open, notes in which matrices the ids, as far as these have rows, are looked up."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        self.ids, self.weights = ids, set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            read, weight = [*args, *kwargs.values()][:2]
+            known = self.ids < len(weight)
+            if read.shape == self.ids.shape and torch.equal(read.cpu()[known], self.ids[known]):
+                self.weights.add(id(weight))
+        return func(*args, **kwargs)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
