@@ -252,14 +252,19 @@ def _completed(block: _Watched, ends: dict[str, Nothing]) -> _Found:
     if not any(_has_matrices(block.block.get_submodule(name)) for name in names):
         raise RequestError(f"its {', '.join(ends)} is no attention and no FFN")
     kind: Kind = "attention" if any(_mixes(block, name) for name in names) else "ffn"
+    wide = {name: _wide(block.calls[name], nothing) for name, nothing in ends.items()}
+    full = {name: _as_wide(block.calls[name]) for name in inside}
+    choices: list[_Found] = [
+        (kind, ends, {name: _handing_on(block.calls[name]) for name in inside}),
+        (kind, wide, full),
+        # norms whose weight is read by code of the block stay
+        (kind, wide, {name: full[name] for name in inside if _has_matrices(block.block.get_submodule(name))}),
+    ]
     problem: Exception | None = None
-    for instead in (_handing_on, _as_wide):
-        found = kind, dict(ends), {name: instead(block.calls[name]) for name in inside}
-        if instead is _as_wide:
-            found = kind, {name: _wide(block.calls[name], nothing) for name, nothing in ends.items()}, found[2]
+    for found in choices:
         with ExitStack() as undo:
-            _take_out(block.block, Sublayer(0, *found), undo)
             try:
+                _take_out(block.block, Sublayer(0, *found), undo)
                 if not block.differs(block.run(), wanted):
                     return found
             except Exception as error:  # of code of somebody else's, which may read anything of what is gone
@@ -294,16 +299,17 @@ def _has_matrices(module: nn.Module) -> bool:
 
 
 def _mixes(block: _Watched, name: str) -> bool:
-    """Whether what the module gives at a position depends on what it gets at the one before."""
+    """Whether what the module gives at a position depends on what it gets at another."""
     args, kwargs, output = block.calls[name]
-    before = first(output)
     args, kwargs = _copied(args), _copied(kwargs)
     hidden = trial.hidden_state(args, kwargs)
     rows = hidden.view(-1, hidden.shape[-1])  # of one text
-    rows[-2] += 3 * _noise(rows[-2])
+    middle = len(rows) // 2  # attention in windows or chunks passes something on from there
+    rows[middle] += 3 * _noise(rows[middle])
     after = first(block.block.get_submodule(name)(*args, **kwargs))
-    one, other = (each.reshape(-1, each.shape[-1])[-1].float() for each in (before, after))
-    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    one, other = (each.reshape(len(rows), -1).float() for each in (first(output), after))
+    near = torch.isclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())).all(-1)
+    return not bool(near[torch.arange(len(rows)) != middle].all())
 
 
 def find(model: PreTrainedModel) -> list[list[Sublayer]]:
@@ -385,9 +391,10 @@ def remove(model: PreTrainedModel, gone: Sequence[Sublayer]) -> None:
     try:
         proof = trial.Proof(model, passing)
         with ExitStack() as undo:
+            states = {number for part in gone if part.kind == "attention" for number in _states(blocks[part.block])}
             for part in gone:
                 _take_out(blocks[part.block], part, undo)
-            _keep_no_states(model, [part.block for part in gone if part.kind == "attention"], undo)
+            _keep_none(model, states - {number for block in blocks for number in _states(block)}, undo)
             proof.check()
             undo.pop_all()
     except RequestError as error:
@@ -403,25 +410,30 @@ def _take_out(block: nn.Module, part: Sublayer, undo: ExitStack) -> None:
         block.set_submodule(name, copy.copy(nothing))
 
 
-def _keep_no_states(model: PreTrainedModel, blocks: Sequence[int], undo: ExitStack) -> None:
-    """Have caches keep nothing for blocks that have no attention left."""
-    every, config = list(anatomy.blocks(model)), layers.configuration(model)
-    done = [number for number in blocks if not _keeps_states(every[number])]
-    if not done:
-        return
+def _states(block: nn.Module) -> set[int]:
+    """The numbers under which parts of a block find their states in a cache."""
+    return {
+        value
+        for part in block.modules()
+        if part is not block
+        for name, value in vars(part).items()
+        if re.fullmatch(layers.OWN, name) and isinstance(value, int)
+    }
+
+
+def _keep_none(model: PreTrainedModel, states: set[int], undo: ExitStack) -> None:
+    """Have caches keep nothing under these numbers, until `undo` is closed."""
+    config = layers.configuration(model)
     said = getattr(config, _ANSWER, None)
-    modes = list(said) if said is not None else [None] * len(every)
-    if any(modes[number] == "store" for number in done):
+    modes = list(said) if said is not None else [None] * config.num_hidden_layers
+    if not states or max(states) >= len(modes):
+        return
+    if any(modes[number] == "store" for number in states):
         raise RequestError("other blocks read the keys and values of its attention")
-    for number in done:
-        modes[number] = "reuse"  # the word of transformers for a block that keeps none
+    for number in states:
+        modes[number] = "reuse"  # transformers' word for a block that keeps none
     undo.callback(layers.restore, config, type(config), dict(vars(config)))
     if isinstance(getattr(type(config), _ANSWER, None), property):
         layers.answer_with(config, {_ANSWER: modes})
     else:
         setattr(config, _ANSWER, modes)
-
-
-def _keeps_states(block: nn.Module) -> bool:
-    """Whether a module of it keeps the number of its states in a cache."""
-    return any(re.fullmatch(layers.OWN, name) for part in block.modules() if part is not block for name in vars(part))
