@@ -91,6 +91,7 @@ BESIDE: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
     },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},

@@ -30,7 +30,7 @@ _NUMBERS = r".*(layers|_layer_ids|idxs|indexes|indices)"  # how they call a list
 OWN = r"layer_(idx|id|number)"  # how blocks call their own
 _FIRST = r"first_k_.*|num_dense_layers|num_(hash|dense)_.*layers"  # a number of blocks, the first
 _LAST = r"num_kv_shared_layers"  # the last
-_AT_LENGTH = r".*(token_ids?|_shape|_multipliers|_limit|_sizes?)"  # lists that say nothing of blocks
+_AT_LENGTH = r".*(token_ids?|_shape|_multipliers|_limit)"  # lists that say nothing of blocks
 
 
 @dataclass(frozen=True)

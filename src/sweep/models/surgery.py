@@ -143,15 +143,16 @@ def _remove_blocks(model: PreTrainedModel, gone: Sequence[int], undo: ExitStack 
 def _take_out(model: PreTrainedModel, numbers: Sequence[int], undo: ExitStack) -> None:
     """Leave the blocks of these numbers alone, until `undo` is closed."""
     blocks, config = list(anatomy.blocks(model)), layers.configuration(model)
-    name = anatomy.block_names(model)[0].rpartition(".")[0]
     places = layers.indices(blocks)
     for table, dimension, rows in layers.tables(model, config, len(blocks), numbers):
         undo.callback(setattr, table, "weight", table.weight)
         weight = table.weight.detach().index_select(dimension, rows.to(table.weight.device))
         table.weight = nn.Parameter(weight, table.weight.requires_grad)
     layers.cut(config, len(blocks), numbers, undo)
-    undo.callback(model.set_submodule, name, model.get_submodule(name))
-    model.set_submodule(name, nn.ModuleList(blocks[number] for number in numbers))
+    stack = anatomy.blocks(model)
+    for number in sorted(set(range(len(blocks))) - set(numbers), reverse=True):
+        undo.callback(stack.insert, number, blocks[number])
+        del stack[number]
     for new, old in enumerate(numbers):
         for path, attribute in places:
             module = _within(blocks[old], path)
