@@ -161,7 +161,7 @@ def _adds_nothing(hands_on: int | str | None) -> Any:
 
 @pytest.mark.parametrize("criterion", ["random", "block_influence", "drop"])
 @pytest.mark.parametrize("unit", ["attention", "ffn", "sublayer"])
-def test_sublayers_go_by_criterion_and_are_counted(unit: str, criterion: str, cache_folder: object) -> None:
+def test_sublayers_go_by_criterion_and_are_counted(unit: Any, criterion: str, cache_folder: object) -> None:
     model = tiny_models.make("llama")
     method = Layer(unit=unit, criterion=criterion, sparsity_of="units", steps=2)
     wanted = methods.targets(model, method)
@@ -177,7 +177,7 @@ def test_sublayers_go_by_criterion_and_are_counted(unit: str, criterion: str, ca
 def test_the_cosine_of_a_sublayer_is_that_between_the_states_around_it() -> None:
     model, text = tiny_models.make("llama"), tokens(3)
     seen: dict[str, list[Tensor]] = {"before": [], "between": [], "after": []}
-    block = anatomy.blocks(model)[1]
+    block: Any = anatomy.blocks(model)[1]
     block.input_layernorm.register_forward_pre_hook(lambda _, args: seen["before"].append(args[0]))
     block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen["between"].append(args[0]))
     block.register_forward_hook(lambda _, __, output: seen["after"].append(output))
@@ -212,7 +212,8 @@ def test_a_trial_reaches_beyond_windows_and_sees_a_wrong_number() -> None:
         proof.check()
     other = tiny_models.make("llama")
     proof = trial.Proof(other, lambda restore: None)
-    anatomy.blocks(other)[2].self_attn.layer_idx = 1
+    attention: Any = anatomy.blocks(other)[2].self_attn
+    attention.layer_idx = 1
     with pytest.raises(RequestError, match="with a cache its logits are|generation with what is left fails"):
         proof.check()
 

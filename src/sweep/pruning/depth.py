@@ -120,12 +120,12 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) 
 def _keep(
     scores: Tensor, costs: dict[Number, int], budget: float, method: Layer, sparsity: float, at_least: int
 ) -> Tensor:
-    """Which units stay. Raises RequestError for a budget that leaves none."""
-    try:
-        return select.nearest([scores], [torch.tensor(list(costs.values()))], budget, at_least=at_least)[0]
-    except ValueError as error:
+    """Which units stay. Raises RequestError for a budget that leaves none where one must stay."""
+    prices = torch.tensor(list(costs.values()))
+    if at_least and not select.nearest([scores], [prices], budget)[0].any():
         most = 1 - max(costs.values()) / sum(costs.values())
-        raise RequestError(f"sparsity={sparsity:g} leaves no {method.unit}: {checks.at_most(most)}") from error
+        raise RequestError(f"sparsity={sparsity:g} leaves no {method.unit}: {checks.at_most(most)}")
+    return select.nearest([scores], [prices], budget, at_least=at_least)[0]
 
 
 def _size(model: PreTrainedModel, unit: Unit) -> int:
