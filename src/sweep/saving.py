@@ -1,9 +1,10 @@
 """A pruned model as a folder, with a card that says how it came about. `sweep.load_model` loads every such folder,
 transformers' own `from_pretrained` those whose blocks are equally wide and whose vocabulary is whole.
 
-The folder appears whole: it is written beside its place under a name with a leading dot, then renamed. It takes the place
-of nothing but the same cell's earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed
-process has left beside it goes with the next save.
+The folder appears whole: it is written beside its place under a name with a leading dot, read again and compared with the
+model in memory, which takes the memory of one more, then renamed. It takes the place of nothing but the same cell's
+earlier model, as sweep has written it: `.sweep-saved.json` in it tells. What a killed process has left beside it goes with
+the next save.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """sweep's own format of checkpoints, written and read: models whose blocks differ in width, whose vocabulary was cut, or
 whose matrices are packed, which transformers' format cannot say.
 
-The weights lie in safetensors as always. `sweep.json` beside them says that their shapes, not the configuration's, are
-the model's, which token ids are left, and which layers are packed in which format. No code is stored. The tokenizer of a
-cut vocabulary lies in a folder of its own, so that nobody reads the old ids from it by accident.
+The weights lie in safetensors as always, under the names that the modules have, and their shapes are the model's. Beside
+them `sweep.json` says what else the configuration does not: which token ids are left, which layers are packed in which
+format, and what modules keep or lack (`differences`). No code is stored. The tokenizer of a cut vocabulary lies in a
+folder of its own, so that nobody reads the old ids from it by accident.
+
+What was written is read again and compared with the model in memory before it counts, in either format.
 """
 
 from __future__ import annotations
@@ -65,8 +68,7 @@ def is_plain(model: PreTrainedModel) -> bool:
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer so that `load_model` reads them, plainly where transformers' format will do.
 
-    What was written is read again and compared: see `check_written`.
-    Raises RequestError for what no checkpoint holds.
+    Raises RequestError for what no checkpoint holds, and when what was written is not the model when it is read again.
     """
     for layer in packed(model).values():
         layer.format.check_saves()
