@@ -226,7 +226,9 @@ def wanda(kind: str) -> None:
     linear = {name: layer for name, layer in layers.items() if type(layer) in (nn.Linear, Conv1D)}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].flatten(0, -2).double()))
-        for name, layer in linear.items()
+        for name in linear
+        for layer in dense.modules()  # one or, where blocks share matrices, several
+        if getattr(layer, "weight", None) is wanted[name]
     ]
     read(dense, texts[0])
     for handle in handles:

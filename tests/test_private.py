@@ -37,6 +37,7 @@ FILES = {  # where the insides of which library may be used
     "src/sweep/forkserver.py": "multiprocessing, joblib",
     "src/sweep/launchers.py": "submitit",
     "src/sweep/models/transformers_private.py": "transformers",
+    "src/sweep/models/watching.py": "torch",
 }
 
 

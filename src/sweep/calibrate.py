@@ -8,6 +8,7 @@ the text's hidden state, (T, hidden), and the statistics of one block, however m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.models import anatomy, transformers_private
+from sweep.models import anatomy, watching
 from sweep.models.logits import Tail, descend, given
 from sweep.settings import RequestError
 
+log = logging.getLogger(__name__)
+
 BATCH = 4  # sequences in one forward pass
+_TRIED = 24  # tokens of the text on which it is tried whether it can be streamed
 _NO_FLOAT64 = {"mps"}  # kinds of devices
 _STRIP = 256  # columns of a Hessian that are summed by one product, at least
 
@@ -43,6 +47,7 @@ class Text:
 
     hidden: list[Tensor]
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    kinds: list[int | None]  # into how long a tuple each block puts what comes out; None = into none
 
 
 @dataclass
@@ -63,12 +68,14 @@ class Inputs:
 
     @property
     def hessian(self) -> Tensor | None:
-        """X^T X, (in, in) float32."""
-        return None if self.lower is None else self.lower.tril() + self.lower.tril(-1).t()
+        """X^T X, (in, in) float32; the identity for a layer that read nothing, such as an expert never chosen."""
+        if self.lower is None or not self.tokens:
+            return None if self.lower is None else torch.eye(len(self.lower), device=self.lower.device)
+        return self.lower.tril() + self.lower.tril(-1).t()
 
     @property
     def norm(self) -> Tensor:
-        """||x_j||_2 of each feature, (in,) float32; ones for a layer that read nothing, such as an expert never chosen."""
+        """||x_j||_2 of each feature, (in,) float32; ones for a layer that read nothing."""
         return self.squares.sqrt().float() if self.tokens else torch.ones_like(self.squares, dtype=torch.float32)
 
     def add(self, x: Tensor) -> None:
@@ -83,6 +90,10 @@ class Inputs:
                 self.lower[a:, a:b].addmm_(rows[:, a:].t(), rows[:, a:b])
 
 
+class NotStreamed(RequestError):
+    """A text cannot go through the model's blocks one after another; it can through the model as a whole."""
+
+
 @torch.no_grad()
 def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
     """The text before the first block, and what the model will pass to every block.
@@ -90,12 +101,85 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
     tokens  (sequences, length)
 
     The model itself runs, with blocks that only note how they are called: whatever an architecture makes per layer
-    (masks of sliding windows, rotary embeddings, positions) is what it would be.
+    (masks of sliding windows, rotary embeddings, positions) is what it would be. Whether a text that goes from block to
+    block so comes to what the model makes of it is tried on a short one first. Raises NotStreamed where it does not.
     """
-    text = Text([], [])
     blocks = list(anatomy.blocks(model))
+    if len(anatomy.all_blocks(model)) != len(blocks):
+        raise _not_streamed(model, "it has several lists of blocks")
+    read, kinds = _reads(model, blocks, tokens[:1, :_TRIED])
+    try:
+        trial = _entered(model, blocks, kinds, tokens[:1, :_TRIED])
+        for index, block in enumerate(blocks):
+            if not _alike(trial.hidden[0], read[index]):
+                raise _not_streamed(model, f"block {index} reads more than what the block before it puts out")
+            through(trial, index, block, advance=True)
+        if not _alike(trial.hidden[0], read[-1]):
+            raise _not_streamed(model, "the last block puts out something else")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, NotStreamed):
+            raise
+        raise _not_streamed(model, str(error)) from error
+    return _entered(model, blocks, kinds, tokens)
 
-    def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+
+def _not_streamed(model: PreTrainedModel, why: str) -> NotStreamed:
+    return NotStreamed(f"a text cannot be taken through {type(model).__name__} block by block: {why}")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    size = float(other.float().abs().nan_to_num(0, posinf=0).max())  # what is no number is to be so in both
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
+
+
+def _reads(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor
+) -> tuple[list[Tensor], list[int | None]]:
+    """(what each block reads of a short text, and what the last puts out; into how long a tuple each puts it, or None).
+
+    Raises NotStreamed unless each block runs once, in order, and multiplies by what no other does.
+    """
+    read: list[Tensor] = []
+    kinds: list[int | None] = []
+    order: list[int] = []
+    users: dict[int, set[int]] = {}
+
+    def enters(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        order.append(index)
+        read.append(_split(args, kwargs)[0].clone())
+
+    def leaves(index: int, out: Any) -> None:
+        kinds.append(len(out) if isinstance(out, tuple) else None)
+        if index == len(blocks) - 1:
+            read.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            handle = block.register_forward_pre_hook(
+                lambda _, args, kwargs, index=index: enters(index, args, kwargs), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+            hooks.callback(block.register_forward_hook(lambda _, __, out, index=index: leaves(index, out)).remove)
+        hooks.enter_context(
+            watching.Products(
+                model.parameters(),
+                lambda parameter, *_: users.setdefault(id(parameter), set()).update(order[-1:]),
+            )
+        )
+        model(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+    if order != list(range(len(blocks))):
+        raise _not_streamed(model, f"it ran {len(order)} blocks where it has {len(blocks)}, or in another order")
+    inside = [{id(parameter) for parameter in block.parameters()} for block in blocks]
+    for parameter, its in users.items():
+        if sum(parameter in own for own in inside) > 1 and len(its) > 1:
+            raise _not_streamed(model, "some of its blocks share matrices")
+    return read, kinds
+
+
+def _entered(model: PreTrainedModel, blocks: Sequence[nn.Module], kinds: Sequence[int | None], tokens: Tensor) -> Text:
+    text = Text([], [], list(kinds))
+
+    def noting(index: int) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split(args, kwargs)
             if index == 0:
@@ -104,25 +188,24 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
             text.calls[-1].append((args, kwargs))
             if index == len(blocks) - 1:
                 raise _Noted
-            return hidden
+            return _as(kinds[index], hidden)
 
         return note
 
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
-            anatomy.replace_forward(restore, block, noting(index, block.forward))
+            anatomy.replace_forward(restore, block, noting(index))
         for batch in tokens.split(BATCH):
             try:
                 model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
             except _Noted:
                 continue
-    for calls in text.calls:
-        if len(calls) != len(blocks):
-            raise RequestError(
-                f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks: its text cannot be "
-                "streamed block by block; use a criterion that reads no text, such as magnitude"
-            )
     return text
+
+
+def _as(kind: int | None, hidden: Tensor) -> Any:
+    """A hidden state as a block puts it out: alone, or as the first of a tuple."""
+    return hidden if kind is None else (hidden, *[None] * (kind - 1))
 
 
 class _Noted(Exception):
@@ -168,74 +251,85 @@ def inputs_of(
 ) -> dict[str, Inputs]:
     """What each matrix of block `index` reads of the text, by the matrix's name, as `anatomy.matrices` names it.
 
-    Unless the text is to advance, a block is left when its last layer has read its input, since nobody needs the
-    product. Which is the last, the first batch tells; where layers did not read once each, every batch runs to its end.
-    Raises ValueError that names the layer whose input is not finite.
+    Unless the text is to advance, a block is left when its last matrix has read its input, since nobody needs the
+    product. Which is the last, the first batch tells; where matrices did not read once each, every batch runs to its end.
+    Raises ValueError that names the matrix whose input is not finite.
     """
-    found: dict[str, Inputs] = {}
-    latest: dict[int, tuple[Tensor, Inputs]] = {}  # within one batch; holding the tensor keeps its id its own
-    layers: dict[str, nn.Module] = {}
-    met: list[str] = []  # the layers in the order in which they read
-
-    def add(names: Sequence[str], x: Tensor) -> None:
-        if id(x) in latest and names[0] not in found:  # a second layer that reads the same tensor
-            found.update(dict.fromkeys(names, latest[id(x)][1]))
-        if names[0] not in found:
-            found.update(dict.fromkeys(names, Inputs.none(x.shape[-1], x.device, hessian=hessian)))
-        inputs = found[names[0]]
-        if id(x) in latest and latest[id(x)][1] is inputs:
-            return  # counted when the first layer read it
-        inputs.add(x)
-        latest[id(x)] = (x, inputs)
-
-    def observe_experts(module: Any, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen = (*args, *kwargs.values())[:2]
-        for expert in range(len(module.down_proj)):
-            x = hidden.flatten(0, -2)[(chosen == expert).flatten(0, -2).any(-1)]
-            add([f"{path}.{expert}.gate_proj", f"{path}.{expert}.up_proj"], x)
-            add([f"{path}.{expert}.down_proj"], transformers_private.expert_neurons(module, expert, x))
-
-    def stop(*_: Any) -> None:
-        raise _Noted
-
+    reading = _Reading(anatomy.matrices(block, prefix), block.parameters(), hessian=hessian)
     with ExitStack() as hooks:
-
-        def stop_at_last(*_: Any) -> None:
-            if sorted(met) == sorted(layers):
-                hooks.callback(layers[met[-1]].register_forward_pre_hook(stop).remove)
-
-        for path, module in block.named_modules(prefix=prefix):
-            if isinstance(module, anatomy.Linear):
-                handle = module.register_forward_pre_hook(lambda _, args, path=path: add([path], args[0]))
-            elif anatomy.fused(module):
-                _check_experts(module, path)
-                handle = module.register_forward_pre_hook(
-                    lambda module, args, kwargs, path=path: observe_experts(module, path, args, kwargs),
-                    with_kwargs=True,
-                )
-            else:
-                continue
-            hooks.callback(handle.remove)
-            layers[path] = module
-            hooks.callback(module.register_forward_pre_hook(lambda *_, path=path: met.append(path)).remove)
-        hooks.callback(latest.clear)
-        # ids are of one batch: the next batch's tensors may be given the same
-        hooks.callback(block.register_forward_pre_hook(lambda *_: latest.clear()).remove)
+        # what is the same tensor within one batch is none in the next
+        hooks.callback(block.register_forward_pre_hook(lambda *_: reading.begin()).remove)
         if not advance:
-            hooks.callback(block.register_forward_hook(stop_at_last).remove)
+            hooks.callback(block.register_forward_hook(lambda *_: reading.stop_at_last()).remove)
+        hooks.enter_context(reading)
         through(text, index, block, advance=advance)
-    for name, inputs in found.items():
-        if not torch.isfinite(inputs.squares).all():
-            raise ValueError(f"{name}: the calibration activations that it reads are not finite")
-    return found
+    return reading.inputs()
 
 
-def _check_experts(module: nn.Module, path: str) -> None:
-    if not transformers_private.tells_neurons(module):
-        raise RequestError(
-            f"{path} ({type(module).__name__}) keeps its experts in a form whose inputs sweep cannot "
-            "observe; use a criterion that reads no text, such as magnitude, or exclude it"
-        )
+class _Reading(watching.Products):
+    """While open, sums what matrices read.
+
+    matrices  (out, in) by name, views of `parameters`
+    share     one sum for those that read the same tensor, where each reads as often as the others
+    """
+
+    def __init__(
+        self, matrices: Mapping[str, Tensor], parameters: Iterable[Tensor], *, hessian: bool, share: bool = True
+    ) -> None:
+        super().__init__(parameters, self._add)
+        self._matrices, self._hessian, self._share = matrices, hessian, share
+        self._places: dict[int, list[tuple[str, watching.Piece]]] = {}  # of each parameter the matrices in it
+        for name, matrix in matrices.items():
+            piece = watching.Piece(matrix.storage_offset(), *matrix.shape, *matrix.stride())
+            self._places.setdefault(id(self.owner(matrix)), []).append((name, piece))
+        self._found: dict[str, Inputs] = {}
+        self._latest: dict[tuple[Any, ...], tuple[Tensor, Inputs]] = {}  # of a batch; the tensors are held, and stay
+        self._met: list[str] = []  # the matrices in the order in which they read
+        self._last: str | None = None
+
+    def begin(self) -> None:
+        """A batch comes."""
+        self._latest.clear()
+
+    def stop_at_last(self) -> None:
+        """Leave each further batch where the last matrix has read, if every one has read once."""
+        if sorted(self._met) == sorted(self._matrices):
+            self._last = self._met[-1]
+
+    def inputs(self) -> dict[str, Inputs]:
+        """Of every matrix, in order, what it has read."""
+        self._latest.clear()
+        for name, matrix in self._matrices.items():
+            if name not in self._found:
+                self._found[name] = Inputs.none(matrix.shape[1], matrix.device, hessian=self._hessian)
+            elif not torch.isfinite(self._found[name].squares).all():
+                raise ValueError(f"{name}: the calibration activations that it reads are not finite")
+        return {name: self._found[name] for name in self._matrices}
+
+    def _add(self, parameter: Tensor, piece: watching.Piece, x: Tensor) -> None:
+        names = [name for name, its in self._places.get(id(parameter), []) if piece.meets(its)]
+        if not names:
+            return
+        if len(x):
+            self._sum(names, x)
+        self._met += names
+        if names[-1] == self._last:
+            raise _Noted
+
+    def _sum(self, names: Sequence[str], x: Tensor) -> None:
+        if not self._share:
+            for name in names:
+                self._found.setdefault(name, Inputs.none(x.shape[-1], x.device, hessian=self._hessian)).add(x)
+            return
+        key = (watching.place(x), x.storage_offset(), x.shape, x.stride(), x._version)
+        if names[0] not in self._found:
+            shared = self._latest[key][1] if key in self._latest else None  # another matrix reads the same tensor
+            inputs = shared or Inputs.none(x.shape[-1], x.device, hessian=self._hessian)
+            self._found |= dict.fromkeys(names, inputs)
+        inputs = self._found[names[0]]
+        if key not in self._latest or self._latest[key][1] is not inputs:  # else counted when the first one read it
+            inputs.add(x)
+            self._latest[key] = (x, inputs)
 
 
 Read = tuple[str, dict[str, Tensor], dict[str, Inputs]]  # a block's name, matrices of it, what each of them reads
@@ -259,39 +353,84 @@ def read_blocks(
     words       what is being done, for the progress bar
     device      of a block for as long as it is here; None = where it lies
 
-    Embedding and head come as blocks named "": the embedding, which reads no activations, has no inputs.
-    Raises RequestError for a matrix that read nothing of the text.
+    Embedding and head come as blocks named "": the embedding, which reads no activations, has no inputs. Matrices that
+    read nothing of the text are warned of.
     """
-    blocks, head = anatomy.block_names(model), model.get_output_embeddings()
+    blocks, head = anatomy.all_blocks(model), model.get_output_embeddings()
     inside = tuple(f"{name}." for name in blocks)
     outside = [name for name in names if not name.startswith(inside)]
     last = [name for name in outside if model.get_submodule(name) is head]
     for name in outside:
         if name not in last:
             yield "", {name: anatomy.weight(model.get_submodule(name)).detach()}, {}
-    text = enter(model, tokens)
-    for index, (name, block) in enumerate(
-        zip(tqdm(blocks, desc=words, unit="block", leave=False), anatomy.blocks(model), strict=True)
-    ):
+    try:
+        text: Text | None = enter(model, tokens)
+    except NotStreamed as error:
+        if device is not None:
+            raise RequestError(
+                f"{error}; with device={device} only what is taken so can be pruned: leave it out"
+            ) from error
+        log.info("%s: the whole model reads the text for each block", error)
+        text = None
+    unread: list[str] = []
+    kept = {} if sequential or text is not None else _read_whole(model, tokens, blocks, hessian=hessian)
+    for index, (name, block) in enumerate(tqdm(blocks.items(), desc=words, unit="block", leave=False)):
         home = next(block.parameters()).device
         block.to(device or home)
         read_on = index + 1 < len(blocks) or bool(last)  # somebody reads what the block puts out
-        inputs = inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not sequential)
+        if text is not None:
+            inputs = inputs_of(text, index, block, name, hessian=hessian, advance=read_on and not sequential)
+        else:
+            inputs = kept or _read_whole(model, tokens, {name: block}, hessian=hessian)
         weights = {n: weight for n, weight in anatomy.matrices(block, name).items() if n in names}
-        missing = [n for n in weights if n not in inputs]
-        if missing:
-            raise RequestError(
-                f"{missing[0]} read nothing of the calibration text: exclude it, or use a criterion that "
-                "reads no text, such as magnitude, and quantize.method=rtn"
-            )
+        inputs = {n: inputs[n] for n in weights}
+        unread += [n for n in weights if not inputs[n].tokens]
         yield name, weights, inputs
         del inputs
-        if sequential and read_on:
+        if text is not None and sequential and read_on:
             through(text, index, block, advance=True)
         del weights
         block.to(home)
     for name in last:
-        yield "", {name: anatomy.weight(head).detach()}, {name: head_inputs(model, text, hessian=hessian)}
+        inputs = (
+            {name: head_inputs(model, text, hessian=hessian)} if text else _head_whole(model, tokens, name, hessian)
+        )
+        yield "", {name: anatomy.weight(head).detach()}, inputs
+    if unread:
+        log.warning(
+            "%d matrices read nothing of the calibration text and are scored as if all that they read were alike, such as "
+            "%s. More text (calibration.sequences) reaches more experts; method.exclude leaves out what none reaches.",
+            len(unread),
+            ", ".join(unread[:3]),
+        )
+
+
+@torch.no_grad()
+def _read_whole(
+    model: PreTrainedModel, tokens: Tensor, blocks: Mapping[str, nn.Module], *, hessian: bool
+) -> dict[str, Inputs]:
+    """What each matrix of some blocks reads while the model reads the text from end to end.
+
+    For models in which a text does not go from block to block: slower, a pass through all of it each time.
+    """
+    matrices = {n: matrix for name, block in blocks.items() for n, matrix in anatomy.matrices(block, name).items()}
+    reading = _Reading(matrices, model.parameters(), hessian=hessian, share=False)
+    with reading:
+        for batch in tokens.split(BATCH):
+            reading.begin()
+            model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+    return reading.inputs()
+
+
+@torch.no_grad()
+def _head_whole(model: PreTrainedModel, tokens: Tensor, name: str, hessian: bool) -> dict[str, Inputs]:
+    """What the head reads while the model reads the text from end to end."""
+    weight = anatomy.weight(model.get_output_embeddings()).detach()
+    with _Reading({name: weight}, model.parameters(), hessian=hessian) as reading:
+        for batch in tokens.split(BATCH):
+            reading.begin()
+            model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+    return reading.inputs()
 
 
 def by_input(
@@ -325,7 +464,12 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
             anatomy.replace_forward(
                 restore,
                 block,
-                lambda hidden, *_, last=last, **__: next(waiting).to(hidden.device) if last else hidden,
+                lambda *args, last=last, kind=text.kinds[index], **kwargs: _as(
+                    kind,
+                    next(waiting).to(args[0].device if args else kwargs["hidden_states"].device)
+                    if last
+                    else _split(args, kwargs)[0],
+                ),
             )
         restore.callback(head.register_forward_pre_hook(observe).remove)
         for hidden in text.hidden:

@@ -40,6 +40,13 @@ class Piece:
     row_step: int
     column_step: int
 
+    def meets(self, other: Piece) -> bool:
+        """Whether rows of one are rows of the other."""
+        apart, within = (
+            divmod(other.start - self.start, self.row_step) if self.rows > 1 else (0, other.start - self.start)
+        )
+        return self.columns == other.columns and not within and -other.rows < apart < self.rows
+
 
 OnProduct = Callable[[Tensor, Piece, Tensor], None]  # the parameter, the piece, what it reads (tokens, in)
 
@@ -50,7 +57,7 @@ class Products(TorchDispatchMode):
     def __init__(self, parameters: Iterable[Tensor], on_product: OnProduct) -> None:
         super().__init__()
         self.on_product = on_product
-        self._parameters = {_place(parameter): parameter for parameter in parameters}
+        self._parameters = {place(parameter): parameter for parameter in parameters}
         # copies in another type or order, held so that nothing else comes to lie there, and where their numbers come from
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
@@ -72,21 +79,21 @@ class Products(TorchDispatchMode):
 
     def owner(self, tensor: Tensor) -> Tensor | None:
         """The parameter that a tensor is a view of, or a copy of a part of."""
-        place = _place(tensor)
-        return self._copies[place][1] if place in self._copies else self._parameters.get(place)
+        where = place(tensor)
+        return self._copies[where][1] if where in self._copies else self._parameters.get(where)
 
     def _note_copy(self, source: Tensor, copy: Tensor) -> None:
         parameter = self.owner(source)
         assert parameter is not None
         numbers = None  # the copy has the parameter's numbers in the parameter's order
-        if copy.stride() != source.stride() or source.numel() != parameter.numel() or _place(source) in self._copies:
+        if copy.stride() != source.stride() or source.numel() != parameter.numel() or place(source) in self._copies:
             numbers = torch.empty_like(copy, dtype=torch.int64, device="cpu")
             numbers.copy_(self._numbers(source))
-        self._copies[_place(copy)] = copy, parameter, numbers
+        self._copies[place(copy)] = copy, parameter, numbers
 
     def _numbers(self, view: Tensor) -> Tensor:
         """Of each element of a view, which number of its parameter it is."""
-        entry = self._copies.get(_place(view))
+        entry = self._copies.get(place(view))
         if entry is None or entry[2] is None:
             whole = torch.arange(view.untyped_storage().nbytes() // view.element_size())
         else:
@@ -114,7 +121,7 @@ class Products(TorchDispatchMode):
             start = end
 
     def _tell(self, matrix: Tensor, x: Tensor) -> None:
-        parameter, entry = self.owner(matrix), self._copies.get(_place(matrix))
+        parameter, entry = self.owner(matrix), self._copies.get(place(matrix))
         assert parameter is not None
         if entry is None or entry[2] is None:
             piece = Piece(matrix.storage_offset(), *matrix.shape, *matrix.stride())
@@ -165,7 +172,7 @@ class _Choices(Products):
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         sources = self._product_of
         if sources is None:
-            sources = set().union(*(self._from.get(_place(t), set()) for t in given if t.is_floating_point()))
+            sources = set().union(*(self._from.get(place(t), set()) for t in given if t.is_floating_point()))
         if func.overloadpacket in _RANKINGS and sources:
             dim = next((arg for arg in args[1:] if func.overloadpacket is not _aten.topk and type(arg) is int), -1)
             for parameter, rows in sources:
@@ -173,7 +180,7 @@ class _Choices(Products):
                     self._on_ranking(parameter)
         for result in tree_leaves(out):
             if isinstance(result, Tensor) and result.is_floating_point() and sources:
-                self._from[_place(result)] = sources
+                self._from[place(result)] = sources
                 self._held.append(result)
         return out
 
@@ -225,5 +232,6 @@ def _only_chooses(module: nn.Module) -> bool:
     )
 
 
-def _place(tensor: Tensor) -> int:
+def place(tensor: Tensor) -> int:
+    """Of where the numbers of a tensor lie, which views of it share."""
     return tensor.untyped_storage()._cdata
