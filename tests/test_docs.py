@@ -43,12 +43,12 @@ def test_the_column_reference_is_made_from_the_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "heading"), [("methods", "| criterion | score of a {} |"), ("adding", "| read of a {} | what it is |")]
+    ("page", "heading"), [("methods", "| criterion | score of {} |"), ("adding", "| read of {} | what it is |")]
 )
 def test_the_tables_of_criteria_are_made_from_the_declarations(page: str, heading: str) -> None:
     text = (ROOT / f"docs/{page}.md").read_text()
     for of in criteria.READABLE:
-        assert heading.format(of) in text
+        assert heading.format(criteria.with_article(of)) in text
     assert text == criteria.with_tables(text), "stale: python -m sweep.pruning.criteria docs/methods.md docs/adding.md"
 
 

@@ -150,7 +150,7 @@ class Format:
 DENSE = Format("dense", "zeros in a dense matrix", weighs=lambda left: left.bits)
 SHRUNK = Format(
     "shrunk",
-    "what removal of neurons, heads, layers or vocabulary leaves; chosen by the method",
+    "what removal of neurons, heads, layers, experts or vocabulary leaves; chosen by the method",
     holds="cut",
     weighs=lambda left: left.bits,
 )

@@ -70,6 +70,7 @@ def size(now: Stock) -> dict[str, int]:
     return {
         "parameters": sum(piece.size for piece in pieces),
         "nonzero_parameters": sum(piece.nonzeros for piece in pieces),
+        "active_parameters": round(sum(piece.size * (piece.share if piece.multiplies else 1) for piece in pieces)),
         "weights_bytes": sum(piece.held_bytes for piece in pieces),
         "stored_bytes": now.stored_bytes,
         "macs_per_token": round(sum(piece.share * piece.size for piece in met)),

@@ -48,6 +48,7 @@ class Layout:
     merged: Literal["", "first", "last"] = ""  # which two of three dimensions are one of the matrix
     flipped: bool = False  # stored (in, out)
     chosen: bool = True  # a token goes through some of the parts only: they are experts
+    taken: int = 0  # parts that a token goes through, on average, rounded
 
     def view(self, parameter: Tensor) -> Tensor:
         """(parts, out, in), writing through."""
@@ -191,13 +192,14 @@ def _layout(parameter: Tensor, pieces: list[tuple[Piece, int]]) -> Layout | None
     if not pieces or not parameter.is_contiguous():
         return None
     chosen = len({tokens for _, tokens in pieces}) > 1 or pieces[0][1] < watching.TOKENS
+    taken = round(sum(tokens for _, tokens in pieces) / watching.TOKENS)
     for merged in _MERGED if parameter.ndim == 3 else _MERGED[:1]:
         for flipped in (False, True):
             parts = len(parameter)
             if parameter.ndim == 2:  # of several matrices that lie one behind the other, each is multiplied by itself
                 lengths = {piece.columns if flipped else piece.rows for piece, _ in pieces}
                 parts = max(1, len(parameter) // min(lengths)) if len(lengths) == 1 else 1
-            layout = Layout(1 if merged else parts, merged, flipped, chosen)
+            layout = Layout(1 if merged else parts, merged, flipped, chosen, taken)
             if len(parameter) % layout.parts == 0 and _fits(layout.view(parameter), [piece for piece, _ in pieces]):
                 return layout
     return None
@@ -216,6 +218,12 @@ def _fits(view: Tensor, pieces: list[Piece]) -> bool:
 
 
 # ---- blocks ----
+
+
+def forget(module: nn.Module) -> None:
+    """Look anew at a module and what is inside it when next asked: its parameters hold other numbers of matrices."""
+    for inner in module.modules():
+        _NOTED.pop(inner, None)
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -387,19 +395,27 @@ def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def experts(model: PreTrainedModel) -> dict[str, float]:
     """The matrices of parameters that hold several, by the names of `tensors`, with the share that one token goes through.
 
-    All of them where the configuration does not say how many experts a token takes.
+    How many experts a token takes the configuration says, or else what was seen. Experts that went and left a constant in
+    their place (`experts.Novices`) are among those that it chooses from.
     """
     look(model)
+    routed = {
+        inner: len(module.get_buffer("places"))
+        for module in model.modules()
+        if "places" in module._buffers
+        for inner in module.modules()
+    }
     taken = decoders.size(model.config.get_text_config().to_dict(), "experts_per_token")
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         noted = _NOTED.get(module, _Noted())
         for name, layout in noted.layouts.items():
             if layout.parts > 1 and name in module._parameters:
-                share = taken / layout.parts if taken and layout.chosen else 1.0
+                number = routed.get(module, layout.parts)
+                share = min(taken or layout.taken or number, number) / number if layout.chosen else 1.0
                 found |= dict.fromkeys(_named(module, path, name, layout), share)
         for stack in stand_in.stacks(module).values():  # packed
-            share = taken / len(stack) if taken else 1.0
+            share = taken / routed.get(module, len(stack)) if taken else 1.0
             found |= {name: share for name in packed(module, f"{path}.") if name not in found}
     return found
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy, layers, parts, trial
+from sweep.models import anatomy, experts, layers, parts, trial
 from sweep.settings import RequestError
 
 # What names the id of a token, or of several, and of those the ones that may be unset; models compare with the others.
@@ -168,6 +168,46 @@ def _within(block: nn.Module, path: str) -> nn.Module | None:
         return block.get_submodule(path)
     except AttributeError:
         return None
+
+
+@torch.no_grad()
+def remove_experts(mixture: experts.Mixture, keep: Tensor) -> None:
+    """Keep the experts where `keep`, (E,) bool, is True, and of what chooses among them their logits."""
+    for slices in (*mixture.held, *mixture.routers):
+        _keep_slices(slices, keep)
+    set_expert_counts(mixture)
+    anatomy.forget(mixture.module)
+
+
+@torch.no_grad()
+def replace_experts(mixture: experts.Mixture, keep: Tensor, means: Tensor) -> None:
+    """Keep the experts where `keep`, (E,) bool, is True; in the place of the others stand their rows of `means`, (E, D).
+
+    What chooses among them stays.
+    """
+    for slices in mixture.held:
+        _keep_slices(slices, keep)
+    for count in mixture.counts:
+        if any(count.module is module for module in mixture.experts.modules()):
+            setattr(count.module, count.name, mixture.number // count.groups)
+    places = torch.where(keep, keep.cumsum(0) - 1, -(~keep).cumsum(0))
+    matrix = next(slices.tensor for slices in mixture.held if slices.is_matrix)
+    experts.give_novices(mixture.experts, places.to(matrix.device), means[~keep].to(matrix))
+    anatomy.forget(mixture.module)
+
+
+def set_expert_counts(mixture: experts.Mixture) -> None:
+    """Make the numbers that a mixture's modules keep agree with how many experts it has."""
+    for count in mixture.counts:
+        setattr(count.module, count.name, mixture.number // count.groups)
+
+
+def _keep_slices(slices: experts.Slices, keep: Tensor) -> None:
+    old = slices.tensor
+    index = keep.repeat_interleave(slices.each).nonzero().squeeze(1).to(old.device)
+    new = old.detach().index_select(slices.dim, index)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(slices.module, slices.name, nn.Parameter(new, old.requires_grad) if is_parameter else new)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 from sweep.config import Cell
 from sweep.models import decoders
 from sweep.pruning import families
-from sweep.pruning.families import Head, Layer, Neuron, Weight
+from sweep.pruning.families import Expert, Head, Layer, Neuron, Weight
 from sweep.settings import RequestError
 from sweep.texts.embedded import EMBEDDED, QUESTIONS
 
@@ -29,6 +29,10 @@ def check(cell: Cell, shape: Mapping[str, Any]) -> None:
     match cell.method:
         case Weight():
             _check_matrices(cell.method, shape)
+        case Expert():
+            if families.measures_drops(cell.method):
+                check_drop(cell.method)
+            _check_numbers(cell.method, decoders.size(shape, "blocks"))
         case Neuron() | Head() | Layer():
             if families.measures_drops(cell.method):
                 check_drop(cell.method)
@@ -58,12 +62,7 @@ def _check_matrices(method: Weight, shape: Mapping[str, Any]) -> None:
 def _check_blocks(cell: Cell, method: Neuron | Head | Layer, shape: Mapping[str, Any]) -> None:
     """Refuse blocks that are not there, and a sparsity that leaves one of them without a unit."""
     depth = decoders.size(shape, "blocks")
-    if method.blocks is not None:
-        wrong = [block for block in method.blocks if not 0 <= block < depth]
-        if wrong or not method.blocks:
-            raise RequestError(
-                f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got {list(method.blocks)}"
-            )
+    _check_numbers(method, depth)
     blocks = depth if method.blocks is None else len(set(method.blocks))
     match method:
         case Neuron():
@@ -73,6 +72,16 @@ def _check_blocks(cell: Cell, method: Neuron | Head | Layer, shape: Mapping[str,
             _check_heads(cell, method, blocks, heads, decoders.size(shape, "groups") or heads)
         case Layer() if method.unit == "block":  # how many sublayers there are shows when they are looked for
             _check(cell, "the model without a layer", 1 if blocks == depth else 0, blocks, "layers")
+
+
+def _check_numbers(method: Neuron | Head | Layer | Expert, depth: int) -> None:
+    """Refuse blocks that are not there, where it is known how many are."""
+    if method.blocks is None or not depth:
+        return
+    if not method.blocks or any(not 0 <= block < depth for block in method.blocks):
+        raise RequestError(
+            f"method.blocks must be block numbers of 0 to {depth - 1}, each once; got {list(method.blocks)}"
+        )
 
 
 def _check_neurons(cell: Cell, method: Neuron, blocks: int, width: int) -> None:
@@ -96,12 +105,12 @@ def _check_heads(cell: Cell, method: Head, blocks: int, heads: int, groups: int)
         _check_parts(cell, method.scope, "a key-value group without a head", blocks, heads, groups, "heads")
 
 
-def check_drop(method: Neuron | Head | Layer) -> None:
+def check_drop(method: Neuron | Head | Layer | Expert) -> None:
     """Refuse a metric that a task does not have, and too few documents. Needs no model. Raises RequestError."""
     known, asked = ", ".join(QUESTIONS), method.drop
-    if isinstance(method, Layer) and asked.screen != "none":
+    if isinstance(method, Layer | Expert) and asked.screen != "none":
         raise RequestError(
-            f"method.screen={asked.screen} is for neurons and heads: layers are few, and each is "
+            f"method.screen={asked.screen} is for neurons and heads: {method.family}s are few, and each is "
             "measured. Leave method.screen out"
         )
     if asked.task is None:

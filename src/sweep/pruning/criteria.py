@@ -25,7 +25,8 @@ from sweep.pruning import own_functions
 from sweep.pruning.own_functions import Parameters, Source
 from sweep.settings import RequestError, did_you_mean
 
-Kind = Literal["weight", "unit", "block", "token"]  # what is scored: a weight; a neuron or head; a block; a token
+# what is scored: a weight; a neuron or head; a block; a token; an expert
+Kind = Literal["weight", "unit", "block", "token", "expert"]
 Labels = Literal["text", "model"]  # whose next tokens a gradient is of: the text's own, or ones drawn from the model
 
 
@@ -92,6 +93,17 @@ READABLE: dict[Kind, dict[str, Readable]] = {
         ),
         "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
     },
+    "expert": {
+        "units": Readable("how many there are in the block"),
+        "tensors": Readable("by name, the tensors that hold all experts, along their first dimension"),
+        "counts": Readable("(experts,) int64, how many calibration tokens took each", text=True),
+        "gate_sum": Readable("(experts,) float64, sum over these of the gate", text=True),
+        "norm_sum": Readable("(experts,) float64, sum over these of the L2 norm of what it gives, ungated", text=True),
+        "gated_norm_sum": Readable("(experts,) float64, sum over these of gate · that norm", text=True),
+        "output_sum": Readable("(experts, hidden) float64, sum over these of what it gives, ungated", text=True),
+        "output_square": Readable("(experts,) float64, sum over these of the squared norm", text=True),
+        "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
+    },
 }
 
 
@@ -110,7 +122,7 @@ class Criterion:
     # The function chooses within a matrix and corrects the weights that stay; where matrices are compared with each
     # other, the criterion of this name scores.
     corrects_after: str = ""
-    compensates: bool = False  # what the removed columns give on average goes into a bias
+    compensates: bool = False  # what went gives on average stays: of columns as a bias, of an expert as a vector
     measured: bool = False  # what removing it costs is measured, as method.metric and method.task say
     source: Source | None = None  # of a function from outside the package
 
@@ -320,6 +332,45 @@ CRITERIA = (
         "sweep.pruning.unit_scores:frequency",
         reads=("counts", "zipf"),
     ),
+    Criterion(
+        "random",
+        "expert",
+        "uniform noise",
+        "sweep.pruning.unit_scores:random",
+        reads=("units", "generator"),
+    ),
+    Criterion(
+        "frequency",
+        "expert",
+        "how many tokens take it",
+        "sweep.pruning.expert_scores:frequency",
+        reads=("counts",),
+    ),
+    Criterion(
+        "mean_norm",
+        "expert",
+        "mean norm of what it gives, over the tokens that take it",
+        "sweep.pruning.expert_scores:mean_norm",
+        reads=("counts", "norm_sum"),
+    ),
+    Criterion(
+        "reap",
+        "expert",
+        "mean of gate · norm of what it gives, over the tokens that take it",
+        "sweep.pruning.expert_scores:reap",
+        reads=("counts", "gated_norm_sum"),
+        paper="arXiv:2510.13999",
+    ),
+    Criterion(
+        "mone",
+        "expert",
+        "share of tokens that take it · variance of what it gives; its mean stays in its place",
+        "sweep.pruning.expert_scores:mone",
+        reads=("counts", "output_sum", "output_square"),
+        compensates=True,
+        paper="after arXiv:2507.00390",
+    ),
+    Criterion("drop", "expert", "what a metric loses without it, measured", measured=True),
 )
 
 _DECLARED = {(criterion.of, criterion.name): criterion for criterion in CRITERIA}
@@ -397,14 +448,18 @@ def _own(name: str, of: Kind, parameters: Parameters, source: Source | None) -> 
     for parameter, optional in parameters:
         if parameter not in readable and not optional:
             kinds = [kind for kind, things in READABLE.items() if parameter in things and kind != of]
-            there = f", which is there for a {' or a '.join(kinds)}" if kinds else ""
+            there = f", which is there for {' or '.join(map(with_article, kinds))}" if kinds else ""
             listed = "".join(f"\n  {what}: {known.what}" for what, known in readable.items())
             raise RequestError(
-                f"method.criterion={name} reads {parameter!r}{there}.{did_you_mean(parameter, readable)} Of a {of} it may "
+                f"method.criterion={name} reads {parameter!r}{there}.{did_you_mean(parameter, readable)} Of {with_article(of)} it may "
                 f"read, by these names:{listed}"
             )
     reads = tuple(parameter for parameter, _ in parameters if parameter in readable)
     return Criterion(name, of, "a function of one's own", reads=reads, source=source)
+
+
+def with_article(of: Kind) -> str:
+    return f"an {of}" if of == "expert" else f"a {of}"
 
 
 # ---- the tables of the documentation ----
@@ -412,7 +467,7 @@ def _own(name: str, of: Kind, parameters: Parameters, source: Source | None) -> 
 
 def table(of: Kind) -> str:
     """The criteria of a kind as a table in Markdown."""
-    lines = [f"| criterion | score of a {of} | reads | from |", "|---|---|---|---|"]
+    lines = [f"| criterion | score of {with_article(of)} | reads | from |", "|---|---|---|---|"]
     for criterion in declared(of):
         cells = (f"`{criterion.name}`", criterion.score, _cost(criterion), criterion.paper)
         lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
@@ -421,7 +476,7 @@ def table(of: Kind) -> str:
 
 def readable_table(of: Kind) -> str:
     """What a function of one's own may read, likewise."""
-    lines = [f"| read of a {of} | what it is | costs |", "|---|---|---|"]
+    lines = [f"| read of {with_article(of)} | what it is | costs |", "|---|---|---|"]
     for name, readable in READABLE[of].items():
         if not readable.corrects:
             lines.append(f"| `{name}` | {readable.what} | {_pass(of, [readable])} |")

@@ -107,9 +107,22 @@ class Vocab(Named):
     criterion: str = setting("frequency", names=criteria.Names("token"), alias="importance")
 
 
-Method = Dense | Weight | Neuron | Head | Layer | Vocab
+@dataclass(frozen=True)
+class Expert(Named):
+    of: ClassVar[criteria.Kind] = "expert"
+    removes_units: ClassVar[bool] = True
+    family: Literal["expert"] = "expert"
+    criterion: str = setting("reap", names=criteria.Names("expert"), alias="importance")
+    drop: Drop = part(Drop())
+    scope: Literal["global", "layer"] = "layer"
+    blocks: tuple[int, ...] | None = None
 
-FAMILIES: dict[str, type[Method]] = {kind().family: kind for kind in (Dense, Weight, Neuron, Head, Layer, Vocab)}
+
+Method = Dense | Weight | Neuron | Head | Layer | Vocab | Expert
+
+FAMILIES: dict[str, type[Method]] = {
+    kind().family: kind for kind in (Dense, Weight, Neuron, Head, Layer, Vocab, Expert)
+}
 
 SHRINKING = {name for name, kind in FAMILIES.items() if kind.removes_units}  # families whose matrices become smaller
 
@@ -129,7 +142,7 @@ def normalised(method: Method, sparsity: float) -> Method:
             return checked_weight(method, sparsity)
         case Neuron() if not measures_drops(method):
             return replace(method, drop=Drop(), group=1)
-        case Head() | Layer() if not measures_drops(method):
+        case Head() | Layer() | Expert() if not measures_drops(method):
             return replace(method, drop=Drop())
     return method
 
@@ -153,7 +166,7 @@ def reads_text(method: Method) -> bool:
 
 def probe_task(method: Method) -> str | None:
     """The task on which a drop is measured; None where none is, or where it is measured on the calibration text."""
-    return method.drop.task if isinstance(method, Neuron | Head | Layer) else None
+    return method.drop.task if isinstance(method, Neuron | Head | Layer | Expert) else None
 
 
 def reads_in_order(method: Method) -> bool:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Cell
 from sweep.models import anatomy, parts, token_ids
-from sweep.pruning import depth, sharing, units, vocabulary, weights
-from sweep.pruning.families import Dense, Head, Layer, Method, Neuron, Vocab, Weight
+from sweep.models import experts as mixtures
+from sweep.pruning import depth, experts, sharing, units, vocabulary, weights
+from sweep.pruning.families import Dense, Expert, Head, Layer, Method, Neuron, Vocab, Weight
 from sweep.pruning.pruned import Given, Pruned
 from sweep.solver import Rounding, no_rounding
 
@@ -166,6 +167,22 @@ def _rows(model: PreTrainedModel, method: Vocab) -> list[Tensor]:
     return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
+def _of_experts(model: PreTrainedModel, method: Expert) -> list[Tensor]:
+    """The matrices of the experts; the router's rows and biases go with them."""
+    every = anatomy.tensors(model)
+    found = []
+    for mixture in experts.chosen(mixtures.find(model), method):
+        beside = {slices.tensor.data_ptr() for slices in mixture.held if not slices.is_matrix}
+        inside = {name: tensor for name, tensor in every.items() if name.startswith(f"{mixture.path}.")}
+        found += [tensor for tensor in inside.values() if tensor.data_ptr() not in beside]
+    return found
+
+
+def _experts_of_blocks(model: PreTrainedModel, method: Expert) -> list[int]:
+    numbers = {mixture.block: mixture.number for mixture in mixtures.find(model)}
+    return [numbers.get(block, 0) for block in range(len(anatomy.blocks(model)))]
+
+
 WORK: dict[type, Family] = {
     Dense: Family(_nothing, _matrices),
     Weight: Family(_weights, lambda model, method: weights.targets(model, method).values()),
@@ -176,5 +193,6 @@ WORK: dict[type, Family] = {
         lambda model, method: [a.groups if method.unit == "group" else a.heads for a in parts.attentions(model)],
     ),
     Layer: Family(depth.prune, _of_blocks, _of_each_block),
+    Expert: Family(experts.prune, _of_experts, _experts_of_blocks),
     Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block
 }

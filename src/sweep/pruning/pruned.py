@@ -41,13 +41,14 @@ class Pruned:
     targets: int  # weights that could have been removed
     removed: int  # weights that were
     calibration_tokens: int = 0
-    units: int | None = None  # neurons, heads, layers or tokens that could have been removed
+    units: int | None = None  # neurons, heads, layers, experts or tokens that could have been removed
     # those that were, by their numbers in the unpruned model: blocks or tokens (n,), all else (n, 2) with its block
     gone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     masks: Masks = field(default_factory=Masks)  # of the weights, where single ones were removed
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the matrices that were quantised in the same pass
     tokenizer: Any = None  # the model's tokenizer from now on, where the vocabulary has changed
     measured: pd.DataFrame | None = None  # criterion=drop: block and unit as numbered before, importance, measured
+    unreached: int | None = None  # experts that no calibration token took
     damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal
 
     @property
@@ -72,6 +73,7 @@ class Pruned:
             "calibration_tokens": self.calibration_tokens,
             "damping": self.damping,
             "units_measured": measured,
+            "experts_unreached": self.unreached,
         }
 
     @property

@@ -119,7 +119,10 @@ COLUMNS = _by_name(  # of the schema, in its order
     Column("error", _TEXT, ORIGIN, "why the cell is not ok: the exception and the end of its traceback"),
     Column("model", _TEXT, ASKED, "name of the model"),
     Column(
-        "method", _TEXT, ASKED, "what is removed: `dense` (nothing), `weight`, `neuron`, `head`, `layer` or `vocab`"
+        "method",
+        _TEXT,
+        ASKED,
+        "what is removed: `dense` (nothing), `weight`, `neuron`, `head`, `layer`, `expert` or `vocab`",
     ),
     Column("criterion", _TEXT, ASKED, "the importance score by which it is chosen"),
     Column(
@@ -142,7 +145,7 @@ COLUMNS = _by_name(  # of the schema, in its order
         "sparsity_units",
         _FLOAT,
         COUNTED,
-        "fraction removed of the units (neurons, heads, layers, vocabulary rows)",
+        "fraction removed of the units (neurons, heads, layers, experts, vocabulary rows)",
         unit="fraction",
     ),
     Column(
@@ -454,6 +457,22 @@ COLUMNS = _by_name(  # of the schema, in its order
         better=LOW,
         label="weights as coded (MB, counted)",
         short="coded",
+    ),
+    Column(
+        "active_parameters",
+        _INT,
+        COUNTED,
+        "parameters that one token meets: of experts those that it takes, and all others; `parameters` has them all",
+        unit="parameters",
+        better=LOW,
+        label="active parameters (counted)",
+        short="active",
+    ),
+    Column(
+        "experts_unreached",
+        _INT,
+        COUNTED,
+        "experts of the pruned blocks that no calibration token took, so that their scores say nothing",
     ),
 )
 MADE = _by_name(
