@@ -286,7 +286,7 @@ def test_a_bitmap_model_is_saved_small_and_loads_as_it_was(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
-    driver = Path(__file__).parent / "bitmap_driver.cpp"
+    driver = Path(__file__).parent / "kernels_driver.cpp"
     kernels = Path(bitmap.__file__).parent / "kernels"
     command = [
         "g++",
