@@ -2,10 +2,12 @@
 
     python benchmarks/execution.py                    the embedded model and a random Llama of 1.1B parameters
     python benchmarks/execution.py --models small     one of them; --sparsity, --threads, --phases, --repeats as wanted
+    python benchmarks/execution.py --forms int8 int4 bitmap_int8 --against int8
 
 Every line compares two models that are alive together and timed in turn, token by token of the same length of context:
 the dense model, unpruned, in the faster of torch's bfloat16 and float32 on that number of threads (both are timed
-first), and the pruned one in `bitmap` bfloat16. A ratio is the median over pairs with its 95 % interval. The dense
+first), and the pruned one in bfloat16 and each of `--forms`: `bitmap`, or quantised in `int8`, `int4` (groups of 32) and
+`bitmap_int8`. With `--against int8` the first is the unpruned model in that form instead. A ratio is the median over pairs with its 95 % interval. The dense
 model has no zeros, the pruned one has them in every linear layer of its blocks; embeddings and head stay dense.
 `bytes` are those of these layers, held, relative to dense bfloat16; `all` is the same with embeddings and head.
 The line `limit` is the dense model with layers that cost nothing: what no execution of the pruned layers can exceed,
@@ -15,6 +17,7 @@ since embeddings, head, attention and the library's own work for each layer rema
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,8 +27,10 @@ import torch
 from embedded import EMBEDDED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sweep import config, execution
+from sweep import config, execution, machine
 from sweep.formats import compiled
+from sweep.formats.declared import FORMATS, Format
+from sweep.formats.grid import Grid
 from sweep.formats.packing import packed
 from sweep.measuring import efficiency
 from sweep.models import anatomy, loading
@@ -73,17 +78,32 @@ def _drawn(pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return pool.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
 
 
-def pruned(make: Callable[[torch.dtype], PreTrainedModel], sparsity: float) -> tuple[PreTrainedModel, float, float]:
-    """(the model in bitmap form, bytes of its compressed layers and of the whole relative to dense bfloat16)."""
+@torch.no_grad()
+def quantised(weight: torch.Tensor, bits: int) -> Grid:
+    """The grid to which the matrix is rounded in place: 8 bits a scale a row, 4 bits one for 32 columns."""
+    group = 32 if bits == 4 else None
+    largest = weight.float().unflatten(1, (-1, group or weight.shape[1])).abs().amax(2)
+    grid = Grid(bits, (largest / (2 ** (bits - 1) - 1)).bfloat16().float(), group)
+    weight.copy_(grid.values(grid.codes(weight), weight.dtype))
+    return grid
+
+
+def pruned(
+    make: Callable[[torch.dtype], PreTrainedModel], sparsity: float, form: Format
+) -> tuple[PreTrainedModel, float, float]:
+    """(the model in this form, bytes of its packed layers and of the whole relative to dense bfloat16)."""
     model = make(torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     pool = torch.rand(POOL, generator=torch.Generator().manual_seed(0))
-    for layer in anatomy.linears(model).values():
+    grids = {}
+    for name, layer in anatomy.linears(model).items():
         drop = _drawn(pool, layer.weight.shape) < sparsity
         drop[0, 0] = True  # at 0 % too, a layer must hold one zero to be compressed
         layer.weight.data.masked_fill_(drop, 0)
-    model, kernel = execution.prepare(model, config.Execution("bitmap"))
-    assert kernel != "bitmap torch"
+        if form.bits is not None:
+            grids[name] = quantised(layer.weight.data, form.bits)
+    model, kernel = execution.prepare(model, config.Execution(form.name), grids)
+    assert kernel != f"{form.name} torch"
     layers = packed(model).values()
     dense = sum(2 * layer.in_features * layer.out_features for layer in layers)
     held = sum(layer.held_bytes for layer in layers)
@@ -171,30 +191,44 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}, reverse=True))
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--forms", nargs="+", choices=["bitmap", "int8", "int4", "bitmap_int8"], default=["bitmap"])
+    parser.add_argument("--against", choices=["dense", "int8"], default="dense")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     given = parser.parse_args()
-    phases = [PHASES[name] for name in given.phases]
-    print(f"torch {torch.__version__}, kernels {', '.join(compiled.available())}")
+    [PHASES[name] for name in given.phases]
+    print(f"torch {torch.__version__}, {machine.cpu_name()}, kernels {', '.join(compiled.available())}")
     for name in given.models:
         make = {"small": small, "large": large}[name]
         for threads in given.threads:
             torch.set_num_threads(threads)
             print(f"{name}, {threads} threads", flush=True)
-            dtype = {kind: fastest_dense(make, kind, max(6, given.repeats // 2)) for kind in phases}
-            dense = {d: make(d) for d in set(dtype.values())}
-            heads = [f" | {f'dense {name} ms':>16} {'bitmap':>22}" for name in given.phases]
-            print(f"{'sparsity':>8} {'bytes':>6} {'all':>6}", *heads, sep="")
-            for sparsity in [*given.sparsity, None]:
-                if sparsity is None:
-                    model, line = limit(make), f"{'limit':>8} {'':6} {'':6}"
-                else:
-                    model, layers, whole = pruned(make, sparsity)
-                    line = f"{sparsity:8.0%} {layers:6.3f} {whole:6.3f}"
-                for kind in phases:
-                    ms, low, ratio, high = paired(kind(dense[dtype[kind]]), kind(model), given.repeats)
-                    line += f" | {1000 * ms:16.1f} {ratio:5.2f}x ({low:5.2f} to {high:5.2f})"
-                print(line, flush=True)
-                del model
+            compare(make, given)
+
+
+def compare(make: Callable[[torch.dtype], PreTrainedModel], given: argparse.Namespace) -> None:
+    """A line for each form and sparsity, on the number of threads that is set."""
+    phases = [PHASES[name] for name in given.phases]
+    if given.against == "dense":
+        dtype = {kind: fastest_dense(make, kind, max(6, given.repeats // 2)) for kind in phases}
+        models = {each: make(each) for each in set(dtype.values())}
+        first = {kind: models[dtype[kind]] for kind in phases}
+    else:
+        first = dict.fromkeys(phases, pruned(make, 0, FORMATS[given.against])[0])
+    heads = [f" | {f'{given.against} {name} ms':>16} {'ratio':>22}" for name in given.phases]
+    print(f"{'form':>11} {'sparsity':>8} {'bytes':>6} {'all':>6}", *heads, sep="")
+    for form, sparsity in [*itertools.product(given.forms, given.sparsity), (None, None)]:
+        if form is None:
+            model, line = limit(make), f"{'limit':>11} {'':8} {'':6} {'':6}"
+        elif form in ("int8", "int4") and sparsity != given.sparsity[0]:
+            continue  # a zero takes as many bytes there as any weight
+        else:
+            model, layers, whole = pruned(make, sparsity, FORMATS[form])
+            line = f"{form:>11} {sparsity:8.0%} {layers:6.3f} {whole:6.3f}"
+        for kind in phases:
+            ms, low, ratio, high = paired(kind(first[kind]), kind(model), given.repeats)
+            line += f" | {1000 * ms:16.1f} {ratio:5.2f}x ({low:5.2f} to {high:5.2f})"
+        print(line, flush=True)
+        del model
 
 
 if __name__ == "__main__":

@@ -58,11 +58,22 @@ inline int64_t bytes_before(const BitmapCodes& m, int64_t row) {
   return m.offsets[row] + row * m.words * static_cast<int64_t>(sizeof(uint64_t));
 }
 
-// The scale of a row's column.
-template <class M>
-float scale_at(const M& m, int64_t row, int64_t column) {
-  return m.group ? m.scales[row * (m.columns / m.group) + column / m.group] : m.scales[row];
-}
+// The scales of a row, asked for one half of a word after the other: no division, which would take longer than a product.
+struct RowScales {
+  const Scales& scales;
+  int64_t at, halves, left;
+  template <class M>
+  RowScales(const M& m, int64_t row)
+      : scales(m.scales),
+        at(m.group ? row * (m.columns / m.group) : row),
+        halves(m.group ? m.group / HALF : m.words * 2),
+        left(halves) {}
+  float next() {
+    const float scale = scales[at];
+    if (--left == 0) ++at, left = halves;
+    return scale;
+  }
+};
 
 template <class M>
 using if_codes = decltype(M::group);
@@ -108,12 +119,13 @@ template <class M, class Reader, class To>
 inline __attribute__((always_inline)) void expand_row(const M& m, int64_t row, Reader reader, To* to) {
   alignas(64) int8_t buffer[WORD];
   To last[WORD];
+  RowScales scales(m, row);
   for (int64_t w = 0; w < m.words; ++w) {
     const int8_t* codes = reader.next(buffer);
     const int64_t left = m.columns - w * WORD;
     To* out = left < WORD ? last : to + w * WORD;
     for (int64_t half = 0; half < std::min(left, WORD); half += HALF) {
-      const float scale = scale_at(m, row, w * WORD + half);
+      const float scale = scales.next();
       for (int64_t j = half; j < half + HALF; ++j) narrow_finite(scale * static_cast<float>(codes[j]), out + j);
     }
     if (left < WORD) std::copy(last, last + left, to + w * WORD);
@@ -133,11 +145,12 @@ struct PortableCodes {
     alignas(64) int8_t buffer[WORD];
     for (int64_t r = begin; r < end; ++r) {
       auto row = reader(m, r);
+      RowScales scales(m, r);
       float sum[N] = {};
       for (int64_t w = 0; w < m.words; ++w) {
         const int8_t* codes = row.next(buffer);
         for (int64_t half = 0; half < std::min(m.columns - w * WORD, WORD); half += HALF) {
-          const float scale = scale_at(m, r, w * WORD + half);
+          const float scale = scales.next();
           for (int n = 0; n < N; ++n) {
             const float* at = x + n * stride + w * WORD;
             float part[4] = {};  // sums side by side, which a compiler may keep in one register
@@ -188,6 +201,7 @@ struct Avx2Codes {
     alignas(64) int8_t buffer[WORD];
     for (int64_t r = begin; r < end; ++r) {
       auto row = reader(m, r);
+      RowScales scales(m, r);
       const bool grouped = m.group != 0;
       __m256 sum[N][WAYS], scale = _mm256_setzero_ps();
       for (int n = 0; n < N; ++n)
@@ -200,7 +214,7 @@ struct Avx2Codes {
           __m256 weight = _mm256_cvtepi32_ps(
               _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * j))));
           if (grouped) {
-            if (j % 4 == 0 && column < m.columns) scale = _mm256_set1_ps(scale_at(m, r, column));
+            if (j % 4 == 0 && column < m.columns) scale = _mm256_set1_ps(scales.next());
             weight = _mm256_mul_ps(weight, scale);
           }
           for (int n = 0; n < N; ++n)
@@ -244,6 +258,16 @@ struct ScatteredAvx512 : Scattered {
   }
 };
 
+// Sixteen values, rounded as narrow_finite does.
+SWEEP_AVX512 inline void store_finite(float* to, __m512 values) { _mm512_storeu_ps(to, values); }
+SWEEP_AVX512 inline void store_finite(bf16* to, __m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i even = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16)));
+}
+
 struct Avx512Codes {
   static BytesAvx512 reader(const Codes<8>& m, int64_t row) { return {m, row}; }
   static Halves reader(const Codes<4>& m, int64_t row) { return {m, row}; }
@@ -256,6 +280,7 @@ struct Avx512Codes {
     alignas(64) int8_t buffer[WORD];
     for (int64_t r = begin; r < end; ++r) {
       auto row = reader(m, r);
+      RowScales scales(m, r);
       const bool grouped = m.group != 0;
       __m512 sum[N][WAYS], scale = _mm512_setzero_ps();
       for (int n = 0; n < N; ++n)
@@ -269,7 +294,7 @@ struct Avx512Codes {
               0xffff, _mm512_maskz_cvtepi8_epi32(
                           0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j))));
           if (grouped) {
-            if (j % 2 == 0 && column < m.columns) scale = _mm512_set1_ps(scale_at(m, r, column));
+            if (j % 2 == 0 && column < m.columns) scale = _mm512_set1_ps(scales.next());
             weight = _mm512_mul_ps(weight, scale);
           }
           for (int n = 0; n < N; ++n)
@@ -285,7 +310,27 @@ struct Avx512Codes {
 
   template <class M, class To>
   SWEEP_AVX512 static void expand(const M& m, To* dense, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) expand_row(m, r, reader(m, r), dense + (r - begin) * m.columns);
+    alignas(64) int8_t buffer[WORD];
+    To last[WORD];
+    for (int64_t r = begin; r < end; ++r) {
+      auto row = reader(m, r);
+      RowScales scales(m, r);
+      To* to = dense + (r - begin) * m.columns;
+      for (int64_t w = 0; w < m.words; ++w) {
+        const int8_t* codes = row.next(buffer);
+        const int64_t left = m.columns - w * WORD;
+        To* out = left < WORD ? last : to + w * WORD;
+        for (int64_t half = 0; half < std::min(left, WORD); half += HALF) {
+          const __m512 scale = _mm512_set1_ps(scales.next());
+          for (int64_t j = half; j < half + HALF; j += 16) {
+            const __m512i wide = _mm512_maskz_cvtepi8_epi32(
+                0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + j)));
+            store_finite(out + j, _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, wide), scale));
+          }
+        }
+        if (left < WORD) std::copy(last, last + left, to + w * WORD);
+      }
+    }
   }
 };
 
