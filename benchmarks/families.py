@@ -41,6 +41,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import sweep
+from sweep import api, execution  # noqa: F401 - here, so that the processes of the types need not import them each
+from sweep.config import Execution
+from sweep.formats.packing import packed
 from sweep.settings import RequestError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -338,10 +341,6 @@ def vocabulary(kind: str) -> None:
 
 def bitmap(kind: str) -> None:
     """Pruned by magnitude, packed, saved, reloaded."""
-    from sweep import execution
-    from sweep.config import Execution
-    from sweep.formats.packing import packed
-
     model, dense = tiny_models.make(kind), tiny_models.make(kind)
     tokenizer, ids = tiny_models.tokenizer(), tokens()
     sweep.prune(model, tokenizer, method="magnitude", sparsity=SPARSITY)
