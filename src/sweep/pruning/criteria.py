@@ -25,7 +25,7 @@ from sweep.pruning import own_functions
 from sweep.pruning.own_functions import Parameters, Source
 from sweep.settings import RequestError, did_you_mean
 
-# what is scored: a weight; a neuron or head; a block; a token; an expert
+# what is scored: a weight; a neuron or head; a block or sublayer; a token; an expert
 Kind = Literal["weight", "unit", "block", "token", "expert"]
 Labels = Literal["text", "model"]  # whose next tokens a gradient is of: the text's own, or ones drawn from the model
 
@@ -82,7 +82,9 @@ READABLE: dict[Kind, dict[str, Readable]] = {
     },
     "block": {
         "units": Readable("how many there are"),
-        "cosine": Readable("(blocks,) float64, mean over tokens of that between what enters and leaves", text=True),
+        "cosine": Readable(
+            "(units,) float64, mean over tokens of that between the hidden state before it and after it", text=True
+        ),
         "generator": Readable("torch.Generator on the CPU, seeded by the seed", draws=True),
     },
     "token": {
