@@ -72,6 +72,8 @@ class Efficiency:
     # more repeats until the decode speed-up is known to this fraction, or so many seconds are spent; None = no more
     precision: float | None = setting(None, minimum=1e-4, below=1.0)
     seconds: float = setting(60.0, minimum=1)
+    engine: Literal["eager", "compiled"] = "eager"  # what runs the models while they are timed
+    compile_seconds: float = setting(600.0, minimum=1)  # that compiling both may take
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -314,7 +316,9 @@ def _checked_timing(asked: Efficiency) -> Efficiency:
     if 0 < asked.repeats < 6:
         raise RequestError(f"efficiency.repeats must be at least 6, or 0 to time nothing; got {asked.repeats}")
     if asked.repeats == 0:
-        asked = replace(asked, warmup=0, precision=None)
+        asked = replace(asked, warmup=0, precision=None, engine=Efficiency.engine)
+    if asked.engine == "eager":
+        asked = replace(asked, compile_seconds=Efficiency.compile_seconds)
     return asked if asked.precision is not None else replace(asked, seconds=Efficiency.seconds)
 
 

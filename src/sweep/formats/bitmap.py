@@ -116,8 +116,8 @@ class BitmapLinear(PackedLinear):
         compiled.refuse_gradients(self, x)
         if self._version is None:
             return nn.functional.linear(x, self.dense(), bias)
-        how = (self._version, compiled.FEW_TOKENS, compiled.PANEL_BYTES)
-        return compiled.extension().bitmap_linear(x, self.mask, self.values, self.offsets, bias, self.in_features, *how)
+        matrix = (self.mask, self.values, self.offsets, bias, self.in_features)
+        return compiled.linear("bitmap_linear", x, *matrix, rows=self.out_features, version=self._version)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel={self.kernel}"

@@ -82,8 +82,8 @@ class CodesLinear(PackedLinear):
             raise RuntimeError(f"the input is {x.dtype}, the matrix is multiplied in {self.dtype}")
         if self._version is None:
             return nn.functional.linear(x, self.dense(), bias)
-        how = (self._version, compiled.FEW_TOKENS, compiled.PANEL_BYTES)
-        return compiled.extension().codes_linear(x, self.codes, self.scales, *self.bits, bias, self.in_features, *how)
+        matrix = (self.codes, self.scales, *self.bits, bias, self.in_features)
+        return compiled.linear("codes_linear", x, *matrix, rows=self.out_features, version=self._version)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel={self.kernel}"

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +36,9 @@ _SOURCES = Path(__file__).parent / "kernels"
 # Without OpenMP, PyTorch's headers make every parallel loop a serial one. Its runtime is torch's own, already loaded, and
 # so it is not linked: a second one would bring a second pool of threads.
 _FLAGS = ["-O3", "-Wall", "-Wextra", *(["-fopenmp"] if sys.platform == "linux" else [])]
+
+
+_operators: torch.library.Library | None = None  # which are there as long as this is held
 
 
 class KernelError(RuntimeError):
@@ -93,7 +96,41 @@ def extension() -> Any:
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    _as_operators(module)
     return module
+
+
+def _as_operators(module: ModuleType) -> None:
+    """Make the products known to torch.compile, which cannot look into C++: it is told of which shape the result is."""
+    global _operators
+    library = torch.library.Library("sweep", "DEF")
+    for name, arguments in {
+        "bitmap_linear": "Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? bias, int columns",
+        "codes_linear": "Tensor x, Tensor codes, Tensor scales, Tensor? mask, Tensor? offsets, Tensor? bias, int columns",
+    }.items():
+        library.define(f"{name}({arguments}, int rows, int version, int few, int panel) -> Tensor")
+        function = getattr(module, name)
+
+        def run(*given: Any, function: Callable[..., Tensor] = function) -> Tensor:
+            return function(*given[:-4], *given[-3:])
+
+        library.impl(name, run, "CPU")
+        torch.library.register_fake(f"sweep::{name}", _shape, lib=library)
+    _operators = library
+
+
+def _shape(x: Tensor, *given: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], given[-4]))
+
+
+def linear(name: str, x: Tensor, *matrix: Any, rows: int, version: int) -> Tensor:
+    """A product by a compiled kernel, `bitmap_linear` or `codes_linear`, as a function or, within torch.compile, as an operator.
+
+    matrix  the tensors that hold it, the bias and the number of columns, as the kernel takes them
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.sweep, name)(x, *matrix, rows, version, FEW_TOKENS, PANEL_BYTES)
+    return getattr(extension(), name)(x, *matrix, version, FEW_TOKENS, PANEL_BYTES)
 
 
 def _key() -> str:

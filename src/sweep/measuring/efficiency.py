@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from sweep import config
 from sweep.config import Efficiency
-from sweep.measuring import energy
+from sweep.measuring import energy, engine
+from sweep.measuring.engine import Engine
 
 # How often timing looks, at most, at what it has found so far.
 _LOOKS = 8
@@ -47,24 +48,25 @@ def latency(
     prompt = torch.randint(
         readable, (settings.batch_size, settings.prompt_tokens), generator=torch.Generator().manual_seed(0)
     ).to(pruned.device)
-    timed = [("dense", dense), ("pruned", pruned), ("control", dense)]
+    runs, runs_dense, ran = engine.engines(pruned, dense, settings, prompt)
+    timed = [("dense", runs_dense), ("pruned", runs), ("control", runs_dense)]
     repeats: list[tuple[str, str, int, float]] = []
     for _ in range(settings.warmup):
-        for _, model in timed[:2]:
-            _time_once(model, prompt, settings.output_tokens)
+        for _, one in timed[:2]:
+            _time_once(one, prompt, settings.output_tokens)
     speedups: list[float] = []  # of decoding
     started, ended_by = time.perf_counter(), None
     with tqdm(total=settings.repeats, desc="timing", unit="repeat", leave=False) as progress:
         while ended_by is None:
             repeat, decode = len(speedups), {}
-            for name, model in timed[repeat % 3 :] + timed[: repeat % 3]:
-                prefill, decode[name] = _time_once(model, prompt, settings.output_tokens)
+            for name, one in timed[repeat % 3 :] + timed[: repeat % 3]:
+                prefill, decode[name] = _time_once(one, prompt, settings.output_tokens)
                 repeats += [(name, "prefill", repeat, prefill), (name, "decode", repeat, decode[name])]
             speedups.append(decode["dense"] / decode["pruned"])
             ended_by = _ended_by(speedups, time.perf_counter() - started, settings)
             progress.update()  # between repeats: nothing is drawn while something is timed
     frame = pd.DataFrame(repeats, columns=["model", "phase", "repeat", "milliseconds"])
-    return summary(frame, settings) | {"timing_ended_by": ended_by}, frame
+    return summary(frame, settings) | ran | {"timing_ended_by": ended_by}, frame
 
 
 def _ended_by(speedups: Sequence[float], seconds: float, settings: Efficiency) -> str | None:
@@ -143,18 +145,17 @@ def _cut_off(n: int, confidence: float) -> int:
 
 
 @torch.inference_mode()
-def _time_once(model: PreTrainedModel, prompt: Tensor, output_tokens: int) -> tuple[float, float]:
+def _time_once(runs: Engine, prompt: Tensor, output_tokens: int) -> tuple[float, float]:
     """(milliseconds to the first token, milliseconds of one decoded token after it), greedy, with a key-value cache."""
     synchronise = _synchroniser(prompt.device)
+    runs.reset()
     synchronise()
     start = time.perf_counter()
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
+    token = runs.prefill(prompt).argmax(-1)
     synchronise()
     prefilled = time.perf_counter()
     for _ in range(output_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
+        token = runs.decode(token).argmax(-1)
     synchronise()
     decoded = time.perf_counter()
     return 1000 * (prefilled - start), 1000 * (decoded - prefilled) / output_tokens

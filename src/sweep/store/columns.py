@@ -474,6 +474,13 @@ COLUMNS = _by_name(  # of the schema, in its order
         COUNTED,
         "experts of the pruned blocks that no calibration token took, so that their scores say nothing",
     ),
+    Column(
+        "engine",
+        _TEXT,
+        ORIGIN,
+        "what ran the models while they were timed: `eager`, as transformers does, or `compiled`, with a cache of fixed size",
+    ),
+    Column("engine_fallback", _TEXT, ORIGIN, "why it was not the engine that efficiency.engine asked for; else null"),
 )
 MADE = _by_name(
     *_with_ends(
