@@ -12,7 +12,6 @@ there are G of them, of which a token takes some, each E / G neighbours.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -296,7 +295,6 @@ class Novices:
         return result.view(shape)
 
 
-@functools.cache
 def _with_novices(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (Novices, kind), {"__module__": kind.__module__})
 
