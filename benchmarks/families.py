@@ -213,17 +213,19 @@ def wanda(kind: str) -> None:
     model, dense = tiny_models.make(kind), tiny_models.make(kind)
     seen: dict[str, list[Tensor]] = defaultdict(list)
     texts: list[Tensor] = []
-    original = sweep.texts.text.for_cell  # type: ignore[attr-defined]
+    original = sweep.texts.text.for_cell
 
     def note(cell: Any, tokenizer: Any) -> Any:
-        texts.append(original(cell, tokenizer))
-        return texts[-1]
+        found = original(cell, tokenizer)
+        assert found is not None
+        texts.append(found)
+        return found
 
-    sweep.texts.text.for_cell = note  # type: ignore[attr-defined]
+    sweep.texts.text.for_cell = note
     try:
         sweep.prune(model, tiny_models.tokenizer(), method="wanda", sparsity=SPARSITY, sequential=False, **TEXT)
     finally:
-        sweep.texts.text.for_cell = original  # type: ignore[attr-defined]
+        sweep.texts.text.for_cell = original
     wanted = matrices_of(dense)
     layers = {name: dense.get_submodule(name.rpartition(".")[0]) for name in wanted}
     linear = {name: layer for name, layer in layers.items() if type(layer) in (nn.Linear, Conv1D)}
@@ -315,7 +317,7 @@ def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) ->
             hidden = args[0] if args else kwargs["hidden_states"]
             return (hidden, None, None) if as_tuple.get(name) is tuple else hidden
 
-        dense.get_submodule(name).forward = skip  # type: ignore[method-assign]
+        dense.get_submodule(name).forward = skip
     said = read(dense, ids)
     for name in gone:
         del dense.get_submodule(name).forward

@@ -280,7 +280,7 @@ class _Reading(watching.Products):
         self._matrices, self._hessian, self._share = matrices, hessian, share
         self._places: dict[int, list[tuple[str, watching.Piece]]] = {}  # of each parameter the matrices in it
         for name, matrix in matrices.items():
-            piece = watching.Piece(matrix.storage_offset(), *matrix.shape, *matrix.stride())
+            piece = watching.Piece.of(matrix)
             self._places.setdefault(id(self.owner(matrix)), []).append((name, piece))
         self._found: dict[str, Inputs] = {}
         self._latest: dict[tuple[Any, ...], tuple[Tensor, Inputs]] = {}  # of a batch; the tensors are held, and stay

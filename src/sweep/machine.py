@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sweep.config import Cell, Dtype, Execution
 from sweep.formats import declared
@@ -113,7 +113,9 @@ def _execution(cell: Cell, device: str, dtype: Dtype) -> Execution:
     if form.compiles("auto") and (lacks := cannot_build()):
         better, form = form, declared.automatic(left, device, compiler=False)
         _tell(f"execution=auto runs {form.name} where {better.name} would be smaller: {lacks}")
-    stored = "packed" if form.bits is not None else "plain"  # codes are what who quantises wants to keep
+    stored: Literal["plain", "packed"] = (
+        "packed" if form.bits is not None else "plain"
+    )  # codes are what who quantises wants to keep
     return Execution(form.name, saved=(asked.saved or stored) if form.module else None)
 
 

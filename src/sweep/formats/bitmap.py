@@ -100,7 +100,7 @@ class BitmapLinear(PackedLinear):
         for name, tensor in (("mask", mask), ("values", values), ("offsets", offsets)):
             self.register_buffer(name, tensor)
         self.kernel = kernel
-        self._version = compiled.version(kernel)
+        self._compiled_version = compiled.version(kernel)
 
     def dense(self) -> Tensor:
         return expand(self.mask, self.values, self.offsets, self.in_features)
@@ -114,10 +114,10 @@ class BitmapLinear(PackedLinear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         compiled.refuse_gradients(self, x)
-        if self._version is None:
+        if self._compiled_version is None:
             return nn.functional.linear(x, self.dense(), bias)
         matrix = (self.mask, self.values, self.offsets, bias, self.in_features)
-        return compiled.linear("bitmap_linear", x, *matrix, rows=self.out_features, version=self._version)
+        return compiled.linear("bitmap_linear", x, *matrix, rows=self.out_features, version=self._compiled_version)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel={self.kernel}"

@@ -46,7 +46,7 @@ class CodesLinear(PackedLinear):
         for name, tensor in (("codes", codes), ("scales", scales)):
             self.register_buffer(name, tensor)
         self.kernel = kernel
-        self._version = compiled.version(kernel)
+        self._compiled_version = compiled.version(kernel)
         groups = scales.shape[1] if scales.dim() == 2 else 0
         fits = groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups % HALF == 0)
         if scales.dtype not in SCALES or not fits or not scales.isfinite().all():
@@ -80,10 +80,10 @@ class CodesLinear(PackedLinear):
         compiled.refuse_gradients(self, x)
         if x.dtype != self.dtype:
             raise RuntimeError(f"the input is {x.dtype}, the matrix is multiplied in {self.dtype}")
-        if self._version is None:
+        if self._compiled_version is None:
             return nn.functional.linear(x, self.dense(), bias)
         matrix = (self.codes, self.scales, *self.bits, bias, self.in_features)
-        return compiled.linear("codes_linear", x, *matrix, rows=self.out_features, version=self._version)
+        return compiled.linear("codes_linear", x, *matrix, rows=self.out_features, version=self._compiled_version)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel={self.kernel}"

@@ -121,7 +121,7 @@ def _find_stacks(model: PreTrainedModel, ran: list[str]) -> list[nn.ModuleList]:
         raise RequestError(
             f"{type(model).__name__} has no list of blocks that a text goes through, so it is no decoder that sweep knows"
         )
-    return [model.get_submodule(path) for path in sorted(found, key=found.__getitem__)]  # type: ignore[misc]
+    return [model.get_submodule(path) for path in sorted(found, key=found.__getitem__)]
 
 
 def _has_matrix(module: nn.Module) -> bool:

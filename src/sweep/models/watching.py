@@ -40,6 +40,13 @@ class Piece:
     row_step: int
     column_step: int
 
+    @classmethod
+    def of(cls, matrix: Tensor) -> Piece:
+        """A matrix (out, in), a view of the parameter, or of a copy in the parameter's order."""
+        rows, columns = matrix.shape
+        row_step, column_step = matrix.stride()
+        return cls(int(matrix.storage_offset()), rows, columns, row_step, column_step)
+
     def meets(self, other: Piece) -> bool:
         """Whether rows of one are rows of the other."""
         apart, within = (
@@ -124,7 +131,7 @@ class Products(TorchDispatchMode):
         parameter, entry = self.owner(matrix), self._copies.get(place(matrix))
         assert parameter is not None
         if entry is None or entry[2] is None:
-            piece = Piece(matrix.storage_offset(), *matrix.shape, *matrix.stride())
+            piece = Piece.of(matrix)
         else:
             numbers = self._numbers(matrix)
             order = numbers[0].argsort()  # the copy may hold them in another order than the parameter
