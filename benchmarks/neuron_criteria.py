@@ -85,7 +85,7 @@ def main() -> None:
         text.calibration_tokens(Calibration("pydoc", asked.sequences, asked.length), tokenizer, seed)
         for seed in range(asked.seeds)
     ]
-    outputs = [ffn.output for ffn in parts.ffns(dense)]
+    outputs = [ffn.output for ffn in parts.ffns(dense) if isinstance(ffn, parts.Ffn)]
     bare = {name: name.partition("+")[0] for name in asked.criteria}  # without the repair
     wanted = {name for criterion in bare.values() for name in criteria.find(criterion, "unit").reads}
     wanted = {name for name in wanted if criteria.READABLE["unit"][name].text}

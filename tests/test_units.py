@@ -82,7 +82,7 @@ def test_heads_shrunk_equal_heads_masked(family: str, unit: str, scope: str) -> 
 def test_key_value_groups_of_unequal_size_are_refused() -> None:
     attention = parts.attentions(tiny_model("llama"))[0]
     with pytest.raises(ValueError, match=r"block 0: key-value groups would keep \[1, 2\] query heads"):
-        surgery.remove_heads(attention, torch.tensor([True, True, True, False]))
+        surgery.remove_units(attention, torch.tensor([True, True, True, False]))
 
 
 @pytest.mark.parametrize("gone", [0, 1])

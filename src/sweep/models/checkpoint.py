@@ -34,15 +34,14 @@ from transformers.pytorch_utils import Conv1D
 from sweep.formats.declared import FORMATS, Stored
 from sweep.formats.packing import DenseMatrix, PackedLinear, packed
 from sweep.models import (
+    anatomy,
     cut_tokenizer,
     differences,
     headers,
     layers,
     origin,
-    parts,
     placing,
     pretrained,
-    surgery,
     transformers_private,
 )
 from sweep.settings import RequestError
@@ -323,5 +322,21 @@ def _count_anew(model: PreTrainedModel) -> None:
             module.nx, module.nf = module.weight.shape
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-    for attention in parts.attentions(model) if parts.is_known(model) else ():  # else no head of it was cut
-        surgery.set_head_counts(attention)
+    _count_heads(model)
+
+
+def _count_heads(model: PreTrainedModel) -> None:
+    """Of a folder that does not say what its attention modules keep: the numbers that follow from the shapes."""
+    for module in model.modules():
+        size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+        own = dict(module.named_children())
+        output = next((own[name] for name in ("o_proj", "out_proj", "dense", "c_proj") if name in own), None)
+        if not size or not isinstance(output, nn.Linear | Conv1D):
+            continue
+        heads = anatomy.weight(output).shape[1] // size
+        groups = anatomy.weight(own["k_proj"]).shape[0] // size if "k_proj" in own else heads
+        counts = {"num_heads": heads, "num_attention_heads": heads, "num_key_value_heads": groups}
+        counts |= {"num_key_value_groups": heads // groups, "split_size": heads * size}
+        for name, count in counts.items():
+            if hasattr(module, name):
+                setattr(module, name, count)

@@ -5,6 +5,7 @@ True in a keep-mask = stays. `describe_shape` makes the configuration say what t
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy, experts, layers, parts, trial
+from sweep.models import anatomy, experts, layers, trial
+from sweep.models.candidates import Attention, Experts, Ffn, Part, Slice
 from sweep.settings import RequestError
 
 # What names the id of a token, or of several, and of those the ones that may be unset; models compare with the others.
@@ -52,46 +54,102 @@ def add_bias(linear: anatomy.Linear, bias: Tensor) -> None:
     linear.bias.add_(bias.to(linear.bias.dtype))
 
 
-def remove_neurons(ffn: parts.Ffn, keep: Tensor) -> None:
-    """Cut the FFN down to the neurons where `keep`, (N,) bool, is True; the matrices become smaller."""
-    for linear in ffn.inputs:
-        narrow(linear, keep, output=True)
-    narrow(ffn.output, keep, output=False)
+_WIDTH = r"inter|inner|ffn|d_ff|expert_(dim|size)"  # what modules call their number of neurons
 
 
-def remove_heads(attention: parts.Attention, keep: Tensor) -> None:
-    """Cut the attention down to the query heads where `keep`, (H,) bool, is True; empty key-value groups go too.
+def remove_units(part: Part, keep: Tensor) -> None:
+    """Cut an FFN, the FFNs of fused experts or an attention down to the units where `keep`, (units,) bool, is True.
 
-    Raises ValueError when the key-value groups that stay would differ in their number of query heads: attention
-    repeats every key and value equally often, so such a layer cannot be computed.
+    Units are neurons or query heads; key-value groups without any go too. Raises ValueError where what stays would be no
+    legal shape: attention repeats every key and value equally often, and the matrices of experts lie in one tensor.
     """
-    kept = keep.view(attention.groups, -1)
-    sizes = set(kept.sum(1).tolist()) - {0}
-    if len(sizes) != 1:
+    if isinstance(part, Attention):
+        _check_even(part, keep.view(part.groups, -1).sum(1), "key-value groups", "query heads")
+    elif isinstance(part, Experts):
+        _check_even(part, keep.view(part.experts, -1).sum(1), "experts", "neurons")
+    for each in part.slices:
+        if isinstance(each.module, anatomy.Linear):
+            narrow(each.module, each.stays(keep), output=True)
+        else:
+            _narrow_beside(each, each.stays(keep), rescaled=part.rescaled)
+    if isinstance(part, Experts):
+        _set_numbers(part.module, [(_WIDTH, part.neurons, int(keep.sum()) // part.experts)])
+        return
+    if isinstance(part, Ffn):
+        _set_numbers(part.module, [(_WIDTH, part.width, int(keep.sum()))])
+    columns = keep.repeat_interleave(anatomy.weight(part.output).shape[1] // len(keep))
+    narrow(part.output, columns, output=False)
+    if isinstance(part, Attention):
+        set_head_counts(part, int(keep.sum()), int(keep.view(part.groups, -1).any(1).sum()))
+
+
+def _check_even(part: Part, counts: Tensor, of: str, what: str) -> None:
+    sizes = set(counts.tolist()) - ({0} if isinstance(part, Attention) else set())
+    if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
-            f"block {attention.block}: key-value groups would keep {sorted(sizes)} query heads; "
-            "every group that stays must keep the same number, at least one"
+            f"block {part.block}: {of} would keep {sorted(sizes)} {what}; "
+            f"every {'group' if isinstance(part, Attention) else 'expert'} that stays must keep the same number, at least one"
         )
-    groups = kept.any(1)
-    size = attention.head_dim
-    queries, pairs = keep.repeat_interleave(size), groups.repeat_interleave(size)
-    if len(attention.inputs) == 3:
-        query, key, value = attention.inputs
-        narrow(query, queries, output=True)
-        narrow(key, pairs, output=True)
-        narrow(value, pairs, output=True)
+
+
+@torch.no_grad()
+def _narrow_beside(of: Slice, stays: Tensor, *, rescaled: bool) -> None:
+    """Keep some entries of a parameter beside the linear layers, and have its module's sizes say so.
+
+    rescaled  it is the weight of a norm, which divides by a mean over all entries. Those that go were zero in it: over the
+              n' that stay of n the mean is n / n' of what it was, and the weight makes up for it
+    """
+    old = of.parameter
+    if stays.ndim == 2:  # of fused experts
+        pairs = zip(old, stays, strict=True)
+        kept = torch.stack([e.index_select(of.axis - 1, s.nonzero().squeeze(1).to(e.device)) for e, s in pairs])
     else:
-        fused = keep.repeat_interleave(3 * size) if attention.family.interleaved else queries.repeat(3)
-        narrow(attention.inputs[0], fused, output=True)
-    narrow(attention.output, queries, output=False)
-    set_head_counts(attention)
+        kept = old.index_select(of.axis, stays.nonzero().squeeze(1).to(old.device))
+        if isinstance(of.module, nn.LayerNorm):
+            of.module.normalized_shape = tuple(kept.shape)
+        if rescaled and of.name == "weight" and old.ndim == 1:
+            kept = kept * (len(stays) / int(stays.sum())) ** 0.5
+    setattr(of.module, of.name, nn.Parameter(kept, requires_grad=old.requires_grad))
 
 
-def set_head_counts(attention: parts.Attention) -> None:
-    """Make the attributes of an attention module agree with the shapes of its matrices."""
-    for name, what in attention.family.counts.items():
-        if hasattr(attention.module, name):
-            setattr(attention.module, name, getattr(attention, what))
+def set_head_counts(attention: Attention, heads: int, groups: int) -> None:
+    """Have the plain numbers that an attention module keeps beside its matrices tell of so many heads and groups.
+
+    attention  as it was found: its numbers are told by what they count there, and by how they are called
+    """
+    old, size = attention, attention.head_dim
+    changes = [
+        (r"groups$", old.heads_per_group, heads // groups),
+        (r"(key_value|kv)(?!.*(dim|size|rank))", old.groups, groups),
+        (r"(kv|key_value).*(dim|size)", old.groups * size, groups * size),
+        (r"heads?$", old.heads, heads),
+        (
+            r"^split_size$" + r"|^(embed|inner|d)_(dim|model)$|all_head_size|^hidden_size$" * old.own_widths,
+            old.heads * size,
+            heads * size,
+        ),
+    ]
+    for module in attention.module.modules():
+        if isinstance(module, anatomy.Linear) or not any(m in attention.inputs for m in module.modules()):
+            continue
+        _set_numbers(module, changes)
+        if attention.own_config and isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config)
+            for name, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
+                if hasattr(module.config, name):
+                    setattr(module.config, name, count)
+
+
+def _set_numbers(module: nn.Module, changes: Sequence[tuple[str, int, int]]) -> None:
+    """Change the plain numbers of a module that are called so and have the old value: (pattern, old, new), the first wins."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        for pattern, old, new in changes:
+            if re.search(pattern, name):
+                if value == old:
+                    setattr(module, name, new)
+                break
 
 
 def remove_blocks(model: PreTrainedModel, keep: Sequence[bool]) -> None:
@@ -324,35 +382,86 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _configs(value)
 
 
-def describe_shape(model: PreTrainedModel) -> None:
-    """Make the configuration state the widths of the model, where one number can: equal in every block.
+def describe_shape(model: PreTrainedModel, before: Sequence[Part], after: Sequence[Part]) -> None:
+    """Make the configuration state the widths of the model, where its numbers can: in every block the same.
 
-    Raises RequestError for a model type without a record, as what cuts its units does.
+    before, after  the same parts of the model, as its configuration builds them and as they are
+
+    Which numbers those are is found by their values and their names, and tried: a statement stays when a model that is
+    built from it is more like this one. What no configuration tells, such as blocks of unequal width, it does not tell.
     """
-    config, keys = model.config, parts.family(model).keys
-    widths = {ffn.width for ffn in parts.ffns(model)}
-    if len(widths) == 1:
-        state(model, keys.neurons, *widths)
-    attentions = parts.attentions(model)
-    counts = {(attention.heads, attention.groups) for attention in attentions}
-    if len(counts) != 1 or not hasattr(config, keys.head_dim):
-        return  # where the configuration names none, a head's size is the hidden size over the number of heads
-    ((heads, groups),) = counts
-    if getattr(config, keys.hidden) % heads:
-        return  # transformers refuses such a configuration, though the model runs
-    state(model, keys.head_dim, attentions[0].head_dim)
-    state(model, keys.heads, heads)
-    if hasattr(config, keys.groups):
-        state(model, keys.groups, groups)
+    config = layers.configuration(model)
+    statements = list(dict.fromkeys(s for b, a in zip(before, after, strict=True) for s in _statements(config, b, a)))
+    apart = _apart(model)
+    for statement in statements:
+        if not apart:
+            break
+        was = {key: getattr(config, key) for key, _ in statement}
+        for key, value in statement:
+            setattr(config, key, value)
+        left = _apart(model)
+        for key, value in was.items():
+            setattr(config, key, value)
+        if left is not None and left < apart:
+            for key, value in statement:
+                state(model, key, value)
+            apart = _apart(model)
+    for module in model.modules():  # which have no need any more of one of their own
+        own = getattr(module, "config", None)
+        if own is not config and isinstance(own, type(config)) and own.to_dict() == config.to_dict():
+            module.config = config
 
 
 def state(model: PreTrainedModel, key: str, value: int) -> None:
     """Have the configuration say so, and every module that has copied what it said."""
-    before = getattr(model.config, key, None)
-    setattr(model.config, key, value)
+    config = layers.configuration(model)
+    before = getattr(config, key, None)
+    setattr(config, key, value)
     for module in model.modules():
         if before is not None and vars(module).get(key) == before:
             setattr(module, key, value)
+
+
+Statement = tuple[tuple[str, int], ...]  # numbers of a configuration, by key
+
+
+def _statements(config: PreTrainedConfig, before: Part, after: Part) -> Iterator[Statement]:
+    """What the configuration may have to say of a part that was cut, in the order in which it is worth trying."""
+    numbers = {key: value for key, value in config.to_dict().items() if value is None or type(value) is int}
+    if isinstance(before, Attention) and isinstance(after, Attention):
+        heads = {k: after.heads for k, v in numbers.items() if v == before.heads and re.search(r"head", k)}
+        groups = {k: after.groups for k, v in numbers.items() if v == before.groups and re.search(r"key_value|kv", k)}
+        sizes = {k: after.head_dim for k, v in numbers.items() if re.search(r"^head_dim$|^kv_channels$|^head_size$", k)}
+        yield tuple({**heads, **groups, **sizes}.items())
+        yield tuple({**heads, **groups}.items())
+        return
+    old, new = (
+        p.neurons if isinstance(p, Experts) else p.width for p in (before, after) if not isinstance(p, Attention)
+    )
+    for key, value in numbers.items():
+        if value == old or (value is None and re.search(r"inner|inter|ffn", key)):
+            yield ((key, new),)
+
+
+def _apart(model: PreTrainedModel) -> int | None:
+    """In how many shapes and plain numbers a model of this configuration differs from this one; None where there is none."""
+    try:
+        config = copy.deepcopy(model.config)
+        type(config).from_dict(config.to_dict())  # which may refuse numbers that do not agree
+        with torch.device("meta"):
+            built = type(model)(config)
+    except Exception:  # whatever its own code says to these numbers
+        return None
+    shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    differ = sum(shapes.get(name) != shape for name, shape in own.items())
+    modules = dict(built.named_modules())
+    return differ + sum(
+        type(value) is int and getattr(modules[name], key, value) != value
+        for name, module in model.named_modules()
+        if name in modules
+        for key, value in vars(module).items()
+    )
 
 
 @torch.no_grad()

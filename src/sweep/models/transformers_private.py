@@ -7,6 +7,8 @@ All of it is in this file; tests/test_private.py says which of it a new release 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,3 +74,46 @@ def tells_neurons(experts: nn.Module) -> bool:
 def expert_neurons(experts: Any, expert: int, x: Tensor) -> Tensor:
     """(tokens, neurons) what an expert's down matrix reads, of the (tokens, hidden) `x` that reach the expert."""
     return experts._apply_gate(nn.functional.linear(x, experts.gate_up_proj[expert]))
+
+
+def fused_ffn(experts: nn.Module) -> list[tuple[str, int, Tensor]]:
+    """(parameter, axis, owners) of each fused parameter that has neurons, the one that reads them last; none of another.
+
+    owners  (experts, length) int64: neuron i of expert e is e * (neurons of one) + i
+    """
+    own = dict(experts.named_parameters(recurse=False))
+    down, first = own.get("down_proj"), own.get("gate_up_proj", own.get("up_proj"))
+    if down is None or first is None or down.ndim != 3 or first.ndim != 3 or len(down) != len(first):
+        return []
+    flipped = getattr(experts, "is_transposed", first.shape[1] == down.shape[2])
+    count, neurons = len(down), down.shape[1 if flipped else 2]
+    rows = first.shape[2 if flipped else 1]
+    if rows % neurons:
+        return []
+    unit = torch.arange(neurons)
+    fused = (
+        unit.repeat(rows // neurons)
+        if getattr(experts, "is_concatenated", True)
+        else unit.repeat_interleave(rows // neurons)
+    )
+    of = torch.arange(count)[:, None] * neurons
+    name = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
+    found = [(name, 2 if flipped else 1, of + fused)]
+    if f"{name}_bias" in own:
+        found.append((f"{name}_bias", 1, of + fused))
+    return [*found, ("down_proj", 1 if flipped else 2, of + unit)]
+
+
+@contextmanager
+def experts_one_by_one(experts: nn.Module) -> Iterator[None]:
+    """While open, fused experts are multiplied by the module's own code, and by no kernel that hides its products."""
+    config: Any = getattr(experts, "config", None)
+    if not hasattr(config, "_experts_implementation"):
+        yield
+        return
+    before = config._experts_implementation
+    try:
+        config._experts_implementation = "eager"
+        yield
+    finally:
+        config._experts_implementation = before

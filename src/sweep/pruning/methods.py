@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Cell
-from sweep.models import anatomy, parts, token_ids
+from sweep.models import anatomy, token_ids
 from sweep.models import experts as mixtures
 from sweep.pruning import depth, experts, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Expert, Head, Layer, Method, Neuron, Vocab, Weight
@@ -137,7 +137,7 @@ def _units(model: PreTrainedModel, method: Neuron | Head, sparsity: float, given
 
 
 def _of_parts(model: PreTrainedModel, method: Neuron | Head) -> list[Tensor]:
-    return [linear.weight for part in units.parts(model, method) for linear in (*part.inputs, part.output)]
+    return [matrix for part in units.parts(model, method) for matrix in part.matrices]
 
 
 def _of_blocks(model: PreTrainedModel, method: Layer) -> list[Tensor]:
@@ -186,12 +186,8 @@ def _experts_of_blocks(model: PreTrainedModel, method: Expert) -> list[int]:
 WORK: dict[type, Family] = {
     Dense: Family(_nothing, _matrices),
     Weight: Family(_weights, lambda model, method: weights.targets(model, method).values()),
-    Neuron: Family(_units, _of_parts, lambda model, method: [ffn.width for ffn in parts.ffns(model)]),
-    Head: Family(
-        _units,
-        _of_parts,
-        lambda model, method: [a.groups if method.unit == "group" else a.heads for a in parts.attentions(model)],
-    ),
+    Neuron: Family(_units, _of_parts, units.counts),
+    Head: Family(_units, _of_parts, units.counts),
     Layer: Family(depth.prune, _of_blocks, _of_each_block),
     Expert: Family(experts.prune, _of_experts, _experts_of_blocks),
     Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block

@@ -22,14 +22,14 @@ BALANCE = 0.3  # tuned on the development pages of pydoc (benchmarks/neuron_crit
 class Activations:
     """What calibration text tells of the units of one block; sums over tokens, float64."""
 
-    tokens: int
+    tokens: int | Tensor  # (columns,) where not all columns read every token, such as those of experts
     input_sum: Tensor  # (columns,)  sum of x
     input_scatter: Tensor  # (columns,)  sum of squared deviations of x from its mean
 
     @property
     def input_square(self) -> Tensor:
         """(columns,) sum of x squared. The difference of two sums like this would leave no digit of a small scatter."""
-        return self.input_scatter + self.input_sum.square() / self.tokens
+        return self.input_scatter + self.input_sum.square() / _at_least(self.tokens, 1)
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Gradients(Activations):
     product_abs: Tensor  # (units,)  sum of |(x g)_u|
     product_energy: Tensor  # (units,)  sum of (x g)_u squared
     product_square: Tensor  # (units,)  sum over sequences of the squared sum of (x g)_u over the sequence
+
+
+def _at_least(count: int | Tensor, least: int) -> int | Tensor:
+    return count.clamp_min(least) if isinstance(count, Tensor) else max(count, least)
 
 
 def random(units: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +83,7 @@ def flap(weight: Tensor, activations: Activations, size: int) -> Tensor:
     A channel that hardly fluctuates can be replaced by its mean, which goes into a bias. The standardisation makes
     blocks comparable: without it the blocks with the loudest residual stream would keep everything.
     """
-    variance = activations.input_scatter / max(activations.tokens - 1, 1)
+    variance = activations.input_scatter / _at_least(activations.tokens - 1, 1)
     fluctuation = (variance * weight.float().square().sum(0).to(variance.device)).view(-1, size).sum(1)
     spread = fluctuation.std().clamp_min(torch.finfo(torch.float32).tiny)
     return ((fluctuation - fluctuation.mean()) / spread).float()

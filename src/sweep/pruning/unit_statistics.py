@@ -5,9 +5,10 @@ T tokens; a part is one block's output matrix with its units (see units.Part).
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sweep.calibrate import exact_device, inputs_observed
-from sweep.models import trial
+from sweep.models import products, trial
+from sweep.models.candidates import Experts
 from sweep.models.logits import Tail, descend, given
 from sweep.pruning.criteria import READABLE, Labels
 from sweep.pruning.unit_scores import Activations, Gradients
@@ -26,7 +28,7 @@ BATCH = 4  # sequences in one forward pass
 
 def gather(
     model: PreTrainedModel,
-    outputs: Sequence[nn.Module],
+    outputs: Sequence[nn.Module | Experts],
     sizes: Sequence[int],
     tokens: Tensor,
     *,
@@ -35,7 +37,7 @@ def gather(
 ) -> list[Activations]:
     """Statistics of the inputs of `outputs` while the model reads `tokens`.
 
-    outputs    the output matrix of each part
+    outputs    the output matrix of each part; or fused experts, each of which sees the tokens that are routed to it
     sizes      columns a unit, of each part
     tokens     (sequences, length)
     labels     the loss is the summed cross-entropy of these next tokens: the text's own, or ones drawn from the model at
@@ -44,18 +46,22 @@ def gather(
     """
     draw = torch.Generator(model.device).manual_seed(seed)
     found: list[Activations] = []
-    read = [0] * len(outputs)  # tokens, of each part
+    read: dict[tuple[int, int], int] = {}  # tokens, by part and first column of what reads them together
     sequences = 0  # in the batch that is being read
     for output, size in zip(outputs, sizes, strict=True):
         columns = _columns(output)
         lengths = [columns, columns] if labels is None else [columns, columns, *[columns // size] * 4]
         zeros = [torch.zeros(n, dtype=torch.float64, device=exact_device(model.device)) for n in lengths]
-        found.append((Activations if labels is None else Gradients)(tokens.numel(), *zeros))
+        read_ = torch.zeros_like(zeros[0]) if isinstance(output, Experts) else tokens.numel()
+        found.append((Activations if labels is None else Gradients)(read_, *zeros))
 
-    def observe(part: int, x: Tensor) -> None:
-        value, seen, size = x.detach(), found[part], sizes[part]  # a hook that held x would keep its graph
-        _add_moments(seen, value.flatten(0, -2).float(), read[part])
-        read[part] += value.numel() // value.shape[-1]
+    def observe(part: int, x: Tensor, first: int) -> None:
+        value, size = x.detach(), sizes[part]  # a hook that held x would keep its graph
+        seen = _within(found[part], first, value.shape[-1], size) if isinstance(outputs[part], Experts) else found[part]
+        _add_moments(seen, value.flatten(0, -2).float(), read.get((part, first), 0))
+        read[part, first] = read.get((part, first), 0) + value.numel() // value.shape[-1]
+        if isinstance(seen.tokens, Tensor):
+            seen.tokens.fill_(read[part, first])
 
         def on_gradient(gradient: Tensor) -> None:
             assert isinstance(seen, Gradients)
@@ -66,7 +72,7 @@ def gather(
             seen.product_energy += product.square().flatten(0, -2).sum(0).to(seen.product)
             seen.product_square += per_sequence.square().sum(0).to(seen.product)
 
-        if labels is not None:
+        if labels is not None and x.requires_grad:
             x.register_hook(on_gradient)
 
     def drawn(probabilities: Tensor, _: slice) -> Tensor:
@@ -74,10 +80,12 @@ def gather(
 
     tail = Tail(model)
     with (
-        inputs_observed(outputs, observe),
+        _observed(outputs, observe),
         activations_differentiable(model) if labels is not None else torch.no_grad(),
     ):
-        for batch in tqdm(tokens.split(BATCH), desc="calibrating", unit="batch", leave=False):
+        # Of which sequences the tokens of an expert are, nothing tells but that there is one.
+        at_once = 1 if labels is not None and any(isinstance(output, Experts) for output in outputs) else BATCH
+        for batch in tqdm(tokens.split(at_once), desc="calibrating", unit="batch", leave=False):
             batch, sequences = batch.to(model.device), len(batch)
             if labels is None:
                 tail.states(input_ids=batch)
@@ -85,6 +93,36 @@ def gather(
             wanted = drawn if labels == "model" else given(batch[:, 1:].flatten())
             descend(tail, tail.states(input_ids=batch)[:, :-1].flatten(0, 1), wanted)
     return found
+
+
+@contextmanager
+def _observed(outputs: Sequence[nn.Module | Experts], observe: Callable[[int, Tensor, int], None]) -> Iterator[None]:
+    """While open, `observe(i, x, first)` is called with each input of `outputs[i]`, whose first column is `first`."""
+    linears = {i: output for i, output in enumerate(outputs) if isinstance(output, nn.Module)}
+    places = list(linears)
+    with ExitStack() as restore:
+        restore.enter_context(inputs_observed(list(linears.values()), lambda i, x: observe(places[i], x, 0)))
+        for i, output in enumerate(outputs):
+            if isinstance(output, Experts):
+                down, neurons = output.slices[-1], output.neurons
+                seen = functools.partial(_of_expert, observe, i, neurons)
+                restore.enter_context(products.read_by(output.module, down.parameter, seen))
+        yield
+
+
+def _of_expert(observe: Callable[[int, Tensor, int], None], part: int, neurons: int, expert: int, x: Tensor) -> None:
+    if x.numel():
+        observe(part, x, expert * neurons)
+
+
+def _within(seen: Activations, first: int, columns: int, size: int) -> Activations:
+    """Views of the sums of some columns."""
+    sums = {}
+    for name, value in vars(seen).items():
+        if isinstance(value, Tensor):
+            step = 1 if value.shape == seen.input_sum.shape else size
+            sums[name] = value[first // step : (first + columns) // step]
+    return type(seen)(**sums)
 
 
 def _add_moments(seen: Activations, rows: Tensor, before: int) -> None:
@@ -107,7 +145,7 @@ def _add_moments(seen: Activations, rows: Tensor, before: int) -> None:
 def read(
     names: Iterable[str],
     model: PreTrainedModel,
-    outputs: Sequence[nn.Module],
+    outputs: Sequence[nn.Module | Experts],
     sizes: Sequence[int],
     tokens: Tensor,
     seed: int = 0,
@@ -170,7 +208,9 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor:
     return value[0] if isinstance(value, tuple | list) else value
 
 
-def _columns(output: nn.Module) -> int:
+def _columns(output: nn.Module | Experts) -> int:
+    if isinstance(output, Experts):
+        return output.width
     weight = output.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1] if isinstance(output, nn.Linear) else weight.shape[0]  # Conv1D stores (in, out)

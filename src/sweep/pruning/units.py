@@ -8,9 +8,9 @@ smallest sets whose removal leaves a legal shape: one unit; `multiple_of` neuron
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.models import anatomy, surgery
-from sweep.models.parts import Attention, attentions, ffns
+from sweep.models.anatomy import Linear
+from sweep.models.candidates import KEPT, Attention, Experts, Ffn, Slice
+from sweep.models.parts import attentions, ffns
 from sweep.pruning import checks, criteria, drop, repair, scoring, select, sharing, unit_statistics
 from sweep.pruning.criteria import Criterion
 from sweep.pruning.families import Head, Neuron
@@ -27,64 +29,122 @@ from sweep.pruning.pruned import Pruned
 from sweep.pruning.unit_scores import Activations, Gradients
 from sweep.settings import RequestError
 
+ALIGNED = 8  # neurons: torch multiplies experts together where rows are 16 bytes long or a multiple, 8 of 2 bytes
+
 
 @dataclass(frozen=True)
 class Part:
-    """One block's FFN or attention, as units over the columns of its output matrix."""
+    """One block's FFN, the FFNs of its experts, or its attention, as units over the columns of the matrix that reads them."""
 
-    block: int
-    inputs: tuple[anatomy.Linear, ...]
-    output: anatomy.Linear
+    of: Ffn | Experts | Attention
     size: int  # columns a unit
-    bundle: int  # units that go together; 0 = one of every key-value group
-    groups: int  # key-value groups; 1 for an FFN
-    remove: Callable[[Tensor], None]  # cuts the part down to a keep-mask over columns
+    units: int
+    bundle: int = 1  # units that go together, of each of the groups
+    groups: int = 1  # sets of units that all have to keep the same number: key-value groups, experts
+
+    @property
+    def block(self) -> int:
+        return self.of.block
 
     @property
     def columns(self) -> int:
-        return anatomy.weight(self.output).shape[1]
+        return self.size * self.units
 
     @property
-    def units(self) -> int:
-        return self.columns // self.size
+    def matrices(self) -> list[Tensor]:
+        """(out, in) each, as views of the model's own."""
+        if isinstance(self.of, Experts):
+            return list(anatomy.matrices(self.of.module).values())
+        return [anatomy.weight(linear).detach() for linear in (*self.of.inputs, self.of.output)]
 
     @property
     def weights(self) -> int:
-        return sum(anatomy.weight(linear).numel() for linear in (*self.inputs, self.output))
+        return sum(matrix.numel() for matrix in self.matrices)
 
     @property
     def weights_a_unit(self) -> int:
         """Weights that go with one unit; a query head takes its keys and values along only where they are its own."""
-        shared = self.inputs[1:] if self.bundle == 0 else ()
-        return (self.weights - sum(anatomy.weight(linear).numel() for linear in shared)) // self.units
+        if isinstance(self.of, Experts):
+            return self.weights // self.units
+        own = sum(matrix.numel() for matrix in self.rows())
+        return own // self.units + self.size * anatomy.weight(self.of.output).shape[0]
+
+    @property
+    def output(self) -> Linear:
+        """The matrix that reads the units, where they are not of many experts: checked before anything is measured."""
+        assert not isinstance(self.of, Experts)
+        return self.of.output
+
+    def weight(self) -> Tensor:
+        """(out, columns) the matrix that reads the units; of experts side by side."""
+        if not isinstance(self.of, Experts):
+            return anatomy.weight(self.of.output)
+        down = self.of.slices[-1]
+        return torch.cat(list(down.parameter.detach() if down.axis == 2 else down.parameter.detach().mT), 1)
+
+    def rows(self) -> list[Tensor]:
+        """What makes the units and is each one's own: of each matrix (rows, in), as many rows for every unit, in order."""
+        if isinstance(self.of, Experts):
+            return [expert_rows for each in self.of.slices[:-1] if (expert_rows := _rows_of_experts(each)) is not None]
+        unit = torch.arange(self.units)
+        if isinstance(self.of, Attention):
+            unit = unit.repeat_interleave(self.of.heads // self.units)
+        found = []
+        slices = {id(each.module): each for each in self.of.slices}
+        for linear in self.of.inputs:
+            owners = slices[id(linear)].of(unit)
+            order = owners.argsort(stable=True)[int((owners == KEPT).sum()) :]
+            matrix = anatomy.weight(linear)
+            if len(order):
+                whole = torch.equal(order, torch.arange(len(matrix)))
+                found.append(matrix if whole else matrix[order.to(matrix.device)])
+        return found
+
+    def remove(self, keep: Tensor) -> None:
+        """Cut the part down to the columns where `keep` is True."""
+        of_unit = keep[:: self.size]
+        if isinstance(self.of, Attention):
+            of_unit = of_unit.repeat_interleave(self.of.heads // self.units)
+        surgery.remove_units(self.of, of_unit)
+
+
+def _rows_of_experts(of: Slice) -> Tensor | None:
+    """The rows, (rows, in), that make the neurons of all experts, neuron by neuron; None for a bias."""
+    if of.parameter.ndim != 3:
+        return None
+    matrices = of.parameter.detach() if of.axis == 1 else of.parameter.detach().mT
+    pairs = zip(matrices, of.owners, strict=True)
+    return torch.cat([matrix[owners.argsort(stable=True).to(matrix.device)] for matrix, owners in pairs])
 
 
 def parts(model: PreTrainedModel, method: Neuron | Head) -> list[Part]:
     """The parts that the method may prune, in order of their blocks."""
-    found = _neurons(model, method) if isinstance(method, Neuron) else _heads(model, method)
+    found = (
+        [_neurons(ffn, method) for ffn in ffns(model)]
+        if isinstance(method, Neuron)
+        else [_heads(attention, method) for attention in attentions(model)]
+    )
     return [part for part in found if method.blocks is None or part.block in method.blocks]
 
 
-def _neurons(model: PreTrainedModel, method: Neuron) -> list[Part]:
-    return [
-        Part(ffn.block, ffn.inputs, ffn.output, 1, method.multiple_of, 1, partial(surgery.remove_neurons, ffn))
-        for ffn in ffns(model)
-    ]
-
-
-def _heads(model: PreTrainedModel, method: Head) -> list[Part]:
-    found = []
-    for attention in attentions(model):
-        together = method.unit == "group" or attention.groups == attention.heads
-        size = attention.head_dim * (attention.heads // attention.groups if together else 1)
-        remove = partial(_remove_heads, attention)
-        bundle = 1 if together else 0
-        found.append(Part(attention.block, attention.inputs, attention.output, size, bundle, attention.groups, remove))
+def counts(model: PreTrainedModel, method: Neuron | Head) -> list[int]:
+    """How many units each block has, chosen or not."""
+    found = [0] * len(anatomy.blocks(model))
+    for part in parts(model, replace(method, blocks=None)):
+        found[part.block] += part.units
     return found
 
 
-def _remove_heads(attention: Attention, keep: Tensor) -> None:
-    surgery.remove_heads(attention, keep[:: attention.head_dim])
+def _neurons(ffn: Ffn | Experts, method: Neuron) -> Part:
+    if isinstance(ffn, Experts):
+        return Part(ffn, 1, ffn.width, math.lcm(method.multiple_of, ALIGNED), ffn.experts)
+    return Part(ffn, 1, ffn.width, method.multiple_of)
+
+
+def _heads(attention: Attention, method: Head) -> Part:
+    if method.unit == "group" or attention.groups == attention.heads:
+        return Part(attention, attention.head_dim * attention.heads_per_group, attention.groups)
+    return Part(attention, attention.head_dim, attention.heads, groups=attention.groups)
 
 
 def prune(
@@ -109,8 +169,9 @@ def prune(
     before = parts(model, method)
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
     check(before, method, sparsity)
+    _check_experts(before, method, criterion)
     expected, tables = weights, []
-    numbers = every = [torch.arange(part.units) for part in before]  # of the units that are left, in the unpruned model
+    numbers = every = _numbered(before)  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
         now, goal = parts(model, method), sparsity * step / method.steps
         seen, bundles = [dict[str, Activations]() for _ in now], None
@@ -118,7 +179,7 @@ def prune(
             gone = 1 - (sum(p.weights for p in now) / weights)
             measured = measured_drops(model, method, tokens, tokenizer, (goal - gone) / (1 - gone))
             scores, bundles = measured.scores, measured.groups
-            tables.append(drop.numbered(measured.table, {p.block: n for p, n in zip(now, numbers, strict=True)}))
+            tables.append(drop.numbered(measured.table, _by_block(now, numbers)))
         else:
             seen = _statistics(model, method, now, tokens, seed, memo if step == 1 else sharing.unshared)
             scores = [score(criterion, part, s, generator) for part, s in zip(now, seen, strict=True)]
@@ -127,8 +188,8 @@ def prune(
         numbers = [n[keep] for n, keep in zip(numbers, keeps, strict=True)]
         compensation = [s["activations"] if criterion.compensates else None for s in seen]
         cut(model, now, keeps, compensation, tokens if method.repair else None)
-    surgery.describe_shape(model)
     after = parts(model, method)
+    surgery.describe_shape(model, [part.of for part in before], [part.of for part in after])
     remaining = sum(p.weights for p in after)
     if remaining != expected:
         raise RuntimeError(f"removal of units left {remaining} weights, {expected} expected")
@@ -140,6 +201,41 @@ def prune(
         gone=_gone([part.block for part in before], every, numbers),
         measured=drop.latest(tables),
     )
+
+
+def _numbered(parts: Sequence[Part]) -> list[Tensor]:
+    """The numbers of the units of each part within its block, which may have several parts."""
+    next_: dict[int, int] = {}
+    found = []
+    for part in parts:
+        first = next_.get(part.block, 0)
+        found.append(torch.arange(first, first + part.units))
+        next_[part.block] = first + part.units
+    return found
+
+
+def _by_block(parts: Sequence[Part], numbers: Sequence[Tensor]) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    for part, its in zip(parts, numbers, strict=True):
+        found[part.block] = torch.cat([found[part.block], its]) if part.block in found else its
+    return found
+
+
+def _check_experts(parts: Sequence[Part], method: Neuron | Head, criterion: Criterion) -> None:
+    """Refuse what is done to one output matrix where a block's experts share a tensor. Raises RequestError."""
+    if not any(isinstance(part.of, Experts) for part in parts):
+        return
+    asked = {
+        f"criterion={criterion.name}, which is measured by leaving out columns of one matrix,": criterion.measured,
+        f"criterion={criterion.name}, which leaves the mean of what goes in a bias,": criterion.compensates,
+        "repair=true": method.repair,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise RequestError(
+                f"method.{what} is not for the neurons of experts, which lie in one tensor: leave it out, or name a "
+                "criterion such as taylor_balanced or wanda_sp"
+            )
 
 
 def _gone(blocks: Sequence[int], every: Sequence[Tensor], left: Sequence[Tensor]) -> np.ndarray:
@@ -178,10 +274,9 @@ def score(criterion: Criterion, part: Part, seen: Mapping[str, Activations], gen
 
     seen  at least what the criterion reads of calibration text, by name
     """
-    own = part.inputs[:1] if part.bundle == 0 else part.inputs  # query heads share the keys and values of their group
     given = {
-        "weight": anatomy.weight(part.output),
-        "rows": [anatomy.weight(linear) for linear in own],
+        "weight": part.weight() if "weight" in criterion.reads else None,  # copies, of experts
+        "rows": part.rows() if "rows" in criterion.reads else None,
         "size": part.size,
         "units": part.units,
         "generator": generator,
@@ -256,21 +351,16 @@ def check(parts: list[Part], method: Neuron | Head, sparsity: float) -> None:
 
 def _shares_keys(parts: list[Part]) -> bool:
     """Whether several query heads read the same keys."""
-    return any(
-        len(part.inputs) == 3 and anatomy.weight(part.inputs[0]).shape[0] > anatomy.weight(part.inputs[1]).shape[0]
-        for part in parts
-    )
+    return any(isinstance(part.of, Attention) and part.of.heads > part.of.groups for part in parts)
 
 
 def _bundles(part: Part, scores: Tensor) -> list[Tensor]:
     """Sets of units that are removed together, the least important first."""
-    if part.bundle == 0:
-        order = scores.view(part.groups, -1).argsort(dim=1, stable=True)
-        first = torch.arange(part.groups)[:, None] * order.shape[1]
-        return list((order + first).t())
-    order = scores.argsort(stable=True)
-    odd = part.units % part.bundle
-    return [*([order[:odd]] if odd else []), *order[odd:].split(part.bundle)]
+    order = scores.view(part.groups, -1).argsort(dim=1, stable=True)
+    first = torch.arange(part.groups)[:, None] * order.shape[1]
+    odd = order.shape[1] % part.bundle
+    pieces = (order + first)[:, odd:].split(part.bundle, dim=1)
+    return [*([(order + first)[:, :odd].flatten()] if odd else []), *(piece.flatten() for piece in pieces)]
 
 
 @dataclass(frozen=True)
@@ -320,11 +410,11 @@ def measured_drops(
     drops = torch.from_numpy(drop.importance(scheme, base, np.concatenate(likelihoods)))
     values = _around(guess, near, list(drops.split([int(n.sum()) for n in near])), together=method.scope == "global")
     scores, rows = [], []
-    for part, inside, value, keep in zip(found, groups, values, near, strict=True):
+    for part, numbers, inside, value, keep in zip(found, _numbered(found), groups, values, near, strict=True):
         of_unit = torch.zeros(part.units, dtype=torch.double)
         for members, one, exactly in zip(inside, value.tolist(), keep.tolist(), strict=True):
             of_unit[members] = one
-            rows += [(part.block, unit, one if exactly else None, exactly) for unit in members.tolist()]
+            rows += [(part.block, unit, one if exactly else None, exactly) for unit in numbers[members].tolist()]
         scores.append(of_unit)
     table = pd.DataFrame(rows, columns=["block", "unit", "importance", "measured"])
     return Measured(scores, groups if size > 1 else None, table)
@@ -383,7 +473,14 @@ def _statistics(
     text = tokens
 
     def measure() -> sharing.Tensors:
-        found = unit_statistics.read(names, model, [p.output for p in parts], [p.size for p in parts], text, seed)
+        found = unit_statistics.read(
+            names,
+            model,
+            [p.of if isinstance(p.of, Experts) else p.of.output for p in parts],
+            [p.size for p in parts],
+            text,
+            seed,
+        )
         return {
             f"{name}.{i}.{field}": value
             for name, of_parts in found.items()
@@ -400,7 +497,8 @@ def _statistics(
 def _held(found: sharing.Tensors, prefix: str, tokens: int) -> Activations:
     """The statistics whose tensors are held under this prefix."""
     own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-    return (Gradients if "product" in own else Activations)(tokens, **own)
+    read = own.pop("tokens", tokens)
+    return (Gradients if "product" in own else Activations)(read, **own)
 
 
 def _compensate(part: Part, keep: Tensor, seen: Activations) -> None:
