@@ -58,11 +58,14 @@ def test_the_configuration_follows_a_cut(family: str, method: Layer | Neuron | H
         assert decoders.size(config, "groups") == attention.groups
 
 
-def test_counts_that_attention_keeps_agree_with_its_matrices(family: str) -> None:
-    whole = parts.attentions(tiny_model(family))[0]
-    for name, what in whole.family.counts.items():
-        if hasattr(whole.module, name):
-            assert getattr(whole.module, name) == getattr(whole, what), name
+def test_counts_that_attention_keeps_agree_with_its_matrices_after_a_cut(family: str) -> None:
+    model = tiny_model(family)
+    methods.prune(model, Head(scope="layer", criterion="l2"), 0.5, None)
+    (attention, *_) = parts.attentions(model)
+    counts = {"num_heads": attention.heads, "num_key_value_heads": attention.groups, "split_size": attention.columns}
+    counts |= {"num_attention_heads": attention.heads, "num_key_value_groups": attention.heads_per_group}
+    for name, count in counts.items():
+        assert getattr(attention.module, name, count) == count, name
 
 
 @pytest.mark.parametrize(
@@ -84,26 +87,6 @@ def test_a_window_beyond_the_positions_is_refused_whatever_their_key(tmp_path: P
     tiny_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=r"perplexity.seqlen=65 is more than the 64 positions of m: use at most 64"):
         perplexity.check(Perplexity("wikitext2", 65), None, Model("m", "local", path=str(tmp_path)))
-
-
-def test_a_family_without_a_record_is_said_to_have_none() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "novel"
-    with pytest.raises(
-        RequestError,
-        match="the parts of a 'novel' block are not known: use .method=weight, which needs none, or add a line to DECODERS",
-    ):
-        parts.ffns(model)
-    assert len(anatomy.linears(model)) == 14  # weight pruning needs no record
-
-
-def test_a_module_that_is_not_built_as_its_record_says_is_named() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "gpt_neox"
-    with pytest.raises(RequestError, match="method=head: LlamaDecoderLayer is not built .*method.targets=attention"):
-        parts.attentions(model)
-    with pytest.raises(RequestError, match="method=neuron: LlamaDecoderLayer is not built .*method.targets=ffn"):
-        parts.ffns(model)
 
 
 def test_a_cut_vocabulary_of_a_family_without_a_record_is_loaded_again(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ class Slice:
         """Which entries stay when the units do for which `keep`, (units,), is True: bool, of the shape of `owners`."""
         rows = keep if self.sets is None else (self.sets & keep).any(1)
         return (self.owners == KEPT) | rows[self.owners.clamp_min(0)]
+
+    def cut(self, keep: Tensor) -> Slice:
+        """The same of what stays, when the units do for which `keep` is True; they are numbered anew."""
+        stays = self.stays(keep)
+        left = self.owners[stays] if stays.ndim == 1 else self.owners[stays].view(len(stays), -1)
+        if self.sets is not None:
+            return replace(self, owners=left, sets=self.sets[:, keep])
+        number = keep.cumsum(0) - 1
+        return replace(self, owners=torch.where(left == KEPT, KEPT, number[left.clamp_min(0)]))
 
     def of(self, unit_of: Tensor) -> Tensor:
         """(length,) the unit whose removal takes each entry along, KEPT where that of no single unit does.
@@ -146,6 +155,19 @@ class Attention:
 
 
 Part = Ffn | Experts | Attention
+
+
+def cut(part: Part, keep: Tensor) -> Part:
+    """What a part is after the units were removed for which `keep`, (units,), is False."""
+    slices = tuple(each.cut(keep) for each in part.slices)
+    if isinstance(part, Attention):
+        groups = int(keep.view(part.groups, -1).any(1).sum())
+        return replace(part, slices=slices, heads=int(keep.sum()), groups=groups)
+    return (
+        replace(part, slices=slices)
+        if isinstance(part, Experts)
+        else replace(part, slices=slices, width=int(keep.sum()))
+    )
 
 
 def ffns(model: PreTrainedModel, seen: Pass) -> list[Ffn]:

@@ -45,7 +45,7 @@ def tried(block: nn.Module, part: Part, call: Call, seed: int = 0) -> Part | str
 def _ways(part: Part) -> Iterator[Part]:
     """The ways in which a part may have to be cut, the plainest first."""
     norms = any(not isinstance(s.module, anatomy.Linear) and s.parameter.ndim == 1 for s in part.slices)
-    for rescaled in (False, True) if norms and not isinstance(part, Experts) else (False,):
+    for rescaled in (False, True) if norms and isinstance(part, Attention) else (False,):
         way = replace(part, rescaled=rescaled)
         yield way
         if isinstance(way, Attention):
@@ -90,6 +90,10 @@ def _fails(block: nn.Module, part: Part, call: Call, seed: int) -> str | None:
 def _half(part: Part) -> Tensor:
     """(units,) the units that stay: half of those of every expert, else of all, or of the key-value groups."""
     if isinstance(part, Attention):
+        if (
+            part.rescaled and part.heads_per_group > 1
+        ):  # a norm of what shared keys give has no zeros where a query goes
+            return torch.cat([_random(part.heads_per_group, part.heads_per_group // 2)] * part.groups)
         if part.groups > 1:
             groups = _random(part.groups, part.groups // 2)
             return groups.repeat_interleave(part.heads_per_group)
@@ -140,6 +144,9 @@ def _copied(block: nn.Module, part: Part) -> tuple[nn.Module, Part]:
         if not isinstance(each.module, anatomy.Linear):
             wide = each.parameter.ndim == 3
             each.parameter.data.normal_(mean=0.0 if wide else 1.0, std=0.1 if wide else 0.3)
+            for name in ("eps", "variance_epsilon") if part.rescaled else ():
+                if hasattr(each.module, name):  # which a rescaled norm adds to a mean over fewer entries
+                    setattr(each.module, name, 1e-12)
     return own, replace(part, **its)
 
 

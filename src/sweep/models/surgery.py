@@ -60,6 +60,8 @@ _WIDTH = r"inter|inner|ffn|d_ff|expert_(dim|size)"  # what modules call their nu
 def remove_units(part: Part, keep: Tensor) -> None:
     """Cut an FFN, the FFNs of fused experts or an attention down to the units where `keep`, (units,) bool, is True.
 
+    What the part is afterwards, `candidates.cut` says.
+
     Units are neurons or query heads; key-value groups without any go too. Raises ValueError where what stays would be no
     legal shape: attention repeats every key and value equally often, and the matrices of experts lie in one tensor.
     """
@@ -97,7 +99,7 @@ def _narrow_beside(of: Slice, stays: Tensor, *, rescaled: bool) -> None:
     """Keep some entries of a parameter beside the linear layers, and have its module's sizes say so.
 
     rescaled  it is the weight of a norm, which divides by a mean over all entries. Those that go were zero in it: over the
-              n' that stay of n the mean is n / n' of what it was, and the weight makes up for it
+              n' that stay of n the mean is n / n' of what it was, and the weight makes up for it, but for the norm's epsilon
     """
     old = of.parameter
     if stays.ndim == 2:  # of fused experts

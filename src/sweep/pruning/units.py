@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.models import anatomy, surgery
+from sweep.models import anatomy, candidates, surgery
 from sweep.models.anatomy import Linear
 from sweep.models.candidates import KEPT, Attention, Experts, Ffn, Slice
 from sweep.models.parts import attentions, ffns
@@ -102,10 +102,15 @@ class Part:
 
     def remove(self, keep: Tensor) -> None:
         """Cut the part down to the columns where `keep` is True."""
-        of_unit = keep[:: self.size]
-        if isinstance(self.of, Attention):
-            of_unit = of_unit.repeat_interleave(self.of.heads // self.units)
-        surgery.remove_units(self.of, of_unit)
+        surgery.remove_units(self.of, self._of_heads(keep[:: self.size]))
+
+    def cut(self, keep: Tensor) -> Part:
+        """What the part is after it was cut down to the units where `keep` is True."""
+        return replace(self, of=candidates.cut(self.of, self._of_heads(keep)), units=int(keep.sum()))
+
+    def _of_heads(self, keep: Tensor) -> Tensor:
+        """Of units that are several heads, each head's."""
+        return keep.repeat_interleave(self.of.heads // self.units) if isinstance(self.of, Attention) else keep
 
 
 def _rows_of_experts(of: Slice) -> Tensor | None:
@@ -170,10 +175,10 @@ def prune(
     weights, units = sum(p.weights for p in before), sum(p.units for p in before)
     check(before, method, sparsity)
     _check_experts(before, method, criterion)
-    expected, tables = weights, []
+    now, expected, tables = before, weights, []
     numbers = every = _numbered(before)  # of the units that are left, in the unpruned model
     for step in range(1, method.steps + 1):
-        now, goal = parts(model, method), sparsity * step / method.steps
+        goal = sparsity * step / method.steps
         seen, bundles = [dict[str, Activations]() for _ in now], None
         if criterion.measured:
             gone = 1 - (sum(p.weights for p in now) / weights)
@@ -188,9 +193,9 @@ def prune(
         numbers = [n[keep] for n, keep in zip(numbers, keeps, strict=True)]
         compensation = [s["activations"] if criterion.compensates else None for s in seen]
         cut(model, now, keeps, compensation, tokens if method.repair else None)
-    after = parts(model, method)
-    surgery.describe_shape(model, [part.of for part in before], [part.of for part in after])
-    remaining = sum(p.weights for p in after)
+        now = [part.cut(keep) for part, keep in zip(now, keeps, strict=True)]
+    surgery.describe_shape(model, [part.of for part in before], [part.of for part in now])
+    remaining = sum(p.weights for p in now)
     if remaining != expected:
         raise RuntimeError(f"removal of units left {remaining} weights, {expected} expected")
     return Pruned(
