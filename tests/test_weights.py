@@ -487,7 +487,7 @@ def test_an_unlisted_decoder_is_pruned_by_any_criterion() -> None:
     [
         (
             {"exclude": ("*.nothing",)},
-            r"method.exclude=\*.nothing matches none of the matrices .* such as model.layers.0",
+            r"method.exclude=\*.nothing matches none of the matrices, such as model.layers.0",
         ),
         ({"exclude": ("*",)}, "leaves nothing to prune"),
         (
@@ -520,7 +520,7 @@ def test_what_cannot_be_met_is_refused_before_anything_is_changed(changes: dict,
         ({"method": {"allocation": [0.5, 0.5, 0.5]}}, "method.allocation lists 3 sparsities; the model has 2 blocks"),
         (
             {"method": {"exclude": ["*.nothing"]}},
-            r"method.exclude=\*.nothing matches none of the matrices .* such as model",
+            r"method.exclude=\*.nothing matches none of the matrices, such as model",
         ),
         (
             {"method": {"pattern": "2:5", "exclude": ["*.0.*"]}, "sparsity": 0.6},

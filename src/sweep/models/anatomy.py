@@ -402,7 +402,7 @@ def experts(model: PreTrainedModel) -> dict[str, float]:
     routed = {
         inner: len(module.get_buffer("places"))
         for module in model.modules()
-        if "places" in module._buffers
+        if "places" in dict(module.named_buffers(recurse=False))
         for inner in module.modules()
     }
     taken = decoders.size(model.config.get_text_config().to_dict(), "experts_per_token")
