@@ -363,15 +363,7 @@ def read_blocks(
     for name in outside:
         if name not in last:
             yield "", {name: anatomy.weight(model.get_submodule(name)).detach()}, {}
-    try:
-        text: Text | None = enter(model, tokens)
-    except NotStreamed as error:
-        if device is not None:
-            raise RequestError(
-                f"{error}; with device={device} only what is taken so can be pruned: leave it out"
-            ) from error
-        log.info("%s: the whole model reads the text for each block", error)
-        text = None
+    text = _by_blocks(model, tokens, device)
     unread: list[str] = []
     kept = {} if sequential or text is not None else _read_whole(model, tokens, blocks, hessian=hessian)
     for index, (name, block) in enumerate(tqdm(blocks.items(), desc=words, unit="block", leave=False)):
@@ -403,6 +395,23 @@ def read_blocks(
             len(unread),
             ", ".join(unread[:3]),
         )
+
+
+def _by_blocks(model: PreTrainedModel, tokens: Tensor, device: torch.device | None) -> Text | None:
+    """The text before the first block; None where it does not go from block to block.
+
+    device  of a block for as long as it is at work; None = where it lies
+    Raises RequestError where blocks are to go there one by one, and the text does not.
+    """
+    try:
+        return enter(model, tokens)
+    except NotStreamed as error:
+        if device is not None:
+            raise RequestError(
+                f"{error}; with device={device} only what is taken so can be pruned: leave it out"
+            ) from error
+        log.info("%s: the whole model reads the text for each block", error)
+        return None
 
 
 @torch.no_grad()
