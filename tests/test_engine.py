@@ -16,7 +16,7 @@ from sweep.pruning import methods
 from sweep.pruning.families import Weight
 from test_config import asked
 
-SETTINGS = Efficiency(prompt_tokens=8, output_tokens=3, warmup=1, repeats=6, engine="compiled")
+SETTINGS = Efficiency(prompt_tokens=8, output_tokens=5, warmup=1, repeats=6, engine="compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,8 @@ def test_a_compiled_model_gives_the_tokens_of_generate(form: str) -> None:
     prompt = random_tokens(1, 8)
     expected = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 8:].tolist()
     assert greedy(engine.eager(model), prompt, 5) == expected
-    runs = engine.compiled(model, prompt, 6)
+    runs, _, columns = engine.engines(model, model, SETTINGS, prompt)
+    assert columns == {"engine": "compiled", "engine_fallback": None}
     for _ in range(2):  # what an earlier generation has left does not matter
         assert greedy(runs, prompt, 5) == expected
 

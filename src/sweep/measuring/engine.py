@@ -8,11 +8,13 @@ then both models of a pair run in Python, and the row says why.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,18 +82,26 @@ def engines(
 ) -> tuple[Engine, Engine, dict[str, Any]]:
     """(one for each model, both of one kind, the columns that say which and why not another)."""
     columns: dict[str, Any] = {"engine": "eager", "engine_fallback": None}
-    if settings.engine == "compiled":
+    for is_again in (False, True) if settings.engine == "compiled" else ():
         try:
             with _limited(settings.compile_seconds):
                 first = compiled(pruned, prompt, settings.output_tokens)
                 second = first if dense is pruned else compiled(dense, prompt, settings.output_tokens)
-            return first, second, columns | {"engine": "compiled"}
+            return first, second, {"engine": "compiled", "engine_fallback": None}
         except Exception as error:  # whatever a compiler may raise: the row keeps it
+            torch.compiler.reset()
             lines = str(error).strip().splitlines() or [""]
             columns["engine_fallback"] = f"{type(error).__name__}: {lines[0]}"[:500]
-            torch.compiler.reset()
+            if is_again or "ImportError" not in lines[0]:
+                break
+            shutil.rmtree(_code(), ignore_errors=True)  # a process that was killed has left half of a library there
     first = eager(pruned)
     return first, first if dense is pruned else eager(dense), columns
+
+
+def _code() -> Path:
+    """Where compiled code is kept, for all cells of the same shapes."""
+    return cache.folder() / "inductor" / "code"
 
 
 @contextmanager
@@ -100,7 +110,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
     The limit needs the main thread, in which cells run.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.folder() / "inductor" / "code")  # which torch has set by now
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_code())  # which torch has set by now
     if threading.current_thread() is not threading.main_thread():
         yield
         return
