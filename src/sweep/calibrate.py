@@ -149,9 +149,9 @@ def _reads(
         read.append(_split(args, kwargs)[0].clone())
 
     def leaves(index: int, out: Any) -> None:
-        kinds.append(len(out) if isinstance(out, tuple) else None)
+        kinds.append(len(out) if isinstance(out, tuple | list) else None)
         if index == len(blocks) - 1:
-            read.append((out[0] if isinstance(out, tuple) else out).clone())
+            read.append((out[0] if isinstance(out, tuple | list) else out).clone())
 
     with ExitStack() as hooks:
         for index, block in enumerate(blocks):
@@ -233,7 +233,7 @@ def through(text: Text, index: int, block: nn.Module, *, advance: bool) -> None:
         except _Noted:
             continue
         if advance:
-            text.hidden[number] = (out[0] if isinstance(out, tuple) else out).to(hidden.device)
+            text.hidden[number] = (out[0] if isinstance(out, tuple | list) else out).to(hidden.device)
 
 
 def _to(value: Any, device: torch.device) -> Any:
