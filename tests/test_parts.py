@@ -162,9 +162,26 @@ def test_looking_and_trying_leave_a_model_as_it_was() -> None:
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
 
+def test_blocks_of_unequal_width_change_no_number_of_the_configuration() -> None:
+    model = tiny_models.make("openai-gpt")
+    before = model.config.to_dict()
+    methods.prune(model, Head(sparsity_of="units", criterion="random"), 0.5, None, seed=1)
+    assert len({attention.heads for attention in parts.attentions(model)}) > 1
+    assert model.config.to_dict() == before
+
+
 def test_experts_that_would_keep_different_numbers_are_refused() -> None:
     (part, *_) = parts.ffns(tiny_models.make("qwen3_moe"))
     keep = torch.ones(part.width, dtype=torch.bool)
     keep[0] = False
     with pytest.raises(ValueError, match=r"block 0: experts would keep \[23, 24\] neurons; every expert .* the same"):
         surgery.remove_units(part, keep)
+
+
+def test_the_configuration_does_not_state_what_holds_of_some_blocks_alone() -> None:
+    model = tiny_models.make("granite")
+    before = model.config.to_dict()
+    methods.prune(model, Head(blocks=(0, 1, 2), scope="layer", criterion="random"), 0.5, None)
+    methods.prune(model, Neuron(blocks=(0, 1, 2), scope="layer", criterion="random"), 0.5, None)
+    assert model.config.to_dict() == before
+    assert [attention.heads for attention in parts.attentions(model)] == [2, 2, 2, 4]

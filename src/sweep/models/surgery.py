@@ -390,15 +390,19 @@ def describe_shape(model: PreTrainedModel, before: Sequence[Part], after: Sequen
     before, after  the same parts of the model, as its configuration builds them and as they are
 
     Which numbers those are is found by their values and their names, and tried: a statement stays when a model that is
-    built from it is more like this one. What no configuration tells, such as blocks of unequal width, it does not tell.
+    built from it has more tensors of the shapes of this one, and all that it had. What no configuration tells, such as blocks of unequal width, it does not tell.
     """
     config = layers.configuration(model)
-    statements = list(dict.fromkeys(s for b, a in zip(before, after, strict=True) for s in _statements(config, b, a)))
+    became: dict[tuple[Any, ...], dict[tuple[Any, ...], tuple[Part, Part]]] = {}  # of those that were alike
+    for was_, is_ in zip(before, after, strict=True):
+        became.setdefault(_widths(was_), {})[_widths(is_)] = was_, is_
+    alike = [pair for outcomes in became.values() if len(outcomes) == 1 for pair in outcomes.values()]
+    statements = [statement for pair in alike for statement in _statements(config, *pair)]
     apart = _apart(model)
     for statement in statements:
         if not apart:
             break
-        was = {key: getattr(config, key) for key, _ in statement}
+        was = {key: vars(config)[key] for key, _ in statement}
         for key, value in statement:
             setattr(config, key, value)
         left = _apart(model)
@@ -417,11 +421,17 @@ def describe_shape(model: PreTrainedModel, before: Sequence[Part], after: Sequen
 def state(model: PreTrainedModel, key: str, value: int) -> None:
     """Have the configuration say so, and every module that has copied what it said."""
     config = layers.configuration(model)
-    before = getattr(config, key, None)
+    before = vars(config).get(key)
     setattr(config, key, value)
     for module in model.modules():
         if before is not None and vars(module).get(key) == before:
             setattr(module, key, value)
+
+
+def _widths(part: Part) -> tuple[Any, ...]:
+    if isinstance(part, Attention):
+        return Attention, part.heads, part.groups, part.head_dim
+    return (Experts, part.neurons) if isinstance(part, Experts) else (Ffn, part.width)
 
 
 Statement = tuple[tuple[str, int], ...]  # numbers of a configuration, by key
@@ -429,7 +439,7 @@ Statement = tuple[tuple[str, int], ...]  # numbers of a configuration, by key
 
 def _statements(config: PreTrainedConfig, before: Part, after: Part) -> Iterator[Statement]:
     """What the configuration may have to say of a part that was cut, in the order in which it is worth trying."""
-    numbers = {key: value for key, value in config.to_dict().items() if value is None or type(value) is int}
+    numbers = {key: value for key, value in vars(config).items() if value is None or type(value) is int}
     if isinstance(before, Attention) and isinstance(after, Attention):
         heads = {k: after.heads for k, v in numbers.items() if v == before.heads and re.search(r"head", k)}
         groups = {k: after.groups for k, v in numbers.items() if v == before.groups and re.search(r"key_value|kv", k)}
@@ -445,8 +455,8 @@ def _statements(config: PreTrainedConfig, before: Part, after: Part) -> Iterator
             yield ((key, new),)
 
 
-def _apart(model: PreTrainedModel) -> int | None:
-    """In how many shapes and plain numbers a model of this configuration differs from this one; None where there is none."""
+def _apart(model: PreTrainedModel) -> set[str] | None:
+    """The parameters whose shapes this model's configuration does not build; None where it builds nothing."""
     try:
         config = copy.deepcopy(model.config)
         type(config).from_dict(config.to_dict())  # which may refuse numbers that do not agree
@@ -455,15 +465,7 @@ def _apart(model: PreTrainedModel) -> int | None:
     except Exception:  # whatever its own code says to these numbers
         return None
     shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
-    own = {name: parameter.shape for name, parameter in model.named_parameters()}
-    differ = sum(shapes.get(name) != shape for name, shape in own.items())
-    modules = dict(built.named_modules())
-    return differ + sum(
-        type(value) is int and getattr(modules[name], key, value) != value
-        for name, module in model.named_modules()
-        if name in modules
-        for key, value in vars(module).items()
-    )
+    return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ def _columns(output: nn.Module | Experts) -> int:
 def activations_differentiable(model: PreTrainedModel) -> Iterator[None]:
     """Gradients flow to activations and not to weights, which halves the cost of a backward pass."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
     try:
         model.requires_grad_(False)
         with torch.enable_grad():
