@@ -53,7 +53,6 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/families.md"
 TIMEOUT = 240  # seconds a type
 TEXT = {"sequences": 4, "length": 32}
 SPARSITY = 0.5  # of weights
-SHARE = 0.25  # of units
 OUTCOMES = ("right", "refused", "crashed", "WRONG")
 
 
@@ -252,11 +251,11 @@ def wanda(kind: str) -> None:
             raise Wrong(f"{name}: a weight went that |W| * ||x|| ranks above one of its row that stayed")
 
 
-def units(method: str, **further: Any) -> Callable[[str], None]:
+def units(method: str, share: float = 0.25, **further: Any) -> Callable[[str], None]:
     def operation(kind: str) -> None:
         model, dense = tiny_models.make(kind), tiny_models.make(kind)
         tokenizer, ids = tiny_models.tokenizer(), tokens()
-        pruned = sweep.prune(model, tokenizer, method=method, sparsity=SHARE, **TEXT, **further)
+        pruned = sweep.prune(model, tokenizer, method=method, sparsity=share, **TEXT, **further)
         if not pruned.removed or sum(p.numel() for p in model.parameters()) >= sum(
             p.numel() for p in dense.parameters()
         ):
@@ -265,7 +264,9 @@ def units(method: str, **further: Any) -> Callable[[str], None]:
             by_hand = copy.deepcopy(dense)
             cut_by_hand(by_hand, model)
             equal(read(model, ids), read(by_hand, ids), "masked by hand")
-        if method == "layer":
+        if "unit" in further:
+            check_parts(model, dense, ids)
+        elif method == "layer":
             check_layers(model, dense, ids)
         if not torch.isfinite(read(model, ids)).all():
             raise Wrong("the logits are not finite")
@@ -279,30 +280,59 @@ def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel) -> None:
     """Zero in the dense model's matrices what the small one lacks: rows and columns whose numbers are not in it."""
     now, cut = dict(small.named_parameters()), 0
     for name, parameter in dense.named_parameters():
-        if name not in now or parameter.shape == now[name].shape or parameter.ndim < 2:
+        if name not in now or parameter.shape == now[name].shape or parameter.ndim < 2 or name.endswith("bias"):
             continue
         cut += 1
-        for dim in range(parameter.ndim):
-            if parameter.shape[dim] != now[name].shape[dim]:
-                left = set(now[name].flatten().tolist())
-                whole = parameter.movedim(dim, 0)
-                gone = torch.tensor([not (set(row.flatten().tolist()) & left) for row in whole])
-                if int((~gone).sum()) != now[name].shape[dim]:
-                    raise Wrong(
-                        f"{name}: {int((~gone).sum())} of its slices are left, and it has {now[name].shape[dim]}"
-                    )
-                parameter.movedim(dim, 0)[gone] = 0
+        experts = parameter.ndim == 3 and len(parameter) == len(now[name])  # each has lost others
+        for before, after in zip(parameter, now[name], strict=True) if experts else [(parameter, now[name])]:
+            left = after.flatten()
+            for dim in range(before.ndim):
+                if before.shape[dim] == after.shape[dim]:
+                    continue
+                slices = before.movedim(dim, 0)
+                gone = torch.isin(slices.flatten(1), left).float().mean(1) < 0.3  # a few numbers are the same by chance
+                if int((~gone).sum()) != after.shape[dim]:
+                    raise Wrong(f"{name}: {int((~gone).sum())} of its slices are left, and it has {after.shape[dim]}")
+                slices[gone] = 0
     if not cut:
         raise Wrong("no matrix became smaller")
 
 
+@torch.no_grad()
+def check_parts(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> None:
+    """The parts of blocks that are gone add nothing where their numbers are zero, or where they are passed by."""
+    left = {stamp(parameter) for parameter in model.parameters()}
+    blocks = blocks_of(dense)
+    gone = {
+        name
+        for name, parameter in dense.named_parameters()
+        if name.startswith(tuple(f"{block}." for block in blocks)) and stamp(parameter) not in left
+    }
+    said = read(model, ids)
+    by_hand = copy.deepcopy(dense)
+    for name, parameter in by_hand.named_parameters():
+        if name in gone:
+            parameter.zero_()
+    try:
+        return equal(said, read(by_hand, ids), "parts zeroed by hand")
+    except Wrong:  # a part with the norm after it hands on what it was given
+        by_hand = copy.deepcopy(dense)
+    for block in blocks:
+        for name, part in by_hand.get_submodule(block).named_children():
+            if {f"{block}.{name}.{own}" for own, _ in part.named_parameters()} <= gone:
+                part.register_forward_hook(
+                    lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+                )
+    return equal(said, read(by_hand, ids), "parts passed by")
+
+
 def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> None:
     """The blocks that are gone, skipped in the dense model: what their numbers are tells which."""
-    of = {name: stamp(dense.get_submodule(name)) for name in blocks_of(dense)}
-    left = {stamp(model.get_submodule(name)) for name in blocks_of(model)}
+    of = {name: stamps(dense.get_submodule(name)) for name in blocks_of(dense)}
+    left = {stamps(model.get_submodule(name)) for name in blocks_of(model)}
     gone = [name for name, its in of.items() if its not in left]
     if not gone:
-        return  # parts of blocks went
+        raise Wrong("no block is gone")
     as_tuple = {}
     handles = []
     for name in gone:
@@ -324,8 +354,12 @@ def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) ->
     equal(read(model, ids), said, "blocks skipped by hand")
 
 
-def stamp(module: nn.Module) -> tuple[float, ...]:
-    return tuple(round(float(parameter.double().sum()), 6) for parameter in module.parameters())
+def stamps(module: nn.Module) -> tuple[float, ...]:
+    return tuple(stamp(parameter) for parameter in module.parameters())
+
+
+def stamp(tensor: Tensor) -> float:
+    return round(float(tensor.detach().double().sum()), 6)
 
 
 def vocabulary(kind: str) -> None:
@@ -360,7 +394,7 @@ OPERATIONS: dict[str, Callable[[str], None]] = {
     "wanda": wanda,
     "sparsegpt": weights("sparsegpt"),
     "neuron": units("neuron"),
-    "head": units("head"),
+    "head": units("head", 0.5),  # of two groups a block
     "layer": units("layer"),
     "sublayer": units("layer", unit="sublayer"),
     "expert": units("expert"),
