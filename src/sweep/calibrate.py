@@ -107,9 +107,17 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
     blocks = list(anatomy.blocks(model))
     if len(anatomy.all_blocks(model)) != len(blocks):
         raise _not_streamed(model, "it has several lists of blocks")
-    read, kinds = _reads(model, blocks, tokens[:1, :_TRIED])
+    kinds = _tried(model, blocks, tokens[:1, :_TRIED])
+    return _entered(model, blocks, kinds, tokens)
+
+
+@watching.aside()
+def _tried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> list[int | None]:
+    """In which form each block puts out its hidden state: see `_as`. Raises NotStreamed unless each reads what the one before
+    it puts out, and nothing else of the text."""
+    read, kinds = _reads(model, blocks, tokens)
     try:
-        trial = _entered(model, blocks, kinds, tokens[:1, :_TRIED])
+        trial = _entered(model, blocks, kinds, tokens)
         for index, block in enumerate(blocks):
             if not _alike(trial.hidden[0], read[index]):
                 raise _not_streamed(model, f"block {index} reads more than what the block before it puts out")
@@ -120,7 +128,7 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
         if isinstance(error, NotStreamed):
             raise
         raise _not_streamed(model, str(error)) from error
-    return _entered(model, blocks, kinds, tokens)
+    return kinds
 
 
 def _not_streamed(model: PreTrainedModel, why: str) -> NotStreamed:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sweep.models import anatomy
+from sweep.models import anatomy, watching
 from sweep.settings import RequestError
 
 _TOKENS = 48  # of the text that is watched
@@ -339,6 +339,7 @@ def _watched(model: PreTrainedModel) -> list[tuple[int, tuple[nn.Module, Routed 
             restore.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         rows = model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(0, rows, (2, _TOKENS // 2), generator=torch.Generator().manual_seed(0))
+        restore.enter_context(watching.aside())
         model(input_ids=ids.to(model.device), use_cache=False)
     return found
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy
+from sweep.models import anatomy, watching
 from sweep.models.anatomy import Linear
 from sweep.settings import RequestError
 
@@ -88,6 +88,7 @@ def passed(model: PreTrainedModel, seed: int = 0) -> Iterator[Pass]:
             module.training = value
 
 
+@watching.aside()
 def _run(model: PreTrainedModel, ids: Tensor) -> None:
     try:
         model(input_ids=ids, use_cache=False)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sweep.models import anatomy, experts, layers, trial
+from sweep.models import anatomy, experts, layers, trial, watching
 from sweep.models.candidates import Attention, Experts, Ffn, Part, Slice
 from sweep.settings import RequestError
 
@@ -333,7 +333,7 @@ def _lookups(model: PreTrainedModel) -> list[nn.Embedding]:
     if not others:
         return []
     ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
-    with _Watched(ids) as watched:
+    with watching.aside(), _Watched(ids) as watched:
         model(input_ids=ids.to(model.device), use_cache=False)
     return [module for weight, module in others.items() if weight in watched.weights]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from sweep.models import anatomy, layers
+from sweep.models import anatomy, layers, watching
 from sweep.settings import RequestError
 
 TOKENS = 9  # that are read
@@ -36,7 +36,7 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
         for name, window in windows.items():
             if window:
                 setattr(config, name, WINDOW)
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), watching.aside():
             torch.manual_seed(0)
             yield
     finally:

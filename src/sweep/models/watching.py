@@ -8,8 +8,9 @@ not depend on how its model is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,24 @@ from sweep.settings import RequestError
 
 TOKENS = 11  # of the text that is read to look: no size of a model
 _aten = torch.ops.aten
+_ASIDE = ContextVar("aside", default=False)
 _COPIES = {_aten._to_copy, _aten.clone}
 _RANKINGS = {_aten.topk, _aten.sort, _aten.argsort, _aten.argmax, _aten.max}
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """While open, what models read is a few tokens to find or to try something, and no text of a method: it is not counted
+    among what that costs."""
+    before = _ASIDE.set(True)
+    try:
+        yield
+    finally:
+        _ASIDE.reset(before)
+
+
+def is_aside() -> bool:
+    return _ASIDE.get()
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,7 @@ class _Choices(Products):
         return out
 
 
+@aside()
 @torch.no_grad()
 def look(model: PreTrainedModel) -> Seen:
     """What the model does with its parameters. Raises RequestError when it cannot read a text of a few tokens."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.models import cut_tokenizer, surgery
+from sweep.models import cut_tokenizer, surgery, watching
 from sweep.pruning import checks, criteria, scoring, select
 from sweep.pruning.families import Vocab
 from sweep.pruning.pruned import Pruned
@@ -96,7 +96,7 @@ def _remove(model: PreTrainedModel, kept: Tensor, seed: int) -> None:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """(sequences, tokens, rows) float32, on the CPU, whatever the model draws at random drawn the same."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), watching.aside():
         torch.manual_seed(0)
         return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
