@@ -149,13 +149,18 @@ def moved(cell: Cell, place: str, name: str) -> tuple[Cell, Cell, str]:
         return cell, replace(cell, **{name: another(getattr(cell, name), hint)}), name
     if place.startswith("method"):
         before = replace(cell, method=FAMILIES[place.removeprefix("method ")]())
-        now, allowed = value_of(before.method, name), settings.choices(type(before.method)).get(name)
-        value = next(choice for choice in allowed if choice != now) if allowed else another(now, hint)
+        value = moved_value(before.method, name, hint)
         value = "continents" if name == "task" else value
         return before, replace(before, method=changed(before.method, name, value)), f"method.{name}"
     group = getattr(cell, place)
-    value = another(getattr(group, name), hint)
+    value = moved_value(group, name, hint)
     return cell, replace(cell, **{place: replace(group, **{name: value})}), f"{place}.{name}"
+
+
+def moved_value(group: Any, name: str, hint: Any) -> Any:
+    """Another value of a setting, one of its legal names where it has some."""
+    now, allowed = value_of(group, name), settings.choices(type(group)).get(name)
+    return next(choice for choice in allowed if choice != now) if allowed else another(now, hint)
 
 
 @pytest.mark.parametrize(
