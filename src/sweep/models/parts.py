@@ -43,8 +43,8 @@ def _proved(model: PreTrainedModel, seen: Pass, found: Sequence[Part], method: s
         return proved
     why = f"block {found[0].block}, cut by way of trial, fails: {outcomes[0]}" if found else _NONE[targets]
     raise RequestError(
-        f"method={method} cannot cut {type(model).__name__}: {why}. Use +method=weight method.targets={targets}, or "
-        "+method=layer, which cut none"
+        f"method={method} cannot cut {type(model).__name__}: {why}. Use +method=weight method.targets={targets}, "
+        "or +method=layer, which cut none"
     )
 
 
