@@ -80,6 +80,8 @@ def test_head_counts_are_found(kind: str) -> None:
 @pytest.mark.parametrize("criterion", [c.name for c in criteria.declared("unit") if not (c.measured or c.compensates)])
 def test_neurons_of_experts_go_by_every_criterion_as_many_of_each(criterion: str) -> None:
     model = tiny_models.make("qwen3_moe")
+    anatomy.look(model)  # as loading does
+    assert methods.targets(model, Neuron()) == {name for name in anatomy.tensors(model) if ".experts." in name}
     methods.prune(model, Neuron(criterion=criterion, sparsity_of="units"), 0.5, random_tokens(4, 10), seed=1)
     left = parts.ffns(model)
     assert sum(part.width for part in left) == 4 * 8 * 12

@@ -54,7 +54,8 @@ class Part:
     def matrices(self) -> list[Tensor]:
         """(out, in) each, as views of the model's own."""
         if isinstance(self.of, Experts):
-            return list(anatomy.matrices(self.of.module).values())
+            held = anatomy.held(self.of.module, self.of.name)
+            return [matrix for _, matrices in held.values() for matrix in matrices.values()]
         return [anatomy.weight(linear).detach() for linear in (*self.of.inputs, self.of.output)]
 
     @property
