@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,7 @@ def _load_own(
         differences.make(model, facts.get("differences", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path / FILE} is damaged: it does not fit the model of config.json ({error})") from error
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     matrices = _packed_layers(weights, facts, model.dtype)
     placing.put_read(model, matrices, facts.get("stand_ins", {}))
     own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in matrices}
@@ -281,7 +283,7 @@ def _load_own(
     pretrained.refuse(told, str(path))
     model.tie_weights()
     if facts["format"] < DIFFERS:
-        _count_anew(model)
+        _count_anew(model, {name for name, tensor in model.state_dict().items() if tensor.shape != shapes.get(name)})
     return model
 
 
@@ -319,28 +321,31 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
     return found
 
 
-def _count_anew(model: PreTrainedModel) -> None:
-    """Of a folder that does not say what its modules keep: the sizes that follow from the shapes of their matrices."""
-    for module in model.modules():
+def _count_anew(model: PreTrainedModel, cut: Collection[str]) -> None:
+    """Of a folder that does not say what its modules keep: what follows from the shapes of their matrices.
+
+    cut  the names of the tensors whose shapes are not those that the configuration builds
+    """
+    for path, module in model.named_modules():
         if isinstance(module, Conv1D):
             module.nx, module.nf = module.weight.shape
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-    _count_heads(model)
+        elif any(f"{path}.{child}.weight" in cut for child, _ in module.named_children()):
+            _count_heads(module)
 
 
-def _count_heads(model: PreTrainedModel) -> None:
-    """Of a folder that does not say what its attention modules keep: the numbers that follow from the shapes."""
-    for module in model.modules():
-        size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-        own = dict(module.named_children())
-        output = next((own[name] for name in ("o_proj", "out_proj", "dense", "c_proj") if name in own), None)
-        if not size or not isinstance(output, nn.Linear | Conv1D):
-            continue
-        heads = anatomy.weight(output).shape[1] // size
-        groups = anatomy.weight(own["k_proj"]).shape[0] // size if "k_proj" in own else heads
-        counts = {"num_heads": heads, "num_attention_heads": heads, "num_key_value_heads": groups}
-        counts |= {"num_key_value_groups": heads // groups, "split_size": heads * size}
-        for name, count in counts.items():
-            if hasattr(module, name):
-                setattr(module, name, count)
+def _count_heads(module: nn.Module) -> None:
+    """Have an attention module keep the numbers that follow from the shapes of its matrices; another module is left."""
+    size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    own = dict(module.named_children())
+    output = next((own[name] for name in ("o_proj", "out_proj", "dense", "c_proj") if name in own), None)
+    if not size or not isinstance(output, nn.Linear | Conv1D):
+        return
+    heads = anatomy.weight(output).shape[1] // size
+    groups = anatomy.weight(own["k_proj"]).shape[0] // size if "k_proj" in own else heads
+    counts = {"num_heads": heads, "num_attention_heads": heads, "num_key_value_heads": groups}
+    counts |= {"num_key_value_groups": heads // groups, "split_size": heads * size}
+    for name, count in counts.items():
+        if hasattr(module, name):
+            setattr(module, name, count)
