@@ -151,6 +151,8 @@ def check_generation(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor
         return [one.generate(ids[:1, :9], use_cache=cache, **given)[0].tolist() for cache in (False, True)]
 
     try:
+        if not torch.allclose(read(dense, ids)[:, :9], read(dense, ids[:, :9]), rtol=1e-3, atol=1e-4):
+            return  # no decoder: what it says of a token changes with those after it
         without, with_cache = both(dense)
     except Exception:  # of transformers, not of sweep
         return
@@ -300,30 +302,20 @@ def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_parts(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> None:
-    """The parts of blocks that are gone add nothing where their numbers are zero, or where they are passed by."""
+    """The parts of blocks that are gone add nothing: in the dense model their numbers are zero, their norms passed by."""
     left = {stamp(parameter) for parameter in model.parameters()}
-    blocks = blocks_of(dense)
-    gone = {
-        name
-        for name, parameter in dense.named_parameters()
-        if name.startswith(tuple(f"{block}." for block in blocks)) and stamp(parameter) not in left
-    }
-    said = read(model, ids)
+    inside = tuple(f"{block}." for block in blocks_of(dense))
     by_hand = copy.deepcopy(dense)
-    for name, parameter in by_hand.named_parameters():
-        if name in gone:
-            parameter.zero_()
-    try:
-        return equal(said, read(by_hand, ids), "parts zeroed by hand")
-    except Wrong:  # a part with the norm after it hands on what it was given
-        by_hand = copy.deepcopy(dense)
-    for block in blocks:
-        for name, part in by_hand.get_submodule(block).named_children():
-            if {f"{block}.{name}.{own}" for own, _ in part.named_parameters()} <= gone:
-                part.register_forward_hook(
-                    lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
-                )
-    return equal(said, read(by_hand, ids), "parts passed by")
+    for path, module in by_hand.named_modules():
+        gone = [p for p in module.parameters(recurse=False) if stamp(p) not in left]
+        if not path.startswith(inside) or not gone:
+            continue
+        if "Norm" in type(module).__name__:
+            module.register_forward_hook(lambda _, args, out: args[0])
+        else:
+            for parameter in gone:
+                parameter.zero_()
+    equal(read(model, ids), read(by_hand, ids), "parts zeroed by hand")
 
 
 def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> None:
@@ -333,11 +325,11 @@ def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) ->
     gone = [name for name, its in of.items() if its not in left]
     if not gone:
         raise Wrong("no block is gone")
-    as_tuple = {}
+    kinds: dict[str, Any] = {}
     handles = []
     for name in gone:
         block = dense.get_submodule(name)
-        handles.append(block.register_forward_hook(lambda m, a, out, name=name: as_tuple.update({name: type(out)})))
+        handles.append(block.register_forward_hook(lambda m, a, out, name=name: kinds.update({name: out})))
     read(dense, ids)
     for handle in handles:
         handle.remove()
@@ -345,7 +337,8 @@ def check_layers(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) ->
 
         def skip(*args: Any, name: str = name, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, None, None) if as_tuple.get(name) is tuple else hidden
+            out = kinds.get(name, hidden)
+            return (hidden, *[None] * (len(out) - 1)) if isinstance(out, tuple | list) else hidden
 
         dense.get_submodule(name).forward = skip
     said = read(dense, ids)
@@ -395,8 +388,8 @@ OPERATIONS: dict[str, Callable[[str], None]] = {
     "sparsegpt": weights("sparsegpt"),
     "neuron": units("neuron"),
     "head": units("head", 0.5),  # of two groups a block
-    "layer": units("layer"),
-    "sublayer": units("layer", unit="sublayer"),
+    "layer": units("layer", 0.3),
+    "sublayer": units("layer", 0.3, unit="sublayer"),
     "expert": units("expert"),
     "vocabulary": vocabulary,
     "bitmap": bitmap,

@@ -92,6 +92,7 @@ BESIDE: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},

@@ -91,7 +91,7 @@ def look(model: PreTrainedModel) -> None:
     if model in _STACKS and all(module in _NOTED for module in model.modules() if _has_matrix(module)):
         return
     seen = watching.look(model)
-    stacks = _find_stacks(model, seen.ran)
+    stacks = _find_stacks(model, list(seen.ran))
     _STACKS[model] = [weakref.ref(stack) for stack in stacks]
     _note(model, seen, stacks)
 
@@ -144,7 +144,7 @@ def _note(model: PreTrainedModel, seen: watching.Seen, stacks: list[nn.ModuleLis
             if layout := _layout(parameter, seen.pieces.get(f"{path}.{name}", [])):
                 met.setdefault((type(module), name), layout)
     for path, module in model.named_modules():
-        noted = _NOTED[module] = _Noted()
+        noted = _NOTED[module] = _Noted(runs=seen.ran.get(path, 0))
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.ndim < 2:
                 continue
@@ -245,6 +245,11 @@ def all_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     look(model)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     return {names[id(block)]: block for stack in _stacks(model) for block in stack}
+
+
+def most_runs(model: PreTrainedModel) -> int:
+    """How often a text goes through one of the blocks: once in most models."""
+    return max(_NOTED[block].runs for block in all_blocks(model).values())
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

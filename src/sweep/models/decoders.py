@@ -60,5 +60,6 @@ def key(config: Mapping[str, Any], of: str) -> str:
 
 
 def size(config: Mapping[str, Any], of: str) -> int:
-    """One of the sizes that a configuration states, by a field of Keys; 0 where it does not."""
-    return int(config.get(key(config, of)) or 0)
+    """One of the sizes that a configuration states, by a field of Keys; 0 where it does not, or not as one number."""
+    found = config.get(key(config, of))
+    return found if isinstance(found, int) else 0

@@ -173,7 +173,7 @@ class Seen:
         str, list[tuple[Piece, int]]
     ]  # of each parameter that multiplied: the pieces, and tokens that each read
     routers: set[str]  # parameters whose products are ranked, one score for each of their rows
-    ran: list[str]  # the modules that ran, in the order of their first call
+    ran: dict[str, int]  # the modules that ran, in the order of their first call, and how often
 
 
 class _Choices(Products):
@@ -215,9 +215,8 @@ def look(model: PreTrainedModel) -> Seen:
     """What the model does with its parameters. Raises RequestError when it cannot read a text of a few tokens."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     paths = {id(module): path for path, module in model.named_modules()}
-    seen = Seen(defaultdict(list), set(), [])
+    seen = Seen(defaultdict(list), set(), {})
     running: list[str] = []
-    ran: dict[str, None] = {}
 
     def note(parameter: Tensor, piece: Piece, x: Tensor) -> None:
         seen.pieces[names[id(parameter)]].append((piece, len(x)))
@@ -229,8 +228,9 @@ def look(model: PreTrainedModel) -> Seen:
             seen.routers.update(name for name in seen.pieces if name.startswith(inside))  # a router of several layers
 
     def enter(module: nn.Module, *_: Any) -> None:
-        running.append(paths[id(module)])
-        ran[paths[id(module)]] = None
+        path = paths[id(module)]
+        running.append(path)
+        seen.ran[path] = seen.ran.get(path, 0) + 1
 
     size = model.get_input_embeddings().weight.shape[0]
     text = (torch.arange(TOKENS, device=model.get_input_embeddings().weight.device) + 3)[None] % size
@@ -246,7 +246,6 @@ def look(model: PreTrainedModel) -> Seen:
                     f"{type(model).__name__} cannot read a text of {TOKENS} tokens alone, so that sweep cannot see what "
                     f"its matrices are: {error}"
                 ) from error
-    seen.ran = list(ran)
     return seen
 
 

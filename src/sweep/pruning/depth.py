@@ -71,6 +71,11 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) 
     """
     criterion = criteria.find(method.criterion, method.of)
     generator = torch.Generator().manual_seed(given.seed)
+    if (times := anatomy.most_runs(model)) > 1:
+        raise RequestError(
+            f"method=layer: a text goes {times} times through blocks of {type(model).__name__}, so that what is left of them "
+            "would be counted anew in each round: use +method=weight"
+        )
     before = units(model, method)
     if not before:
         raise RequestError(f"method.unit={method.unit}: no block of {type(model).__name__} has one, use another unit")
