@@ -70,6 +70,7 @@ class _Noted:
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)  # of two dimensions and more: why they are no matrices to prune
+    runs: int = 0  # how often the module runs when a text is read
     block: weakref.ref[nn.Module] | None = (
         None  # the first that the module is in: some models share modules among blocks
     )
