@@ -103,6 +103,8 @@ def extension() -> Any:
 def _as_operators(module: ModuleType) -> None:
     """Make the products known to torch.compile, which cannot look into C++: it is told of which shape the result is."""
     global _operators
+    if _operators is not None:  # kernels of the same sources, from another cache folder
+        return
     library = torch.library.Library("sweep", "DEF")
     for name, arguments in {
         "bitmap_linear": "Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? bias, int columns",

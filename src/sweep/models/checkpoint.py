@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def _save(model: PreTrainedModel, folder: Path, facts: dict[str, Any] | None = N
     if facts is None:
         type(model).save_pretrained(model, folder)
         return
-    beside = _beyond(model)[1]
+    beside = differences.buffers(transformers_private.built(type(model), model.config, model.dtype), model)
     state = None if not beside else {**model.state_dict(), **beside}
     type(model).save_pretrained(model, folder, save_original_format=False, state_dict=state)
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
@@ -115,7 +115,9 @@ def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
         if entry := _STORED.get(layer.format.name):
             facts["format"] = max(facts["format"], entry.version)
             facts.setdefault(entry.key, {})[name] = layer.facts()
-    beyond, buffers = _beyond(model)
+    built = transformers_private.built(type(model), model.config, model.dtype)
+    facts["shapes"] = differences.shapes(built, model)
+    beyond, buffers = differences.between(built, model), differences.buffers(built, model)
     more = {"differences": beyond, "stand_ins": placing.facts(model), "answers": _answers(model)}
     if buffers or any(more.values()):
         facts |= {name: found for name, found in more.items() if found} | {"format": max(facts["format"], DIFFERS)}
@@ -126,12 +128,6 @@ def _answers(model: PreTrainedModel) -> dict[str, dict[str, list[Any]]]:
     """What parts of the configuration answer in place of their properties, which no file of it says; by name of the part."""
     parts_ = {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
     return {name: found for name, part in parts_.items() if (found := dict(getattr(type(part), "answers", {})))}
-
-
-def _beyond(model: PreTrainedModel) -> tuple[differences.Facts, dict[str, Tensor]]:
-    """What the model is beyond what its configuration builds, and what of it lies in tensors that no state dict holds."""
-    built = transformers_private.built(type(model), model.config, model.dtype)
-    return differences.between(built, model), differences.buffers(built, model)
 
 
 @torch.no_grad()
@@ -264,6 +260,7 @@ def _load_own(
     with torch.device(place), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype, **options)
     model.tie_weights()
+    built = {name: tensor.shape for name, tensor in model.state_dict().items()}
     try:
         differences.make(model, facts.get("differences", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -278,7 +275,7 @@ def _load_own(
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
         "unexpected_keys": differences.set_tensors(model, weights),
-        "mismatched_keys": [],
+        "mismatched_keys": _of_other_shapes(weights, facts, built, shapes),
     }
     pretrained.refuse(told, str(path))
     model.tie_weights()
@@ -319,6 +316,24 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
             if name not in found:
                 found[name] = DenseMatrix(weights.pop(f"{name}.matrix").to(dtype))
     return found
+
+
+def _of_other_shapes(
+    weights: Mapping[str, Tensor], facts: Mapping[str, Any], *known: Mapping[str, torch.Size]
+) -> list[tuple[str, torch.Size, torch.Size]]:
+    """Tensors whose shape is neither what the configuration builds nor what the folder says; none where it says nothing.
+
+    known  shapes by name, of the model as it is built, and as it has become without its tensors
+    """
+    told = facts.get("shapes")
+    if told is None:
+        return []
+    return [
+        (name, tensor.shape, known[-1][name])
+        for name, tensor in weights.items()
+        if name in known[-1]
+        and list(tensor.shape) not in [*(list(shapes[name]) for shapes in known if name in shapes), told.get(name)]
+    ]
 
 
 def _count_anew(model: PreTrainedModel, cut: Collection[str]) -> None:

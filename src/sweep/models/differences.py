@@ -164,6 +164,16 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     return unknown
 
 
+def shapes(built: nn.Module, model: nn.Module) -> dict[str, list[int]]:
+    """The shapes of the tensors that have others than they are built with, by name."""
+    were = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    return {
+        name: list(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if tensor.shape != were.get(name, tensor.shape)
+    }
+
+
 def same(built: Tensor | None, held: Tensor) -> bool:
     """Whether a tensor is as it is built or read, rounded as it may have been since."""
     return built is not None and built.shape == held.shape and torch.equal(built.to(held.device, held.dtype), held)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweep.models import anatomy, surgery, transformers_private
+from sweep.models import anatomy, surgery, transformers_private, watching
 from sweep.models.anatomy import weight
 from sweep.models.candidates import Attention, Experts, Part
 
@@ -54,6 +54,7 @@ def _ways(part: Part) -> Iterator[Part]:
             yield replace(way, own_widths=True, own_config=True)
 
 
+@watching.aside()
 def _fails(block: nn.Module, part: Part, call: Call, seed: int) -> str | None:
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
