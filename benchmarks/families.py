@@ -388,8 +388,8 @@ OPERATIONS: dict[str, Callable[[str], None]] = {
     "sparsegpt": weights("sparsegpt"),
     "neuron": units("neuron"),
     "head": units("head", 0.5),  # of two groups a block
-    "layer": units("layer", 0.3),
-    "sublayer": units("layer", 0.3, unit="sublayer"),
+    "layer": units("layer", sparsity_of="units"),
+    "sublayer": units("layer", unit="sublayer", sparsity_of="units"),
     "expert": units("expert"),
     "vocabulary": vocabulary,
     "bitmap": bitmap,
