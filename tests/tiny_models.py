@@ -51,7 +51,7 @@ SIZES: dict[str, int] = {
     r"first_k_dense_replace|num_dense_layers": 1,
     r"zero_expert_num": 2,
     r"pad_token_id": 0,
-    r"bos_token_id|decoder_start_token_id": 1,
+    r"bos_token_id|cls_token_id|decoder_start_token_id": 1,
     r"eos_token_id|forced_eos_token_id|sep_token_id|eod_token_id": 2,
     r"(image|video|audio|boi|eoi|boa|eoa|vision_start|vision_end)_token_(id|index)": VOCABULARY - 1,
 }

@@ -59,12 +59,14 @@ def ids(model: PreTrainedModel) -> Tensor:
 
 
 def _special(model: PreTrainedModel) -> set[int]:
-    """Tokens that are more than read: some types count positions from those that are no padding."""
-    said = {**vars(model.config), **vars(layers.configuration(model))}
-    tokens = [
-        value for name, value in said.items() if name.endswith(("_token_id", "_token_index")) and value is not None
-    ]
-    return {token for value in tokens for token in (value if isinstance(value, list) else [value])}
+    """Tokens that are more than read, but for those that a text is forced to end with, which cannot be held back: some
+    types count positions from those that are no padding."""
+    said = {**vars(model.config), **vars(layers.configuration(model)), **vars(model.generation_config)}
+    found: dict[bool, set[int]] = {False: set(), True: set()}
+    for name, value in said.items():
+        if name.endswith(("_token_id", "_token_index")) and value is not None:
+            found[name.startswith("forced_")].update(value if isinstance(value, list) else [value])
+    return found[False] - found[True]
 
 
 def logits(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:

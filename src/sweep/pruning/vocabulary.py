@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError  # of a configuration that must name a token which is gone
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -83,7 +84,7 @@ def _remove(model: PreTrainedModel, kept: Tensor, seed: int) -> None:
         apart = (before - after).abs().max().item() if after.shape == before.shape else float("inf")
         if apart > 32 * torch.finfo(model.dtype).eps * max(1.0, before.abs().max().item()):
             why = f"the logits of the tokens that stay are up to {apart:.3g} apart"
-    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError, StrictDataclassError) as error:
         why = str(error)
     if why:
         restore()
