@@ -44,8 +44,14 @@ def tried(block: nn.Module, part: Part, call: Call, seed: int = 0) -> Part | str
 
 def _ways(part: Part) -> Iterator[Part]:
     """The ways in which a part may have to be cut, the plainest first."""
-    norms = any(not isinstance(s.module, anatomy.Linear) and s.parameter.ndim == 1 for s in part.slices)
-    for rescaled in (False, True) if norms and isinstance(part, Attention) else (False,):
+    # norms over all heads, unlike what is one number a head
+    norms = isinstance(part, Attention) and any(
+        not isinstance(s.module, anatomy.Linear)
+        and s.parameter.ndim == 1
+        and len(s.parameter) >= part.groups * part.head_dim
+        for s in part.slices
+    )
+    for rescaled in (False, True) if norms else (False,):
         way = replace(part, rescaled=rescaled)
         yield way
         if isinstance(way, Attention):

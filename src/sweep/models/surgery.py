@@ -99,7 +99,7 @@ def _narrow_beside(of: Slice, stays: Tensor, *, rescaled: bool) -> None:
     """Keep some entries of a parameter beside the linear layers, and have its module's sizes say so.
 
     rescaled  it is the weight of a norm, which divides by a mean over all entries. Those that go were zero in it: over the
-              n' that stay of n the mean is n / n' of what it was, and the weight makes up for it, but for the norm's epsilon
+              n' that stay of n the mean is n / n' of what it was, which the weight and the norm's epsilon make up for
     """
     old = of.parameter
     if stays.ndim == 2:  # of fused experts
@@ -110,7 +110,11 @@ def _narrow_beside(of: Slice, stays: Tensor, *, rescaled: bool) -> None:
         if isinstance(of.module, nn.LayerNorm):
             of.module.normalized_shape = tuple(kept.shape)
         if rescaled and of.name == "weight" and old.ndim == 1:
-            kept = kept * (len(stays) / int(stays.sum())) ** 0.5
+            share = len(stays) / int(stays.sum())
+            kept = kept * share**0.5
+            for name in ("eps", "variance_epsilon"):
+                if isinstance(getattr(of.module, name, None), float):
+                    setattr(of.module, name, getattr(of.module, name) * share)
     setattr(of.module, of.name, nn.Parameter(kept, requires_grad=old.requires_grad))
 
 
