@@ -303,6 +303,11 @@ def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel) -> None:
 @torch.no_grad()
 def check_parts(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> None:
     """The parts of blocks that are gone add nothing: in the dense model their numbers are zero, their norms passed by."""
+
+    def passed(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        alike = args and isinstance(out, Tensor) and args[-1].shape == out.shape
+        return args[-1] if alike else out  # the last is the residual, where a module adds it
+
     left = {stamp(parameter) for parameter in model.parameters()}
     inside = tuple(f"{block}." for block in blocks_of(dense))
     by_hand = copy.deepcopy(dense)
@@ -310,8 +315,8 @@ def check_parts(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> 
         gone = [p for p in module.parameters(recurse=False) if stamp(p) not in left]
         if not path.startswith(inside) or not gone:
             continue
-        if "Norm" in type(module).__name__:
-            module.register_forward_hook(lambda _, args, out: args[0])
+        if re.search("Norm|Residual", type(module).__name__):
+            module.register_forward_hook(passed)
         else:
             for parameter in gone:
                 parameter.zero_()

@@ -128,8 +128,12 @@ def types() -> list[str]:
 
 def config(kind: str) -> PreTrainedConfig:
     """The configuration of a tiny model of this type."""
-    whole = AutoConfig.for_model(kind)
-    return type(whole)(**_shrunk(whole, BESIDE.get(kind, {})))
+    return shrunk(AutoConfig.for_model(kind), BESIDE.get(kind, {}))
+
+
+def shrunk(whole: PreTrainedConfig, beside: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """A configuration with small sizes, and with what else is given by the path of its field."""
+    return type(whole)(**_shrunk(whole, beside or {}))
 
 
 def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _FOUND_IN = {  # each resolves on first use, so that `import sweep` stays instant
     "load": "sweep.store",
     "compare": "sweep.report.paired",
+    "language_model": "sweep.models.wrappers",
     "load_model": "sweep.models.checkpoint",
     "prune": "sweep.api",
     "save": "sweep.api",

@@ -50,12 +50,14 @@ class Stock:
     pieces: Pieces
     blocks: list[tuple[str, weakref.ref[nn.Module]]]  # name and module, in order
     stored_bytes: int  # of the tensors that a checkpoint of it holds
+    left: dict[str, str]  # parameters of the blocks that are no matrices to prune, by the names of pieces, and why
 
 
 def stock(model: PreTrainedModel) -> Stock:
     """What the model consists of now."""
     blocks = [(name, weakref.ref(block)) for name, block in anatomy.all_blocks(model).items()]
-    return Stock(_pieces(model), blocks, _stored_bytes(model))
+    left = {name.removesuffix(".weight"): reason for name, reason in anatomy.left(model).items()}
+    return Stock(_pieces(model), blocks, _stored_bytes(model), left)
 
 
 def size(now: Stock) -> dict[str, int]:
@@ -123,18 +125,25 @@ def read_bytes(now: Stock, batch_size: int = 1) -> float:
 
 
 def matrices(before: Stock, now: Stock) -> pd.DataFrame:
-    """One line a matrix of a block: block (its number in the unpruned model), matrix, weights, zeros.
+    """One line a matrix of a block: block (its number in the unpruned model), matrix, weights, zeros, left.
 
     zeros  weights that are zero or not there any more, those of removed neurons, heads and blocks among them
+    left   why it is none that weight methods prune, such as a router or a convolution; null for those that they do
     """
     are = _by_old_names(before, now)
     lines = [
-        (number, name.removeprefix(f"{block}."), piece.size, piece.size - are.get(name, _ABSENT).nonzeros)
+        (
+            number,
+            name.removeprefix(f"{block}."),
+            piece.size,
+            piece.size - are.get(name, _ABSENT).nonzeros,
+            before.left.get(name),
+        )
         for number, (block, _) in enumerate(before.blocks)
         for name, piece in before.pieces.items()
-        if piece.multiplies and name.startswith(f"{block}.")
+        if (piece.multiplies or name in before.left) and name.startswith(f"{block}.")
     ]
-    return pd.DataFrame(lines, columns=["block", "matrix", "weights", "zeros"])
+    return pd.DataFrame(lines, columns=["block", "matrix", "weights", "zeros", "left"])
 
 
 def _pieces(model: PreTrainedModel) -> Pieces:

@@ -350,7 +350,7 @@ def left(model: PreTrainedModel) -> dict[str, str]:
         f"{path}.{name}": reason
         for block_name, block in all_blocks(model).items()
         for path, module in block.named_modules(prefix=block_name)
-        for name, reason in _NOTED[module].left.items()
+        for name, reason in _NOTED.get(module, _Noted()).left.items()
         if name in module._parameters
     }
 

@@ -25,6 +25,13 @@ def check_decoder(config: PreTrainedConfig, place: str) -> None:
         what = "a model of more than text"
     else:
         return
+    text = config.get_text_config(decoder=True)
+    if text is not config and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) is not None:
+        raise RequestError(
+            f"{place} is a model of more than text ({kind}); the language model inside, of type {text.model_type}, can be "
+            "pruned: in Python, load the whole by transformers, sweep.language_model(whole).save_pretrained(FOLDER), save "
+            "its tokenizer there too, and give that folder"
+        )
     raise RequestError(
         f"{place} is {what} ({kind}); sweep prunes decoders that predict the next token of a text, such as "
         f"{', '.join(list(decoders.DECODERS)[:4])}: give one of these"

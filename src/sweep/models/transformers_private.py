@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from sweep.settings import RequestError
+
 
 def forget_quantiser(model: PreTrainedModel) -> None:
     """Take away what loading from a quantised file leaves, and saving refuses: the weights are no longer quantised."""
@@ -31,9 +33,14 @@ def attention_kernel(config: PreTrainedConfig) -> str:
 
 def built(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model that a configuration builds, its weights whatever lies in memory; tensors that modules make are made."""
-    with no_init_weights():
-        model = kind._from_config(copy.deepcopy(config), dtype=dtype)
-    model.tie_weights()
+    try:
+        with no_init_weights():
+            model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+        model.tie_weights()
+    except ValueError as error:
+        raise RequestError(
+            f"transformers builds no {kind.__name__} of this configuration: {str(error)[:200]}"
+        ) from error
     return model
 
 

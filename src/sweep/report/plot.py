@@ -271,6 +271,8 @@ def layer_figure(rows: pd.DataFrame, layers: pd.DataFrame, width: str = "column"
     pruned = pruned.assign(series=series(pruned))
     distance = (pruned.sparsity - 0.5).abs()
     pruned = pruned[distance == distance.groupby(pruned.series).transform("min")]
+    if "left" in layers:  # as tables of late have: why a parameter is no matrix to prune
+        layers = layers[layers["left"].isna()]
     blocks = layers.groupby(["cell", "block"])[["weights", "zeros"]].sum()
     share = (blocks.zeros / blocks.weights).unstack("block")
     if share.empty or share.loc[pruned.cell].std(axis=1).max() < _UNEVEN:
