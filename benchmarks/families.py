@@ -11,7 +11,7 @@ checked here by means that know nothing of how sweep finds the parts of a model:
 
 An outcome is `right`, `refused` (with a message for the user), `crashed` (any other error) or `WRONG` (a check failed).
 Name types to try those alone, `--only` operations. `--markdown` writes docs/families.md. Each type has a process of its
-own, so that one that dies takes no other with it; all of them took five minutes on two busy cores.
+own, so that one that dies takes no other with it; all of them took seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -475,7 +475,8 @@ def page(lines: list[Line]) -> str:
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for line in lines:
         if line.outcome != "right":
-            why = re.sub(r"\s+", " ", re.sub(r"\b[A-Z]\w+(ForCausalLM|LMHeadModel|Model)\b", "the model", line.why))
+            why = re.sub(r"/\S+/\.saved\S+", "FOLDER", line.why)
+            why = re.sub(r"\s+", " ", re.sub(r"\b[A-Z]\w+(ForCausalLM|LMHeadModel|Model)\b", "the model", why))
             reasons[line.operation, f"{line.outcome}: {why[:400]}"].append(line.kind)
     told = [f"- {name}, {', '.join(kinds)}: {why}" for (name, why), kinds in reasons.items()]
     left_out = [f"- {kind}: {why}" for kind, why in tiny_models.LEFT_OUT.items()]
