@@ -63,7 +63,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Efficiency:
+class Efficiency(Named):
     prompt_tokens: int = setting(128, minimum=1)
     output_tokens: int = setting(16, minimum=1)
     batch_size: int = setting(1, minimum=1)

@@ -26,7 +26,7 @@ def check_decoder(config: PreTrainedConfig, place: str) -> None:
     else:
         return
     text = config.get_text_config(decoder=True)
-    if text is not config and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) is not None:
+    if type(text) is not type(config) and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) is not None:
         raise RequestError(
             f"{place} is a model of more than text ({kind}); the language model inside, of type {text.model_type}, can be "
             "pruned: in Python, load the whole by transformers, sweep.language_model(whole).save_pretrained(FOLDER), save "
