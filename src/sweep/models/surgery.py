@@ -278,14 +278,15 @@ def _keep_slices(slices: experts.Slices, keep: Tensor) -> None:
 def remove_tokens(model: PreTrainedModel, kept: Tensor) -> Callable[[], None]:
     """Keep of every tensor with a row for each token those of the ids `kept`, ascending; they become ids 0, 1, 2, …
 
-    Cut is what has as many entries along one dimension as the embedding has rows, whatever it is: embeddings, heads, their
-    biases, tables. Lookups of fewer rows that the ids go into, such as those of single layers, keep theirs of these ids.
+    Of embeddings those are cut that the ids go into; ones of fewer rows, such as those of single layers, keep theirs of these
+    ids. Of all else what has as many entries along one dimension as the model's embedding has rows: heads, biases, tables.
     Returns what makes the model as it was. Raises ValueError for a tensor with two such dimensions.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    lookups = {id(module): module.num_embeddings for module in _lookups(model)}
+    lookups = _lookups(model)
+    others = {m for m in model.modules() if isinstance(m, nn.Embedding)}.difference(lookups)
     new_id = {old: new for new, old in enumerate(kept.tolist())}
-    left = {size: kept[kept < size] for size in {rows, *lookups.values()}}
+    left = {size: kept[kept < size] for size in {rows, *(embedding.num_embeddings for embedding in lookups)}}
     undo: list[Callable[[], None]] = []
     done: dict[int, Tensor] = {}  # by the identity of the tensor that was: tied ones stay so
 
@@ -298,8 +299,8 @@ def remove_tokens(model: PreTrainedModel, kept: Tensor) -> Callable[[], None]:
             step()
 
     try:
-        for module in list(model.modules()):
-            size = lookups.get(id(module), rows)
+        for module in [module for module in model.modules() if module not in others]:
+            size = module.num_embeddings if isinstance(module, nn.Embedding) else rows
             cut = {name: tensor for name, tensor in _own_tensors(module).items() if size in tensor.shape}
             for name, tensor in cut.items():
                 if id(tensor) not in done:
@@ -331,15 +332,16 @@ def _tell(
 
 
 def _lookups(model: PreTrainedModel) -> list[nn.Embedding]:
-    """The embeddings of other sizes than the model's that the token ids go into, found by watching what is looked up."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    others = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings != rows}
-    if not others:
-        return []
-    ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
-    with watching.aside(), _Watched(ids) as watched:
-        model(input_ids=ids.to(model.device), use_cache=False)
-    return [module for weight, module in others.items() if weight in watched.weights]
+    """The embeddings that the token ids go into: the model's, and others, found by watching what is looked up."""
+    own = model.get_input_embeddings().weight
+    every = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    into = {id(own)}
+    if any(embedding.weight is not own for embedding in every):
+        ids = trial.ids(model)
+        with watching.aside(), _Watched(ids.cpu()) as watched:
+            model(input_ids=ids, use_cache=False)
+        into |= watched.weights
+    return [embedding for embedding in every if id(embedding.weight) in into]
 
 
 class _Watched(TorchFunctionMode):
