@@ -69,9 +69,8 @@ class ForwardPasses:
         own = {type(block): block.__dict__.get("forward") for block in self._blocks}
 
         def count(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if watching.is_aside():
-                return
-            if block.__dict__.get("forward") is own[type(block)]:  # else it only notes how it is called
+            its_own = block.__dict__.get("forward") is own[type(block)]  # else it only notes how it is called
+            if its_own and not watching.is_aside():
                 hidden = args[0] if args else kwargs["hidden_states"]
                 self.block_tokens += hidden.numel() // hidden.shape[-1]
 

@@ -113,9 +113,8 @@ def _execution(cell: Cell, device: str, dtype: Dtype) -> Execution:
     if form.compiles("auto") and (lacks := cannot_build()):
         better, form = form, declared.automatic(left, device, compiler=False)
         _tell(f"execution=auto runs {form.name} where {better.name} would be smaller: {lacks}")
-    stored: Literal["plain", "packed"] = (
-        "packed" if form.bits is not None else "plain"
-    )  # codes are what who quantises wants to keep
+    # codes are what who quantises wants to keep
+    stored: Literal["plain", "packed"] = "packed" if form.bits is not None else "plain"
     return Execution(form.name, saved=(asked.saved or stored) if form.module else None)
 
 

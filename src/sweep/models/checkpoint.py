@@ -84,7 +84,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
         if not (unlike := _unlike(model, folder)):
             return
         logger.info("transformers' own format does not give the model back (%s): it is written in sweep's", unlike)
-    _save(model, folder, _facts_of(model, tokenizer))
+    _save(model, folder, *_told_of(model, tokenizer))
     if unlike := _unlike(model, folder):
         raise RequestError(
             f"the model that was written to {folder} is not the one in memory when it is read again: {unlike}. "
@@ -92,21 +92,27 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
         )
 
 
-def _save(model: PreTrainedModel, folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Write the model's files: with `sweep.json`, or as transformers does, without."""
+def _save(
+    model: PreTrainedModel,
+    folder: Path,
+    facts: dict[str, Any] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model's files: with `sweep.json`, and with tensors beside those of its state, or as transformers does."""
     (folder / FILE).unlink(missing_ok=True)  # of a model that was saved there before
     # with it, under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
     if facts is None:
         type(model).save_pretrained(model, folder)
         return
-    beside = differences.buffers(transformers_private.built(type(model), model.config, model.dtype), model)
     state = None if not beside else {**model.state_dict(), **beside}
     type(model).save_pretrained(model, folder, save_original_format=False, state_dict=state)
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What `sweep.json` says of a model."""
+def _told_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what `sweep.json` says of a model, what of it lies in tensors that no state dict holds)."""
     kept = None if tokenizer is None else cut_tokenizer.kept_ids(tokenizer)
     facts: dict[str, Any] = {"format": FORMAT, "kept_token_ids": kept}
     if kept is not None and tokenizer is not None:
@@ -116,18 +122,18 @@ def _facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
             facts["format"] = max(facts["format"], entry.version)
             facts.setdefault(entry.key, {})[name] = layer.facts()
     built = transformers_private.built(type(model), model.config, model.dtype)
-    facts["shapes"] = differences.shapes(built, model)
     beyond, buffers = differences.between(built, model), differences.buffers(built, model)
+    facts["shapes"] = differences.shapes(built, model)  # which the differences have changed by now, as reading does
     more = {"differences": beyond, "stand_ins": placing.facts(model), "answers": _answers(model)}
     if buffers or any(more.values()):
         facts |= {name: found for name, found in more.items() if found} | {"format": max(facts["format"], DIFFERS)}
-    return facts
+    return facts, buffers
 
 
 def _answers(model: PreTrainedModel) -> dict[str, dict[str, list[Any]]]:
     """What parts of the configuration answer in place of their properties, which no file of it says; by name of the part."""
-    parts_ = {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
-    return {name: found for name, part in parts_.items() if (found := dict(getattr(type(part), "answers", {})))}
+    parts = {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
+    return {name: found for name, part in parts.items() if (found := dict(getattr(type(part), "answers", {})))}
 
 
 @torch.no_grad()
@@ -164,12 +170,9 @@ def _unlike(model: PreTrainedModel, folder: Path) -> str:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """(sequences, tokens, rows), of a model as it is evaluated, whatever it draws at random drawn the same."""
-    training = model.training
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found = model.eval()(input_ids=ids, use_cache=False).logits
-    model.train(training)
+    """(sequences, tokens, rows) float32."""
+    with trial.evaluated(model):
+        found = model(input_ids=ids, use_cache=False).logits
     return found.float().nan_to_num()  # what is no number is to be so in both
 
 
@@ -260,7 +263,6 @@ def _load_own(
     with torch.device(place), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype, **options)
     model.tie_weights()
-    built = {name: tensor.shape for name, tensor in model.state_dict().items()}
     try:
         differences.make(model, facts.get("differences", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -275,7 +277,7 @@ def _load_own(
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
         "unexpected_keys": differences.set_tensors(model, weights),
-        "mismatched_keys": _of_other_shapes(weights, facts, built, shapes),
+        "mismatched_keys": _of_other_shapes(weights, facts.get("shapes"), shapes),
     }
     pretrained.refuse(told, str(path))
     model.tie_weights()
@@ -319,20 +321,19 @@ def _packed_layers(weights: dict[str, Tensor], facts: dict[str, Any], dtype: tor
 
 
 def _of_other_shapes(
-    weights: Mapping[str, Tensor], facts: Mapping[str, Any], *known: Mapping[str, torch.Size]
+    weights: Mapping[str, Tensor], told: Mapping[str, list[int]] | None, shapes: Mapping[str, torch.Size]
 ) -> list[tuple[str, torch.Size, torch.Size]]:
-    """Tensors whose shape is neither what the configuration builds nor what the folder says; none where it says nothing.
+    """The tensors of a folder that have another shape than they should: as what it says of them, or else as the model.
 
-    known  shapes by name, of the model as it is built, and as it has become without its tensors
+    told    by the folder, by name; None by an older one, whose tensors may have any
+    shapes  by name, of the model without its tensors
     """
-    told = facts.get("shapes")
     if told is None:
         return []
     return [
-        (name, tensor.shape, known[-1][name])
+        (name, tensor.shape, shapes[name])
         for name, tensor in weights.items()
-        if name in known[-1]
-        and list(tensor.shape) not in [*(list(shapes[name]) for shapes in known if name in shapes), told.get(name)]
+        if name in shapes and list(tensor.shape) != told.get(name, list(shapes[name]))
     ]
 
 

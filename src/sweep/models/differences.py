@@ -1,8 +1,8 @@
 """What a model is that its configuration does not build: found by comparing the two, told in plain data, made again.
 
 Modules are compared by name: the plain values that they keep, such as head counts, sizes or the number of their layer,
-what the configuration builds and the model has no more, and what stands in for it. The shapes of tensors need no words:
-those that are stored tell them.
+what the configuration builds and the model has no more, and what stands in for it. Tensors take the shapes that are stored;
+those that are not as built are told, so that a damaged file is known from a model that was cut.
 """
 
 from __future__ import annotations

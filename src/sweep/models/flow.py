@@ -61,9 +61,8 @@ def passed(model: PreTrainedModel, seed: int = 0) -> Iterator[Pass]:
     blocks = anatomy.blocks(model)
     found = Pass({m: i for i, block in enumerate(blocks) for m in block.modules() if isinstance(m, Linear)})
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    kept = [
-        (held, dict(held)) for m in model.modules() for held in (vars(m), vars(m)["_buffers"])
-    ]  # such as a recurrent state
+    # such as a recurrent state
+    kept = [(held, dict(held)) for m in model.modules() for held in (vars(m), vars(m)["_buffers"])]
     training = {module: module.training for module in model.modules()}
     random, generator = torch.get_rng_state(), torch.Generator().manual_seed(seed)
     try:

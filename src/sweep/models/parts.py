@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from sweep.models import anatomy, candidates, flow, proof
@@ -13,8 +15,24 @@ from sweep.models.flow import Pass
 from sweep.settings import RequestError
 
 __all__ = ["Attention", "Experts", "Ffn", "attentions", "ffns"]
+Found = TypeVar("Found")
 
 
+def _once(find: Callable[[PreTrainedModel], list[Found]]) -> Callable[[PreTrainedModel], list[Found]]:
+    """`find`, which copies and runs every block, once for a model whose modules and shapes are still the same."""
+    known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list, list[Found]]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def found(model: PreTrainedModel) -> list[Found]:
+        built = [(id(m), [p.shape for p in m.parameters(recurse=False)]) for m in model.modules()]
+        if model not in known or known[model][0] != built:
+            known[model] = built, find(model)
+        return list(known[model][1])
+
+    return found
+
+
+@_once
 def ffns(model: PreTrainedModel) -> list[Ffn | Experts]:
     """The feed-forward networks of every block, in order. Raises RequestError where they cannot be told or cut."""
     with flow.passed(model) as seen:
@@ -22,6 +40,7 @@ def ffns(model: PreTrainedModel) -> list[Ffn | Experts]:
         return _proved(model, seen, sorted(found, key=lambda part: part.block), "neuron", "ffn")
 
 
+@_once
 def attentions(model: PreTrainedModel) -> list[Attention]:
     """The attention of every block that has one, in order. Raises RequestError where they cannot be told or cut."""
     with flow.passed(model) as seen:
@@ -37,7 +56,7 @@ _NONE = {
 def _proved(model: PreTrainedModel, seen: Pass, found: Sequence[Part], method: str, targets: str) -> list:
     """Those that a cut was tried on; what else looked like one is left as it is, unless nothing else is left."""
     blocks = anatomy.blocks(model)
-    outcomes = [_tried(model, blocks[part.block], part, seen.calls[part.block]) for part in found]
+    outcomes = [proof.tried(blocks[part.block], part, seen.calls[part.block]) for part in found]
     proved = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     if proved:
         return proved
@@ -46,7 +65,3 @@ def _proved(model: PreTrainedModel, seen: Pass, found: Sequence[Part], method: s
         f"method={method} cannot cut {type(model).__name__}: {why}. Use +method=weight method.targets={targets}, "
         "or +method=layer, which cut none"
     )
-
-
-def _tried(model: PreTrainedModel, block: nn.Module, part: Part, call: proof.Call) -> Part | str:
-    return proof.tried(block, part, call)

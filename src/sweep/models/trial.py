@@ -27,23 +27,33 @@ _WIDE_TOLERANCE = 5e-2
 
 
 @contextmanager
-def reading(model: PreTrainedModel) -> Iterator[None]:
-    """The model evaluates, its windows are short, and what it draws at random is always the same."""
-    trained, config = model.training, layers.configuration(model)
-    windows = {name: _window(config, name) for name in _WINDOWS}
+def evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """The model evaluates, and what it draws at random is always the same."""
+    trained = model.training
     try:
         model.eval()
+        with torch.random.fork_rng(), torch.no_grad(), watching.aside():
+            torch.manual_seed(0)
+            yield
+    finally:
+        model.train(trained)
+
+
+@contextmanager
+def reading(model: PreTrainedModel) -> Iterator[None]:
+    """`evaluated`, with short windows."""
+    config = layers.configuration(model)
+    windows = {name: _window(config, name) for name in _WINDOWS}
+    try:
         for name, window in windows.items():
             if window:
                 setattr(config, name, WINDOW)
-        with torch.random.fork_rng(), torch.no_grad(), watching.aside():
-            torch.manual_seed(0)
+        with evaluated(model):
             yield
     finally:
         for name, window in windows.items():
             if window:
                 setattr(config, name, window)
-        model.train(trained)
 
 
 def _window(config: PreTrainedConfig, name: str) -> int:
@@ -53,7 +63,8 @@ def _window(config: PreTrainedConfig, name: str) -> int:
 
 def ids(model: PreTrainedModel) -> Tensor:
     """(1, tokens) of the trial."""
-    ordinary = [token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in _special(model)]
+    special = _special(model)
+    ordinary = [token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special]
     draw = torch.randint(0, len(ordinary), (TOKENS,), generator=torch.Generator().manual_seed(0))
     return torch.tensor([[ordinary[place] for place in draw.tolist()]], device=model.device)
 

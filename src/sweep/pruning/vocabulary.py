@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError  # of a configuration th
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.models import cut_tokenizer, surgery, watching
+from sweep.models import cut_tokenizer, surgery, trial
 from sweep.pruning import checks, criteria, scoring, select
 from sweep.pruning.families import Vocab
 from sweep.pruning.pruned import Pruned
@@ -94,11 +94,9 @@ def _remove(model: PreTrainedModel, kept: Tensor, seed: int) -> None:
         )
 
 
-@torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """(sequences, tokens, rows) float32, on the CPU, whatever the model draws at random drawn the same."""
-    with torch.random.fork_rng(), watching.aside():
-        torch.manual_seed(0)
+    """(sequences, tokens, rows) float32, on the CPU."""
+    with trial.evaluated(model):
         return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
 
