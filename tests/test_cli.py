@@ -16,6 +16,7 @@ import pytest
 
 import sweep
 from sweep import command_line
+from sweep.formats.declared import FORMATS
 from sweep.report import frontier, variants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,7 +418,7 @@ def test_every_configuration_composes_through_the_real_door(path: Path, tmp_path
         "file": ["calibration.source=a"],
         "csr": ["dtype=float32"],
         "semi_structured": ["method.pattern=2:4"],
-    }
+    } | {form.name: ["quantize=int4"] for form in FORMATS.values() if form.bits}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", [*overrides, *needed.get(option, [])])
     cell, _ = config.parse(OmegaConf.to_container(composed, resolve=True))
@@ -460,5 +461,7 @@ def test_the_first_sweep_on_the_embedded_model_makes_sense(tmp_path: Path) -> No
     perplexity = rows["pydoc/token_perplexity"]
     assert 11 < perplexity["dense"] < 20 < perplexity["neuron"] < 50 < perplexity["weight"]
     assert rows.nonzero_parameters["weight"] < 0.65 * rows.nonzero_parameters["dense"]
-    assert rows.weights_bytes["neuron"] < 0.75 * rows.weights_bytes["dense"] == 0.75 * rows.weights_bytes["weight"]
+    assert dict(rows.execution) == {"dense": "dense", "neuron": "shrunk", "weight": "bitmap"}
+    assert rows.weights_bytes["neuron"] < 0.75 * rows.weights_bytes["dense"]
+    assert rows.weights_bytes["weight"] < 0.75 * rows.weights_bytes["dense"]
     assert rows.sparsity_achieved["neuron"] == pytest.approx(0.5, abs=1e-4)
