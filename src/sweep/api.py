@@ -11,6 +11,7 @@ blocks are equally wide and its vocabulary is whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,8 @@ from sweep.pruning import criteria, families, methods
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
 from sweep.quantization import forms, quantise
+from sweep.recovery import kinds
+from sweep.recovery import recover as recovery
 from sweep.settings import RequestError
 from sweep.texts import text
 
@@ -36,6 +39,7 @@ def prune(
     *,
     method: str,
     sparsity: float | None = None,
+    recover: str | Mapping[str, Any] = kinds.NONE,
     quantize: str | Mapping[str, Any] = forms.NONE,
     calibration: str = "pydoc",
     sequences: int = 16,
@@ -51,6 +55,8 @@ def prune(
     method       a criterion of weights (magnitude, wanda, sparsegpt, alps, ...), or a family with its settings
                  (method="neuron", scope="layer")
     sparsity     fraction to remove; method="dense" removes nothing, and needs none
+    recover      a kind, such as "local", or its settings as on the command line: {"name": "local", "steps": 10}. A copy of
+                 the unpruned model is held meanwhile
     quantize     a form, such as "int8", or its settings as on the command line: {"name": "int4", "method": "gptq"}. The
                  model then holds the values of the form in its own dtype, and `grids` of the result says which these are
     calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
@@ -73,6 +79,7 @@ def prune(
             seed=seed,
             calibration=text_read,
             data_root=data_root,
+            recover={"name": recover} if isinstance(recover, str) else recover,
             quantize={"name": quantize} if isinstance(quantize, str) else quantize,
         )
         if device is not None and not (isinstance(cell.method, Weight) or forms.reads_text(cell.quantize)):
@@ -94,7 +101,11 @@ def _changed(
     if quantises and not cell.method.removes_units:
         quantise.targets(model, cell.quantize)  # raises before anything is changed
     tokens, rounding = text.for_cell(cell, tokenizer), quantise.while_pruning(cell, model)
+    drawn = text.recovery_tokens(cell, tokenizer)
+    dense = None if drawn is None else copy.deepcopy(model)
     pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
+    if drawn is not None and dense is not None:
+        recovery.recover(model, cell.recover, lambda: dense, *drawn, pruned.masks, seed=cell.seed)
     if not quantises:
         return pruned
     done = quantise.quantise_as(cell, model, tokens, done=pruned.grids, device=device)

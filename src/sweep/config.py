@@ -14,6 +14,8 @@ from sweep.pruning import criteria, families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
 from sweep.quantization import forms
 from sweep.quantization.forms import Quantize
+from sweep.recovery import kinds
+from sweep.recovery.kinds import Recover
 from sweep.settings import Named, RequestError, build, byte_size, setting, told
 
 _LEAST_MEMORY = 2**30  # bytes
@@ -103,6 +105,7 @@ GROUPS: dict[str, type] = {
     "benchmarks": Benchmarks,
     "perplexity": Perplexity,
     "calibration": Calibration,
+    "recover": Recover,
     "quantize": Quantize,
     "efficiency": Efficiency,
     "execution": Execution,
@@ -127,6 +130,7 @@ class Cell(Named):
     threads: int | None = setting(None, minimum=1)
     data_root: str | None = None
     quantize: Quantize = field(default=Quantize())
+    recover: Recover = field(default=Recover())
 
     def dense(self) -> Cell:
         """The unpruned model measured with this cell's settings: what the cell is compared with."""
@@ -179,6 +183,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("prune", "method", Dense(), families, "method", "dense"),
+    Stage("recovery", "recover", Recover(), kinds, "recovery", kinds.NONE),
     Stage("quantize", "quantize", Quantize(), forms, "quantize", forms.NONE),
 )  # in the order in which they change the model
 
@@ -265,7 +270,9 @@ def _normalised(cell: Cell) -> Cell:
     cell = replace(cell, efficiency=_checked_timing(cell.efficiency))
     if cell.perplexity.source is None:
         cell = replace(cell, perplexity=Perplexity())
-    cell = replace(cell, quantize=forms.normalised(cell.quantize, method))
+    cell = replace(cell, recover=_checked_recovery(cell))
+    recovers = cell.recover.name != kinds.NONE
+    cell = replace(cell, quantize=forms.normalised(cell.quantize, method, recovers=recovers))
     used = cell.stages()
     if not used:
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution())
@@ -293,6 +300,17 @@ def _normalised(cell: Cell) -> Cell:
     if method.removes_units and cell.execution.format.holds == "zeros":
         cell = replace(cell, execution=Execution(SHRUNK.name))
     return replace(cell, execution=_checked_execution(cell))
+
+
+def _checked_recovery(cell: Cell) -> Recover:
+    """The recovery with its text told, where it is that of calibration. Raises RequestError where there is no text."""
+    asked = kinds.normalised(cell.recover, cell.method)
+    if asked.name == kinds.NONE or asked.text.source is not None:
+        return asked
+    if (given := cell.calibration) is None:
+        raise RequestError(f"recover={asked.name} reads text, and there is none: set recover.text.source=pydoc")
+    same = replace(asked.text, source=given.source, subset=given.subset, split=given.split, column=given.column)
+    return replace(asked, text=same)
 
 
 def fits(asked: Efficiency, positions: int | None) -> bool:

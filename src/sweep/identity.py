@@ -34,6 +34,10 @@ FINGERPRINTED = {
     "calibration.subset": "by its text",
     "calibration.split": "by its text",
     "calibration.column": "by its text",
+    "recover.text.source": "by its text",
+    "recover.text.subset": "by its text",
+    "recover.text.split": "by its text",
+    "recover.text.column": "by its text",
 }
 CRITERION = "method.criterion"  # a user's own function is hashed by its source, and not by where that lies
 
@@ -55,6 +59,8 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
         found[CRITERION] = criterion.source.fingerprint
     if cell.calibration is not None:
         found["calibration"] = text.calibration_facts(cell.calibration, cell.data_root).fingerprint
+    if (recovery := text.of_recovery(cell)) is not None:
+        found["recovery"] = text.calibration_facts(recovery, cell.data_root).fingerprint
     return found
 
 
@@ -67,10 +73,11 @@ def stage_versions(cell: Cell) -> dict[str, int]:
 def _content(cell: Cell) -> dict[str, Any]:
     content = stated(cell)
     for setting in FINGERPRINTED:
-        group, _, name = setting.rpartition(".")
-        holder = content.get(group) if group else content
-        if holder is not None:
-            holder.pop(name, None)
+        *groups, name = setting.split(".")
+        holder = content
+        for group in groups:
+            holder = holder.get(group) or {}
+        holder.pop(name, None)
     data = data_fingerprints(cell)
     if CRITERION in data:
         del content["method"]["criterion"]

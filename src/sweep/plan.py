@@ -122,7 +122,9 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
     shape  what the model's configuration says; what it does not say is told once the model is loaded
     """
     if cell.calibration is not None:
-        _check_calibration(cell.calibration, cell.data_root)
+        _check_calibration(cell.calibration, cell.data_root, "calibration")
+    if (recovery := text.of_recovery(cell)) is not None:
+        _check_calibration(recovery, cell.data_root, "recover.text")
     checks.check(cell, shape)
     fitting.check(cell, shape)
 
@@ -145,13 +147,13 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
                 cut_tokenizer.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
 
 
-def _check_calibration(asked: Calibration, data_root: str | None) -> None:
+def _check_calibration(asked: Calibration, data_root: str | None, key: str) -> None:
     """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
     size = text.calibration_facts(asked, data_root).size
     if size < asked.sequences * asked.length:
         raise RequestError(
-            f"calibration.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
-            f"sequences of {asked.length} tokens: lower calibration.sequences or calibration.length"
+            f"{key}.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
+            f"sequences of {asked.length} tokens: lower {key}.sequences or {key}.length"
         )
 
 

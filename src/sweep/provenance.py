@@ -22,6 +22,7 @@ def columns(cell: Cell, command: str) -> dict[str, Any]:
         "criterion": criteria.shown(getattr(cell.method, "criterion", None)),
         "sparsity": cell.sparsity,
         "seed": cell.seed,
+        "recovery": cell.recover.name,
         "quantize": cell.quantize.name,
         "quantize_method": cell.quantize.method if "quantize" in {stage.name for stage in cell.stages()} else None,
         "execution": cell.execution.name,

@@ -27,6 +27,7 @@ from sweep.models import loading, requirements
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
 from sweep.quantization import forms, quantise
+from sweep.recovery import recover
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text
@@ -69,12 +70,27 @@ def _prune(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
     return methods.prune_as(cell, model, known.tokenizer, known.tokens, memo=known.memo, rounding=rounding)
 
 
+def _recover(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
+    drawn = text.recovery_tokens(cell, known.tokenizer)
+    assert drawn is not None
+    dtype = str(model.dtype).removeprefix("torch.")
+    return recover.recover(
+        model,
+        cell.recover,
+        lambda: loading.load(cell.model, dtype, cell.device)[0],
+        *drawn,
+        known.masks,
+        seed=cell.seed,
+    )
+
+
 def _quantise(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
     return quantise.quantise_as(cell, model, known.tokens, done=known.grids)
 
 
 WORK: dict[str, Callable[[Cell, PreTrainedModel, Known], Done]] = {  # of each stage
     "prune": _prune,
+    "recovery": _recover,
     "quantize": _quantise,
 }
 

@@ -117,10 +117,11 @@ def draws(asked: Quantize) -> bool:
     return False
 
 
-def normalised(asked: Quantize, method: Method) -> Quantize:
+def normalised(asked: Quantize, method: Method, *, recovers: bool = False) -> Quantize:
     """The settings with what the form and the papers say where they leave that open, and what is not read set to one value.
 
-    method  that has pruned before
+    method    that has pruned before
+    recovers  whether its weights change between pruning and here
     Raises RequestError for settings that contradict each other.
     """
     if asked.name == NONE:
@@ -142,6 +143,13 @@ def normalised(asked: Quantize, method: Method) -> Quantize:
             "quantize.joint=true quantises in the pass in which method.criterion=sparsegpt prunes, column by column, and "
             f"{named} makes none: leave it out, and what is left is quantised after it, its zeros kept"
         )
+    if recovers and _prunes_by_column(method):
+        if asked.joint:
+            raise RequestError(
+                "quantize.joint=true quantises in the pass that prunes, and recovery between the two would leave no value "
+                "on its grid: leave quantize.joint out, or use recover=none"
+            )
+        asked = replace(asked, joint=False)
     return replace(asked, group=group, joint=None if jointly(asked, method) or not _prunes_by_column(method) else False)
 
 

@@ -481,6 +481,19 @@ COLUMNS = _by_name(  # of the schema, in its order
         "what ran the models while they were timed: `eager`, as transformers does, or `compiled`, with a cache of fixed size",
     ),
     Column("engine_fallback", _TEXT, ORIGIN, "why it was not the engine that efficiency.engine asked for; else null"),
+    Column("recovery", _TEXT, ASKED, "how what pruning has left was trained after it; `none` where it was not"),
+    Column("recovery_tokens", _INT, COUNTED, "tokens that recovery read, each as often as it was read"),
+    Column("recovery_steps", _INT, COUNTED, "steps of recovery: of the optimiser, or of the solver over all matrices"),
+    Column("recovery_trained", _TEXT, COUNTED, "what recovery trained, such as `matrices`"),
+    Column(
+        "recovery_loss_before",
+        _FLOAT,
+        COUNTED,
+        "loss on a text that recovery did not train on, before it",
+        unit="nats",
+        better=LOW,
+    ),
+    Column("recovery_loss_after", _FLOAT, COUNTED, "the same loss after it", unit="nats", better=LOW),
 )
 MADE = _by_name(
     *_with_ends(

@@ -9,12 +9,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweep.config import Calibration, Cell
 from sweep.pruning.families import Vocab
+from sweep.recovery import kinds
 from sweep.settings import RequestError
 from sweep.texts import corpora, embedded
 
@@ -142,6 +143,39 @@ def calibration_tokens(
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[: settings.sequences]
     return stream[: available * settings.length].view(available, settings.length)[chosen]
+
+
+def of_recovery(cell: Cell) -> Calibration | None:
+    """The text that recovery reads, of which some is held out; None where nothing is recovered."""
+    asked = cell.recover.text
+    if cell.recover.name == kinds.NONE or asked.source is None or asked.sequences is None:
+        return None
+    place = {"subset": asked.subset, "split": asked.split, "column": asked.column}
+    return Calibration(asked.source, asked.sequences + kinds.HELD_OUT, asked.length, **place)
+
+
+def recovery_tokens(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
+    """(what recovery is trained on, what its loss is told on), (sequences, length) each; None where nothing is recovered.
+
+    Neither was read to prune, where both are sequences of one length of one text.
+    Raises RequestError when the text is too short for all of it.
+    """
+    asked, before = of_recovery(cell), cell.calibration
+    if asked is None:
+        return None
+    same = before is not None and replace(before, sequences=1, sequential=True) == replace(asked, sequences=1)
+    read = before.sequences if same and before is not None else 0
+    stream = calibration_stream(asked, tokenizer, cell.data_root)
+    available = len(stream) // asked.length
+    if available < read + asked.sequences:
+        wanted = asked.sequences - kinds.HELD_OUT
+        raise RequestError(
+            f"recover.text.source={asked.source} gives {available} sequences of {asked.length} tokens, {read} of which "
+            f"pruning reads; recover={cell.recover.name} asks for {wanted} and holds out {kinds.HELD_OUT}. Lower "
+            "recover.text.sequences or recover.text.length, or name more text"
+        )
+    drawn = calibration_tokens(replace(asked, sequences=read + asked.sequences), tokenizer, cell.seed, cell.data_root)
+    return drawn[read : -kinds.HELD_OUT], drawn[-kinds.HELD_OUT :]
 
 
 def calibration_stream(

@@ -1,0 +1,1 @@
+"""Recovery: what mends a pruned model, with what was removed kept away."""
