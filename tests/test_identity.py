@@ -20,6 +20,7 @@ from sweep.config import GROUPS, Benchmarks, Calibration, Cell, Efficiency, Exec
 from sweep.models import origin
 from sweep.pruning import families
 from sweep.pruning.families import FAMILIES, Weight
+from sweep.recovery.kinds import Recover, Text
 from sweep.texts import corpora, text
 from test_config import asked
 
@@ -99,6 +100,10 @@ def another(value: Any, hint: Any) -> Any:
         return next(choice for choice in arguments if choice != value)
     if origin is tuple:
         return (*(value or ()), another(None, arguments[0]))
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        name = next(name for name, its in hints.items() if its is int)  # of what is not hashed by what it stands for
+        return replace(value, **{name: another(getattr(value, name), int)})
     return {
         bool: lambda: not value,
         int: lambda: (value or 0) + 3,
@@ -177,6 +182,11 @@ def test_families_at_their_defaults_are_not_the_same(cell: Cell) -> None:
     assert len(names) == len(FAMILIES)
 
 
+def _with(group: Any, path: list[str], value: Any) -> Any:
+    name, *inside = path
+    return replace(group, **{name: _with(getattr(group, name), inside, value) if inside else value})
+
+
 def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +197,8 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     shutil.copytree(cell.model.path, tmp_path / "elsewhere" / "moved")
     monkeypatch.setattr(corpora, "joined", lambda corpus, *_: "the text of a data set " * 100)
     of_hub = replace(cell, calibration=Calibration("org/name", split="train"))
+    mended = replace(cell, recover=Recover("local", text=Text(cell.calibration.source, 4)))
+    mended_of_hub = replace(cell, recover=Recover("local", text=Text("org/name", 4, split="train")))
     others: dict[str, tuple[Cell, Any]] = {
         "model.name": (cell, "another"),
         "model.path": (cell, str(tmp_path / "elsewhere" / "moved")),
@@ -205,12 +217,14 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
         "calibration.subset": (of_hub, "other"),
         "calibration.split": (of_hub, "test"),
         "calibration.column": (of_hub, "other"),
+        "recover.text.source": (mended, str(tmp_path / "elsewhere" / "calibration.txt")),
+        "recover.text.subset": (mended_of_hub, "other"),
+        "recover.text.split": (mended_of_hub, "test"),
+        "recover.text.column": (mended_of_hub, "other"),
     }
     assert others.keys() == identity.FINGERPRINTED.keys() - {"model.source"}  # which says how the others are read
     for setting, (before, value) in others.items():
-        group, _, name = setting.rpartition(".")
-        change = {group: replace(getattr(before, group), **{name: value})} if group else {name: value}
-        after = replace(before, **change)
+        after = _with(before, setting.split("."), value)
         assert after != before and identity.cell_name(after) == identity.cell_name(before), setting
 
 
