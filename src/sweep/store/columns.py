@@ -491,9 +491,8 @@ COLUMNS = _by_name(  # of the schema, in its order
         COUNTED,
         "loss on a text that recovery did not train on, before it",
         unit="nats",
-        better=LOW,
     ),
-    Column("recovery_loss_after", _FLOAT, COUNTED, "the same loss after it", unit="nats", better=LOW),
+    Column("recovery_loss_after", _FLOAT, COUNTED, "the same loss after it", unit="nats"),
 )
 MADE = _by_name(
     *_with_ends(
