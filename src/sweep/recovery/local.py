@@ -141,8 +141,8 @@ def _recover_block(
         fitted = [(name, rows) for name in names if (rows := _rows(mine[name], wanted[name])) is not None]
         if not fitted:
             continue
-        gram: Tensor | float = 0.0
-        moments = {name: 0.0 for name, _ in fitted}
+        gram = torch.zeros(())
+        moments = {name: torch.zeros(()) for name, _ in fitted}
         after: list[dict[str, Tensor]] = []
         for batch in range(len(ours.hidden)):
             read, _ = _reads(ours, batch, at.index, at.block)

@@ -150,8 +150,10 @@ def of_recovery(cell: Cell) -> Calibration | None:
     asked = cell.recover.text
     if cell.recover.name == kinds.NONE or asked.source is None or asked.sequences is None:
         return None
-    place = {"subset": asked.subset, "split": asked.split, "column": asked.column}
-    return Calibration(asked.source, asked.sequences + kinds.HELD_OUT, asked.length, **place)
+    sequences = asked.sequences + kinds.HELD_OUT
+    return Calibration(
+        asked.source, sequences, asked.length, subset=asked.subset, split=asked.split, column=asked.column
+    )
 
 
 def recovery_tokens(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
