@@ -107,11 +107,12 @@ def prepare(composed: Mapping[str, Any], placement: machine.Placement = machine.
         cell.execution.check_saves()
     origin.fingerprint(cell.model)  # raises when the model is not there
     headers.check(cell.model)
-    catalogue.check(cell.benchmarks, cell.data_root)
-    perplexity.check(cell.perplexity, cell.data_root, cell.model)
     shape = origin.shape(cell.model)
+    positions = decoders.size(shape, "positions") or None
+    catalogue.check(cell.benchmarks, cell.data_root, positions)
+    perplexity.check(cell.perplexity, cell.data_root, cell.model)
     check_method(cell, shape)
-    config.fits(cell.efficiency, decoders.size(shape, "positions") or None)
+    config.fits(cell.efficiency, positions)
     _check_targets(cell)
     return cell, options
 

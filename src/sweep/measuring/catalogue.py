@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _INDEX = 1  # raise when what is kept of a task changes
 _YAML = (".yaml", ".yml")
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # as lm-eval looks for one
+_LIMIT = 256  # tokens of an answer, where a task names no limit: lm-eval's own
 _RESERVED = {"calibration", "embedding", "head"}  # columns and fingerprints that are no task's
 
 
@@ -44,12 +46,13 @@ class Found:
     mine: Known  # those of them that are the user's own
 
 
-def check(settings: Benchmarks, data_root: str | None) -> dict[str, str]:
+def check(settings: Benchmarks, data_root: str | None, positions: int | None = None) -> dict[str, str]:
     """Refuse benchmarks that cannot run, and return a fingerprint of each task: see `task_identity`.
 
+    positions  of the model, where they are known
     Raises RequestError for an unknown name, a name that two tasks have, a file that is no task, data that cannot be
-    found, examples asked of a task that has none, and a task that runs code written by the model without
-    `benchmarks.unsafe_code=true`.
+    found, examples asked of a task that has none, a task that runs code written by the model without
+    `benchmarks.unsafe_code=true`, answers that nothing ends, and answers that leave a prompt no position.
     """
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise RequestError(f"data_root: there is no folder {data_root}")
@@ -62,15 +65,50 @@ def check(settings: Benchmarks, data_root: str | None) -> dict[str, str]:
             "use 0 or null, or leave it out of benchmarks.tasks"
         )
     found = {task: task_identity.of_embedded(task) for task in ours}
+    for task in ours:
+        _check_answers(task, task_identity.embedded_settings(task), settings, positions)
     rest = tuple(task for task in settings.tasks if task not in embedded.EMBEDDED)
     if not rest and settings.include_path is None:
         return found
     asked = replace(settings, tasks=rest, limit=None, batch_size=1, max_length=None)
-    return found | _check_lm_eval(asked, data_root, _state(asked))
+    fingerprints, written = _check_lm_eval(asked, data_root, _state(asked))
+    for name, declared in written.items():
+        _check_answers(name, declared, settings, positions)
+    return found | fingerprints
+
+
+def _check_answers(name: str, declared: Mapping[str, Any], settings: Benchmarks, positions: int | None) -> None:
+    """Refuse answers that nothing ends, and those that may take all of the model's positions.
+
+    declared  the task's settings, of which `generation_kwargs` say how answers are written
+    """
+    if declared.get("output_type") != "generate_until":
+        return
+    asked = declared.get("generation_kwargs") or {}
+    limit = next((asked[key] for key in _LIMITS if asked.get(key) is not None), None)
+    stops = asked.get("until", "\n\n")  # lm-eval's own, where a task names none
+    stops = [stops] if isinstance(stops, str) else stops or []
+    if "" in stops or (not stops and limit is None):
+        raise RequestError(
+            f"benchmarks.tasks: nothing ends an answer of {name}: its generation_kwargs have "
+            f"{'an empty stop string' if stops else 'neither a stop string nor max_gen_toks'}; name in `until` the "
+            "strings at which an answer ends"
+        )
+    readable = settings.max_length or positions
+    limit = int(limit or _LIMIT)
+    if readable and limit >= readable:
+        of = f"benchmarks.max_length={readable}" if settings.max_length else f"the model's {readable} positions"
+        raise RequestError(
+            f"benchmarks.tasks: an answer of {name} may take {limit} tokens (max_gen_toks), which leaves a prompt none of "
+            f"{of}: use a model that reads more, or a task with shorter answers"
+        )
 
 
 @functools.lru_cache
-def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any, ...]) -> dict[str, str]:
+def _check_lm_eval(
+    settings: Benchmarks, data_root: str | None, state: tuple[Any, ...]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """(a fingerprint of each task, the settings of those whose answers are written)."""
     found = find(settings)
     for name in found.names:
         if not settings.unsafe_code and any(_declared(leaf, "unsafe_code") for leaf in _leaves(name, found.known)):
@@ -79,15 +117,17 @@ def _check_lm_eval(settings: Benchmarks, data_root: str | None, state: tuple[Any
                 "what you want, add benchmarks.unsafe_code=true"
             )
     loaded = load(settings, data_root)
-    fingerprints = {}
+    fingerprints, written = {}, {}
     for name, task in loaded["tasks"].items():
         shown = shots(task, settings)
         if settings.num_fewshot and not shown:
             log.warning("%s shows no examples, whatever benchmarks.num_fewshot is: it says so itself", name)
         _check_examples(name, task, shown, settings)
         fingerprints[name] = task_identity.of_task(task, shown, settings.fewshot_seed)
+        if task.OUTPUT_TYPE == "generate_until":
+            written[name] = {"output_type": task.OUTPUT_TYPE, "generation_kwargs": task.get_config("generation_kwargs")}
     fingerprints |= {f"group {name}": task_identity.of_group(group) for name, group in loaded["groups"].items()}
-    return fingerprints
+    return fingerprints, written
 
 
 def _check_examples(name: str, task: Any, shown: int, settings: Benchmarks) -> None:

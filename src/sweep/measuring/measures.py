@@ -18,7 +18,10 @@ from sweep import metrics
 from sweep.measuring import classification, divergence, words
 
 if TYPE_CHECKING:
+    from sweep.measuring.generation import Answer
     from sweep.measuring.scorer import Scorer, Text
+
+_GRAM = 4  # tokens
 
 Outcome: TypeAlias = dict[str, float]  # of one document, by name
 
@@ -40,6 +43,11 @@ class Document:
     @property
     def text(self) -> Text:
         return self.lm.texts[self.arguments]
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        """All that were written to its prompt: more than one where a task repeats it."""
+        return self.lm.answers[self.lm.as_key(self.example["arguments"][0])]
 
 
 def columns(documents: Sequence[Document], outcomes: Sequence[Outcome], kind: str) -> dict[str, float | None]:
@@ -121,6 +129,28 @@ def choice(document: Document) -> Outcome:
     }
 
 
+def answer(document: Document) -> Outcome:
+    """Tokens of the answer, whether the limit has ended it, and how it repeats itself; means over its answers."""
+    found = [
+        {
+            "generated_tokens": float(len(answer.tokens)),
+            "truncated": float(answer.truncated),
+            "repetition": repetition(answer.tokens),
+        }
+        for answer in document.answers
+    ]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """The share of the 4-grams of tokens that stood before: seq-rep-4 of Welleck et al. 2020, arXiv:1908.04319.
+
+    0 of fewer than four tokens.
+    """
+    grams = [*zip(*(tokens[start:] for start in range(_GRAM)), strict=False)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def _log_likelihood(text: Text) -> float:
     return float(text.scores.log_probs[text.told].sum(dtype=np.float64))
 
@@ -168,6 +198,7 @@ OF_A_DOCUMENT: Mapping[str, Sequence[Callable[[Document], Outcome]]] = {
     "loglikelihood_rolling": (told, page_by_band, from_dense),
     "loglikelihood": (ending,),
     "multiple_choice": (choice,),
+    "generate_until": (answer,),
 }
 OF_A_TASK: Mapping[str, Sequence[Callable[[Sequence[Document], Sequence[Outcome]], dict[str, float]]]] = {
     "loglikelihood_rolling": (token_perplexity, by_band),

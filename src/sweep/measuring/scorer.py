@@ -1,10 +1,11 @@
-"""Log-likelihoods of texts, many at once. What lm-eval's own HFLM computes, with less work:
+"""Log-likelihoods of texts, and answers, many at once. What lm-eval's own HFLM computes, with less work:
 
 - Requests that begin alike are one tree of tokens: what they share is read once. The four choices of a question share
   its context; requests that are equal are one.
 - The output head, a third of the work in a small model, sees only the positions whose next token is scored.
 - Rows of similar length share a batch, up to a budget of tokens. Batches depend on the requests alone, so that the
   same requests give the same numbers to the last digit.
+- Answers are those that HFLM gives each prompt alone; how they are written is in `generation`.
 
 A model with a pruned vocabulary is scored over the dense model's: the probability of its unknown token is shared equally
 by the tokens that it stands for, so that probabilities still sum to 1 and losses can be compared. Taken as it is, the
@@ -16,6 +17,7 @@ Shapes: B rows (trees) in a batch, L tokens in the longest, K scored positions, 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +28,13 @@ import numpy as np
 import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
+from lm_eval.models import utils as requested
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sweep.measuring import generation
 from sweep.models import cut_tokenizer, token_ids
 from sweep.models.logits import Tail
 from sweep.models.token_ids import Rows
@@ -296,13 +300,14 @@ def widest_tree(model: PreTrainedModel) -> int:
 
 
 class Scorer(HFLM):
-    """lm-eval's HFLM with the scoring above. Tokenisation, truncation and what is scored are HFLM's; generation is too.
+    """lm-eval's HFLM with the work above. Tokenisation, truncation, what is scored and where answers end are HFLM's.
 
     Beside what lm-eval asks for, each text is scored as it is: HFLM begins a rolled text with a BOS of its own beside the
     tokenizer's and has the second predicted, and where a tokenizer ends texts, it scores that end as part of the answer.
     Where nothing is put around a text, both are one request and cost nothing.
 
-    texts  every text and ending so far, by its request's arguments, for statistics of single tokens
+    texts    every text and ending so far, by its request's arguments, for statistics of single tokens
+    answers  every answer so far, by its request's arguments: a prompt may have been answered several times
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
@@ -316,6 +321,7 @@ class Scorer(HFLM):
         self.before, self.after = token_ids.around(tokenizer)
         self.special = token_ids.special(tokenizer)
         self.texts: dict[tuple[str, ...], Text] = {}
+        self.answers: dict[tuple[str, str], list[generation.Answer]] = {}
         self.top = 0  # of each rolled text, the likeliest so many tokens at every position go into `alternatives`
         self.ids: dict[str, np.ndarray] = {}  # or, by text, the tokens (T, k) that go there
         self.alternatives: dict[str, Alternatives] = {}  # (T, k); ids of the whole vocabulary
@@ -471,7 +477,41 @@ class Scorer(HFLM):
         return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return super().generate_until(requests, disable_tqdm=True)
+        questions = [self.question(*request.args) for request in requests]
+        answers = generation.write(self.model, self.tokenizer, questions)
+        texts = []
+        for request, question, answer in zip(requests, questions, answers, strict=True):
+            self.answers.setdefault(self.as_key(request.args), []).append(answer)
+            text = self.tok_decode(answer.tokens)
+            texts.append(requested.postprocess_generated_text(text, [*question.stops], None))
+        return texts
+
+    @staticmethod
+    def as_key(arguments: Sequence[Any]) -> tuple[str, str]:
+        """The arguments of a request for an answer, which hold settings."""
+        prompt, settings = arguments
+        return str(prompt), json.dumps(settings, sort_keys=True, default=str)
+
+    def question(self, prompt: str, settings: dict[str, Any]) -> generation.Question:
+        """A request as HFLM resolves it. Raises ValueError where prompt or answer are left no token."""
+        options = dict(requested.normalize_gen_kwargs(settings, self.max_gen_toks))
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = requested.handle_stop_sequences(options.pop("until", None), eos=end)
+        limit = options.pop("max_gen_toks")
+        room = self.max_length - limit
+        if room <= 0:
+            raise ValueError(f"an answer may take {limit} tokens, and max_length={self.max_length} leaves no prompt")
+        begun = (bos := self.tokenizer.bos_token) is not None and prompt.startswith(bos)
+        adds = False if begun else self.add_bos_token
+        tokens = self.tokenizer(prompt, **({} if adds is None else {"add_special_tokens": adds}))["input_ids"]
+        if len(tokens) > room:
+            log.warning("a prompt of %d tokens loses its beginning, beside an answer of %d", len(tokens), limit)
+        tokens = tokens[-room:]
+        if (longest := options.pop("max_length", None)) is not None:  # of prompt and answer together
+            limit = longest - len(tokens)
+        if limit < 1:
+            raise ValueError(f"a prompt has {len(tokens)} tokens, and its task's max_length leaves no answer after it")
+        return generation.Question(tokens, limit, tuple(stops), options)
 
 
 def _sum(scores: Scores) -> float:
