@@ -35,11 +35,11 @@ PRUNED = {
 @pytest.mark.parametrize(("family", "asked"), PRUNED.values(), ids=PRUNED)
 def test_what_was_pruned_is_zero_again_after_the_weights_have_changed(family: str, asked: dict) -> None:
     model = make(family)
-    for matrix in masks_module._matrices(model).values():
+    for matrix in masks_module.matrices(model).values():
         matrix[0, :3] = 0  # zeros of the dense model: whether they are kept says nothing
-    dense = masks_module._matrices(copy.deepcopy(model))
+    dense = masks_module.matrices(copy.deepcopy(model))
     pruned = methods.prune(model, Weight("weight", **asked), 0.5, random_tokens())
-    masks, weights = pruned.masks, masks_module._matrices(model)
+    masks, weights = pruned.masks, masks_module.matrices(model)
     assert masks.count() == pruned.removed and sum(keep.numel() for keep in masks.values()) == pruned.targets
     assert masks.nbytes <= pruned.targets / 8 + len(masks)
     for name, keep in masks.items():
@@ -53,8 +53,8 @@ def test_what_was_pruned_is_zero_again_after_the_weights_have_changed(family: st
     changed = copy.deepcopy(model)
     masks.apply(model)
     places = {tensor.data_ptr() for name, tensor in weights.items() if name in masks}
-    for name, weight in masks_module._matrices(model).items():
-        before = masks_module._matrices(changed)[name]
+    for name, weight in masks_module.matrices(model).items():
+        before = masks_module.matrices(changed)[name]
         if name in masks:
             keep = masks[name]
             assert not weight[~keep].any() and torch.equal(weight[keep], before[keep]), name

@@ -503,7 +503,7 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Te
     weights  views of the model's parameters, as `anatomy.matrices` gives them
     Only the parameters that these are views of take part in the backward pass.
     """
-    owners = {name: _owner(view, model) for name, view in weights.items()}
+    owners = anatomy.owners(model, weights)
     needed = {id(owner): owner for owner in owners.values()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     sums = {name: torch.zeros(view.shape, device=view.device) for name, view in weights.items()}
@@ -528,12 +528,6 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor, weights: dict[str, Te
             parameter.requires_grad_(value)
             parameter.grad = None
     return {name: total.sqrt_() for name, total in sums.items()}
-
-
-def _owner(view: Tensor, model: PreTrainedModel) -> nn.Parameter:
-    """The parameter that a matrix is a view of."""
-    place = view.data_ptr()
-    return next(p for p in model.parameters() if p.data_ptr() <= place < p.data_ptr() + p.numel() * p.element_size())
 
 
 @contextmanager

@@ -163,17 +163,21 @@ def _check_targets(cell: Cell) -> None:
     method, named = cell.method, cell.quantize.exclude
     pruned = method if isinstance(method, Weight) and (method.exclude or method.pattern is not None) else None
     quantises = cell.quantize.columns is not None or named
-    if pruned is None and not quantises:
+    adapts = cell.recover.name == "lora"
+    if pruned is None and not quantises and not adapts:
         return
     from sweep.models import loading
     from sweep.pruning import weights  # bring torch, which other requests do not need here
     from sweep.quantization import quantise
+    from sweep.recovery import adapters
 
     skeleton = loading.skeleton(cell.model)
     if skeleton is None:
         return
     if pruned is not None:
         weights.targets(skeleton, pruned)
+    if adapts:
+        adapters.check_rank(skeleton, cell.recover.rank)
     if quantises and not method.removes_units:  # else the stage is told by what is left
         quantise.targets(skeleton, cell.quantize)
 

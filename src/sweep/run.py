@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sweep import config, cost, execution, identity, machine, saving, turns
+from sweep import cache, config, cost, execution, identity, machine, saving, turns, versions
 from sweep.config import Cell
 from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
@@ -46,6 +46,7 @@ class Known:
     memo: sharing.Memo = (
         sharing.unshared
     )  # where statistics of the model come from, while it is the one that was loaded
+    meter: cost.Meter | None = None  # of the stage
 
 
 class Done(Protocol):
@@ -81,6 +82,8 @@ def _recover(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
         *drawn,
         known.masks,
         seed=cell.seed,
+        memo=SharedStatistics(cell, drawn[0], known.meter) if known.meter else sharing.unshared,
+        state=cache.folder() / "recovery" / text.fingerprint([identity.cell_name(cell), *versions.arithmetic(cell)]),
     )
 
 
@@ -159,7 +162,7 @@ def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Known, di
             if number == 0 and known.tokens is not None:  # nothing has changed the model yet
                 done = WORK[stage.name](cell, model, replace(known, memo=SharedStatistics(cell, known.tokens, bill)))
             else:
-                done = WORK[stage.name](cell, model, known)
+                done = WORK[stage.name](cell, model, replace(known, meter=bill))
         columns |= bill.columns(stage.name, done.calibration_tokens) | dict(done.columns)
         tables |= done.tables
         known = replace(

@@ -7,9 +7,10 @@ Routers, convolutions, norms, positions and states are none.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sweep.formats import stand_in
 from sweep.formats.packing import packed
-from sweep.models import decoders, transformers_private, watching
+from sweep.models import adapted, decoders, transformers_private, watching
 from sweep.models.decoders import DECODERS
 from sweep.models.watching import Piece
 from sweep.settings import RequestError
@@ -313,6 +314,13 @@ def all_matrices(model: PreTrainedModel, *, embeddings: bool = False, head: bool
     return found
 
 
+def owners(model: PreTrainedModel, views: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that matrices are views of, by the matrices' names."""
+    held = sorted((p for p in model.parameters() if p.numel()), key=Tensor.data_ptr)
+    places = [parameter.data_ptr() for parameter in held]
+    return {name: held[bisect.bisect(places, view.data_ptr()) - 1] for name, view in views.items()}
+
+
 def shared_names(model: PreTrainedModel) -> list[str]:
     """The names of the embeddings and of the head, where these are one matrix; else none."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -376,6 +384,7 @@ def products(model: PreTrainedModel) -> list[Tensor]:
             for name, layout in noted.layouts.items()
             if layout.parts == 1 and name in module._parameters
         ]
+        found += adapted.factors(module)
     head = model.get_output_embeddings()
     return found if head is None else [*found, head.weight]
 

@@ -131,6 +131,25 @@ def descend(tail: Tail, states: Tensor, wanted: Callable[[Tensor, slice], Tensor
         torch.autograd.backward(states, gradient)
 
 
+def backpropagate(tail: Tail, states: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> float:
+    """Backpropagate a summed loss of the logits at states (n, d), as loss(logits).backward() would; its value.
+
+    loss  a number, from the logits (positions, V) in float32 of some of the positions, and their slice
+    """
+    gradient, total = torch.empty_like(states), 0.0
+    for some in tail.pieces(states):
+        part = states.detach()[some].requires_grad_()
+        with torch.enable_grad():
+            value = loss(tail.logits(part).float(), some)
+        value.backward()
+        assert part.grad is not None
+        gradient[some] = part.grad
+        total += float(value.detach())
+    if states.requires_grad:  # else nothing but the head itself is asked for
+        torch.autograd.backward(states, gradient)
+    return total
+
+
 def given(tokens: Tensor) -> Callable[[Tensor, slice], Tensor]:
     """The `wanted` of `descend` for next tokens that are known, one a position."""
     return lambda _, some: tokens[some]

@@ -57,7 +57,7 @@ class Masks(Mapping[str, Tensor]):
 
         Raises ValueError for a matrix that is not there any more, or has another shape, such as after units were removed.
         """
-        weights = _matrices(model)
+        weights = matrices(model)
         for name, (_, shape) in self._packed.items():
             if name not in weights or weights[name].shape != shape:
                 now = tuple(weights[name].shape) if name in weights else "not there"
@@ -66,7 +66,7 @@ class Masks(Mapping[str, Tensor]):
             surgery.zero_weights(weights[name], self[name].to(weights[name].device))
 
 
-def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
+def matrices(model: PreTrainedModel) -> dict[str, Tensor]:
     """All that weight pruning may prune, as views that write through; of tied embeddings and head both names."""
     found = anatomy.all_matrices(model)
     names = {id(module): name for name, module in model.named_modules()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sweep.pruning import sharing
 from sweep.pruning.masks import Masks
 from sweep.recovery.kinds import Recover
 
@@ -22,6 +24,16 @@ class Given:
     masks: Masks  # of weights that were removed, by the names of `anatomy.matrices`
     asked: Recover
     seed: int
+    memo: sharing.Memo = sharing.unshared  # where what is told of the dense model comes from
+    state: Path | None = (
+        None  # the file from which a stopped run goes on, for a kind that takes long; it is gone at the end
+    )
+
+    @property
+    def steps(self) -> int:
+        """That are asked for, of settings that are normalised."""
+        assert self.asked.steps is not None
+        return self.asked.steps
 
 
 @dataclass(frozen=True)

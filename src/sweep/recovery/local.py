@@ -57,7 +57,7 @@ def local(given: Given) -> Trained:
         log.warning(
             "recover=local left %d matrices as they are, such as those of experts, which read some tokens only", left
         )
-    return Trained(given.tokens.numel(), trained * given.asked.steps, "matrices")
+    return Trained(given.tokens.numel(), trained * given.steps, "matrices")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _recover_block(
         for name, _ in fitted:
             keep = given.masks.get(f"{at.name}.{name}")
             keep = None if keep is None else keep.to(mine[name].device)
-            solved = solve(gram, moments[name], mine[name].float(), keep, given.asked.steps, given.asked.ridge)
+            solved = solve(gram, moments[name], mine[name].float(), keep, given.steps, given.asked.ridge)
             if not torch.isfinite(solved).all():
                 raise FloatingPointError(f"{at.name}.{name}: the recovered weights are not finite; raise recover.ridge")
             surgery.write_weights(mine[name], solved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sweep.formats.grid import Grid
+from sweep.pruning import sharing
 from sweep.pruning.masks import Masks
+from sweep.recovery.adapters import lora
+from sweep.recovery.distillation import distill
 from sweep.recovery.given import Given, Trained
 from sweep.recovery.kinds import Recover
 from sweep.recovery.local import local
@@ -24,7 +28,11 @@ from sweep.recovery.local import local
 if TYPE_CHECKING:
     import pandas as pd
 
-WORK: dict[str, Callable[[Given], Trained]] = {"local": local}  # of each kind
+WORK: dict[str, Callable[[Given], Trained]] = {  # of each kind
+    "local": local,
+    "lora": lora,
+    "distill": distill,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ def recover(
     masks: Masks,
     *,
     seed: int = 0,
+    memo: sharing.Memo = sharing.unshared,
+    state: Path | None = None,
 ) -> Recovered:
     """Recover the model in place.
 
@@ -69,10 +79,12 @@ def recover(
     held_out  (sequences, length) on which the loss is told
     masks     of weights that were removed, and stay so
     seed      of what a kind draws
+    memo      where what is told of the dense model comes from
+    state     the file from which a stopped run goes on
     Raises FloatingPointError when the loss afterwards is no number.
     """
     before = loss(model, held_out)
-    trained = WORK[asked.name](Given(model, dense, tokens, masks, asked, seed))
+    trained = WORK[asked.name](Given(model, dense, tokens, masks, asked, seed, memo, state))
     masks.apply(model)
     after = loss(model, held_out)
     if not math.isfinite(after):
