@@ -62,6 +62,7 @@ class Metric:
     is_exp: bool = False  # of a mean: its logarithm scatters evenly, as a loss does
     classes: str | None = None  # made of all choices together: its name in confusion.macro
     by_lm_eval: bool = False
+    measured: bool = False  # timed: it belongs to the machine in the row
 
 
 METRICS = (
@@ -118,6 +119,43 @@ METRICS = (
         label="repeated 4-grams",
         means=(Mean("repetition"),),
         pooled=True,
+    ),
+    Metric(
+        "ms_per_answer",
+        LOW,
+        "likewise: mean time of a whole answer, one after the other, over a fixed sample of prompts; compare between cells "
+        "through `answer_speedup` only",
+        "milliseconds",
+        label="time per answer (ms)",
+        means=(),
+        measured=True,
+    ),
+    Metric(
+        "dense_ms_per_answer",
+        LOW,
+        "the same for the dense model, timed alternately with this one, each until its own answer is done",
+        "milliseconds",
+        label="dense time per answer (ms)",
+        means=(),
+        measured=True,
+    ),
+    Metric(
+        "answer_speedup",
+        HIGH,
+        "the second over the first: below 1, the model takes longer for an answer, however fast its tokens are",
+        "ratio",
+        label="speed-up of an answer",
+        means=(),
+        measured=True,
+    ),
+    Metric(
+        "correct_answers_per_second",
+        HIGH,
+        "likewise: the share of right answers over the seconds that one takes",
+        "answers/second",
+        label="correct answers a second",
+        means=(),
+        measured=True,
     ),
     Metric("told", HIGH, "whether the model's own choice is the word to be told, in `samples`"),
     Metric("log_likelihood", HIGH, "of a text, or of the right answer, in `samples`", "nats"),

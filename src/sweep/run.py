@@ -21,7 +21,8 @@ from sweep import cache, config, cost, execution, identity, machine, saving, tur
 from sweep.config import Cell
 from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
-from sweep.measuring import counting, divergence, efficiency, energy, perplexity, quality
+from sweep.measuring import answering, counting, divergence, efficiency, energy, perplexity, quality
+from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
 from sweep.models import loading, requirements
 from sweep.pruning import families, methods, sharing
@@ -141,11 +142,13 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
         _save(cell, model, tokenizer, before, save_model, command)
 
     row |= _memory(cell, model, generates=can_generate)
-    columns, tables["samples"] = _quality(cell, model, tokenizer, before)
+    asked: dict[str, Any] = {}
+    columns, tables["samples"] = _quality(cell, model, tokenizer, before, asked)
     row |= columns
     if cell.efficiency.repeats:
-        columns, tables["latency"] = _timed(cell, model, held, row)
+        columns, tables["latency"] = _timed(cell, model, (tokenizer, before.tokenizer), held, row, asked)
         row |= columns
+        row |= answering.correct_a_second(row, tables["samples"], [*asked])
     return row | {"cell_seconds": working_seconds() - started}, tables
 
 
@@ -223,10 +226,12 @@ def _memory(cell: Cell, model: PreTrainedModel, *, generates: bool) -> dict[str,
     }
 
 
-def _quality(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before) -> tuple[dict[str, Any], pd.DataFrame]:
-    """(columns, the value of every evaluated example)."""
+def _quality(
+    cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before, asked: dict[str, Any]
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(columns, the value of every evaluated example); `asked` receives the requests whose answers were written."""
     distributions = divergence.of_dense(cell)
-    columns, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions)
+    columns, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions, asked)
     found, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
     columns |= found
     if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are
@@ -235,12 +240,24 @@ def _quality(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before)
 
 
 def _timed(
-    cell: Cell, model: PreTrainedModel, held: Stock, row: Mapping[str, Any]
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizers: tuple[Any, Any],
+    held: Stock,
+    row: Mapping[str, Any],
+    asked: Requests,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """(columns of latency, energy and what bounds them; every timed repeat), with no other cell at work meanwhile."""
+    """(columns of latency, answers, energy and what bounds them; every timed repeat), with no other cell at work meanwhile.
+
+    tokenizers  of the model, and of the dense one
+    asked       requests whose answers are timed
+    """
     dense = loading.load(cell.model, cell.dtype, cell.device)[0] if cell.stages() else model
     with turns.alone() as others:
         columns, repeats = efficiency.latency(model, dense, cell.efficiency)
+        if asked:
+            answers, more = answering.timed((model, dense), tokenizers, asked, cell.efficiency, cell.benchmarks)
+            columns, repeats = columns | answers, pd.concat([repeats, more], ignore_index=True)
         columns |= efficiency.energy_of_decoding(model, cell.efficiency, energy.counters(cell.device))
         rates = efficiency.roofline(cell.device, cell.dtype, torch.get_num_threads())
     read = counting.read_bytes(held, cell.efficiency.batch_size) + (row["kv_cache_bytes"] or 0)

@@ -92,14 +92,21 @@ class Ends:
         ]
 
 
-def write(model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question], rows: int = ROWS) -> list[Answer]:
+def write(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    rows: int = ROWS,
+    way: Way | None = None,
+) -> list[Answer]:
     """An answer to each question, in order.
 
     tokenizer  the model's, by which strings are found in answers
     rows       side by side, at most; 1 answers one after the other, as a user is answered
+    way        how the model reads prompts, where that is known; else it is tried
     """
     found: dict[int, Answer] = {}
-    way = Way.of(model)
+    way = way or Way.of(model)
     by_stops: dict[tuple[str, ...], list[int]] = {}
     with torch.inference_mode(), tqdm(total=len(questions), desc="answering", unit="answer", leave=False) as progress:
         for i, question in enumerate(questions):

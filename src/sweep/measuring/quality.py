@@ -38,11 +38,13 @@ def evaluate(
     settings: Benchmarks,
     data_root: str | None,
     dense: Distributions | None = None,
+    asked: dict[str, list[tuple[Any, ...]]] | None = None,
 ) -> tuple[dict[str, Any], Samples]:
     """(columns of the row, the outcome of every example).
 
     Columns are `task/metric` and `task/metric_stderr`, with `,FILTER` behind where a task filters answers by a named
     filter, and `higher_is_better`, what lm-eval says of its metrics. NaN and infinite metrics are kept, with a warning.
+    asked  receives, of each task whose answers are written, the arguments of its documents' first requests
     Raises RequestError when a task's data cannot be found.
     """
     if not settings.tasks:
@@ -74,6 +76,8 @@ def evaluate(
     for name, found in results["samples"].items():
         task = tasks["tasks"][name]
         examples, outcomes = _by_document(found, task.aggregation())
+        if asked is not None and task.OUTPUT_TYPE == "generate_until":
+            asked[name] = [tuple(example["arguments"][0]) for example in examples]
         documents = [measures.Document(task, example, lm, dense) for example in examples]
         measured = measures.columns(documents, outcomes, task.OUTPUT_TYPE)
         metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -588,6 +589,9 @@ def record(column: str) -> Column | None:
 
 def is_measured(column: str) -> bool:
     """Whether a column was timed or read from the system, and so belongs to the machine in the row."""
+    if "/" in column:
+        of_task = metrics.record(re.sub("_stderr(?=,|$)", "", column))
+        return of_task is not None and of_task.measured
     known = record(column)
     return known is not None and known.kind == MEASURED
 
