@@ -100,7 +100,8 @@ def test_an_axis_has_its_unit(column: str, label: str, scale: float) -> None:
 def test_a_metric_of_ours_points_as_it_says(metric: Metric) -> None:
     assert metric.better in (LOW, HIGH, None) and bool(metric.meaning) != metric.by_lm_eval
     for band in BANDS:
-        column = f"task/{metric.name.format(band=band)},some-filter"
+        name = metric.name.format(band=band, range="128to256")
+        column = f"task/{name},some-filter"
         assert record(column) is metric
         assert columns.is_loss(column) == (metric.better == LOW)
     assert not metric.by_lm_eval or metric.name in LM_EVAL_LOSSES

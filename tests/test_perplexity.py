@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep.config import Model, Perplexity
-from sweep.measuring import perplexity
+from sweep.measuring import perplexity, positions
 from sweep.settings import RequestError
 
 
@@ -80,3 +80,31 @@ def test_the_embedded_model_on_the_first_windows_of_wikitext2(data_root: Path) -
     columns, _ = perplexity.measure(model, tokenizer, Perplexity("wikitext2", windows=8), str(data_root), 4)
     assert columns["perplexity_tokens"] == 8 * 2048
     assert columns["wikitext2/perplexity"] == pytest.approx(19.134, abs=5e-4)
+
+
+def test_losses_by_position_are_those_of_the_tokens_there(loaded: tuple, tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    file = tmp_path / "mine.txt"
+    file.write_text("Some text of one's own, long enough for two windows and a little more. " * 9)
+    columns, _ = perplexity.measure(model, tokenizer, Perplexity(str(file), seqlen=300), None, batch_size=1)
+    tokens = torch.tensor(tokenizer(file.read_text())["input_ids"])[:600].reshape(2, 300)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double()
+    for start, stop in ((0, 128), (128, 256), (256, 300)):
+        here = losses[:, start:stop]
+        assert columns[f"mine/loss_at_{start}to{stop}"] == pytest.approx(here.mean().item(), rel=1e-5)
+        assert columns[f"mine/perplexity_at_{start}to{stop}"] == pytest.approx(here.mean().exp().item(), rel=1e-5)
+        error = here.mean(1).std().item() / 2**0.5
+        assert columns[f"mine/loss_at_{start}to{stop}_stderr"] == pytest.approx(error, rel=1e-4)
+    assert sum("loss_at" in name and "stderr" not in name for name in columns) == 3
+
+
+def test_a_text_counts_where_it_has_tokens_that_are_told() -> None:
+    losses = [np.full(130, 1.0), np.full(100, 3.0)]
+    told = [np.ones(130, dtype=bool), np.arange(100) < 65]
+    found = positions.columns(losses, told, longest=4096)
+    assert found["loss_at_0to128"] == pytest.approx((128 + 3 * 65) / (128 + 65))
+    assert found["loss_at_128to256"] == 1.0 and found["loss_at_128to256_stderr"] is None
+    again = positions.columns(losses[:1], told[:1], longest=128)
+    assert list(again) == ["loss_at_0to128", "loss_at_0to128_stderr", "perplexity_at_0to128"], "a window begins anew"

@@ -520,3 +520,16 @@ def test_flips_are_counted_both_ways_and_drawn(tmp_path: Path) -> None:
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.4], [0.2]]
     files = rendering.report([place], tmp_path / "report", rendering.Wanted(formats=("png",)))
     assert "capitals-flips.png" in {file.name for file in files}
+
+
+def test_loss_by_position_is_drawn_where_rows_have_it() -> None:
+    rows = ready(frames.rows())
+    assert plot.position_figure(rows, "pydoc") is None
+    for place, added in enumerate((0.1, 0.2, 0.4)):
+        rows[f"pydoc/loss_at_{128 * place}to{128 * (place + 1)}"] = np.where(rows.baseline, 2.0, 2.0 + added)
+    figure = plot.position_figure(rows, "pydoc")
+    assert figure is not None
+    (axes,) = figure.axes
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 3)
+    assert list(line.get_xdata()) == [0, 128, 256]
+    assert list(line.get_ydata()) == pytest.approx([0.1, 0.2, 0.4])

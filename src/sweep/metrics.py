@@ -50,7 +50,7 @@ _LOSSES = (Mean("log_likelihood", "tokens", -1), Mean("loss"))  # of texts; of w
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of a task. `{band}` in the name stands for each of BANDS."""
+    """A metric of a task. `{band}` in the name stands for each of BANDS, `{range}` for places in a text."""
 
     name: str
     better: str | None  # LOW, HIGH, or None for what only describes
@@ -182,6 +182,15 @@ METRICS = (
     Metric("perplexity_band_{band}", LOW, "its exp", is_exp=True),
     Metric("word_loss_band_{band}", LOW, "mean loss of a word of the band: a rare word is made of more tokens", "nats"),
     Metric("acc_band_{band}", HIGH, "share of the words of the band that the model tells"),
+    Metric(
+        "loss_at_{range}",
+        LOW,
+        "mean loss of the tokens at these places of a text or window, from how many tokens stand before: `0to128`, `128to256` "
+        "and so on",
+        "nats",
+        means=(),
+    ),
+    Metric("perplexity_at_{range}", LOW, "its exp", is_exp=True, means=()),
     Metric("tokens_band_{band}", None, "tokens in the band", "tokens"),
     Metric("examples_band_{band}", None, "words to be told in the band"),
     Metric("removed_share_band_{band}", LOW, "of its tokens, those that the model's vocabulary has lost", "fraction"),
@@ -258,7 +267,8 @@ def task_metrics(names: Iterable[str]) -> list[str]:
 
 def record(column: str) -> Metric | None:
     """The record of a metric, or of a task's column; None of what is lm-eval's alone."""
-    return _RECORDS.get(re.sub(r"(?<=_band_)\w+$", "{band}", bare(column)))
+    name = re.sub(r"(?<=_band_)\w+$", "{band}", bare(column))
+    return _RECORDS.get(re.sub(r"(?<=_at_)\d+to\d+$", "{range}", name))
 
 
 def main_metrics(names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from sweep import metrics
-from sweep.measuring import classification, divergence, words
+from sweep.measuring import classification, divergence, positions, words
 
 if TYPE_CHECKING:
     from sweep.measuring.generation import Answer
@@ -194,14 +194,21 @@ def classifier(documents: Sequence[Document], outcomes: Sequence[Outcome]) -> di
     return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
 
 
+def by_position(documents: Sequence[Document], _: Sequence[Outcome]) -> dict[str, float | None]:
+    """Losses by where in the text a token stands."""
+    texts = [document.text for document in documents]
+    losses = [-text.scores.log_probs for text in texts]
+    return positions.columns(losses, [text.told for text in texts], documents[0].lm.max_length)
+
+
 OF_A_DOCUMENT: Mapping[str, Sequence[Callable[[Document], Outcome]]] = {
     "loglikelihood_rolling": (told, page_by_band, from_dense),
     "loglikelihood": (ending,),
     "multiple_choice": (choice,),
     "generate_until": (answer,),
 }
-OF_A_TASK: Mapping[str, Sequence[Callable[[Sequence[Document], Sequence[Outcome]], dict[str, float]]]] = {
-    "loglikelihood_rolling": (token_perplexity, by_band),
+OF_A_TASK: Mapping[str, Sequence[Callable[[Sequence[Document], Sequence[Outcome]], Mapping[str, float | None]]]] = {
+    "loglikelihood_rolling": (token_perplexity, by_band, by_position),
     "loglikelihood": (by_band, accuracy_by_band),
     "multiple_choice": (classifier,),
 }

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from sweep.config import Model, Perplexity
-from sweep.measuring import words
+from sweep.measuring import positions, words
 from sweep.models import decoders, origin
 from sweep.settings import RequestError
 from sweep.texts import corpora, text
@@ -99,6 +99,7 @@ def measure(
         [-scores.log_probs[here].mean(dtype=np.float64) for scores, here in zip(scored, told, strict=True)]
     )
     mean, called = float(losses.mean()), name(settings)
+    by_position = positions.columns([-scores.log_probs for scores in scored], [*told], settings.seqlen)
     value = words.exp(mean)
     if not math.isfinite(value):
         warnings.warn(f"{called}/perplexity is {value}", stacklevel=2)
@@ -107,6 +108,7 @@ def measure(
         {"task": called, "document": [str(i) for i in range(count)], "metric": "loss", "value": losses}
     )
     return {
+        **{f"{called}/{metric}": number for metric, number in by_position.items()},
         f"{called}/perplexity": value,
         f"{called}/perplexity_stderr": error,
         "perplexity_tokens": count * settings.seqlen,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -232,6 +233,33 @@ def band_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure 
         return None
     words = f"nats a token added on {task}, by Zipf value of the word"
     return heat_figure(drops, width, columns=[metrics[c] for c in drops], words=words, darkest=_DARKEST_LOSS)
+
+
+def position_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure | None:
+    """By how much the loss of a task rises with the place in the text, of each method at its sparsity nearest to 0.5.
+
+    A line that climbs is a model that makes less of long context than the dense one. Means over seeds. None where no row
+    has two ranges of places beside its dense model's.
+    """
+    places = {c: int(found[1]) for c in rows if (found := re.fullmatch(rf"{re.escape(task)}/loss_at_(\d+)to\d+", c))}
+    drops = drop_table(rows, sorted(places, key=lambda c: places[c]), relative=False) if places else pd.DataFrame()
+    drops = drops.dropna(how="all").dropna(axis=1, how="all")
+    if drops.shape[0] == 0 or drops.shape[1] < 2:
+        return None
+    distance = pd.Series(abs(drops.index.get_level_values(1) - 0.5), index=drops.index)
+    figure, axes = _new(width)
+    styles = _styles(rows)
+    for (name, sparsity), line in drops[distance == distance.groupby(level=0).transform("min")].iterrows():
+        colour, mark, dashes = styles[name]
+        axes.plot(
+            [places[c] for c in drops], line, color=colour, marker=mark, linestyle=dashes, label=f"{name} {sparsity:g}"
+        )
+    axes.axhline(0.0, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
+    axes.set_xlabel("tokens before, at least")
+    axes.set_ylabel(f"nats a token added on {task}")
+    _pin_label(axes)
+    _legend(axes)
+    return figure
 
 
 def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figure:

@@ -230,6 +230,9 @@ def _figures(
     for task in dict.fromkeys(c.partition("/")[0] for c in rows.columns if "/loss_band_" in c):
         if (bands := plot.band_figure(rows, task, width)) is not None:
             save(bands, out / f"{_file_name(task)}-loss-by-word-frequency{suffix}")
+    for task in dict.fromkeys(c.partition("/")[0] for c in rows.columns if "/loss_at_" in c):
+        if (by_place := plot.position_figure(rows, task, width)) is not None:
+            save(by_place, out / f"{_file_name(task)}-loss-by-position{suffix}")
 
 
 def _table(results: Sequence[str], rows: pd.DataFrame, name: str) -> pd.DataFrame | None:

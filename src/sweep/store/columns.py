@@ -570,6 +570,7 @@ every option: `gsm8k/exact_match,strict-match` and `gsm8k/exact_match,flexible-e
 
 Ours are the following, beside those that lm-eval has of a task. `{band}` is how rare a word is, by its Zipf frequency
 from wordfreq: `zipf5up`, `zipf4to5`, `zipf3to4`, `zipf0to3`, and `no_word` for tokens without letters.
+`{range}` is where in a text a token stands: `0to128` is what is told from 1 to 128 tokens before it.
 """
 _READ = """
 ## Made when rows are read
