@@ -94,6 +94,16 @@ METRICS = (
         pooled=True,
     ),
     Metric(
+        "draft_acceptance",
+        HIGH,
+        "sum of the smaller of its own and the dense model's next-token probabilities, a mean over tokens: the chance that a "
+        "token that it drafts is kept in speculative decoding (arXiv:2211.17192)",
+        "fraction",
+        label="drafted tokens kept by dense",
+        means=(Mean("{}", "tokens"),),
+        pooled=True,
+    ),
+    Metric(
         "generated_tokens_mean",
         None,
         "of tasks whose answers are written: mean tokens of an answer, that which ended it included",

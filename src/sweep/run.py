@@ -21,7 +21,7 @@ from sweep import cache, config, cost, execution, identity, machine, saving, tur
 from sweep.config import Cell
 from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
-from sweep.measuring import answering, counting, divergence, efficiency, energy, perplexity, quality
+from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality
 from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
 from sweep.models import loading, requirements
@@ -148,6 +148,7 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     if cell.efficiency.repeats:
         columns, tables["latency"] = _timed(cell, model, (tokenizer, before.tokenizer), held, row, asked)
         row |= columns
+        row |= drafting.columns(row)
         row |= answering.correct_a_second(row, tables["samples"], [*asked])
     return row | {"cell_seconds": working_seconds() - started}, tables
 

@@ -88,12 +88,18 @@ def page_by_band(document: Document) -> Outcome:
 
 
 def from_dense(document: Document) -> Outcome:
-    """KL from the dense model, summed over the page's positions, nats; empty of a page that it was not asked for."""
+    """KL from the dense model in nats, and overlap with it, summed over the page's positions.
+
+    Empty of a page that the dense model was not asked for.
+    """
     (page,) = document.arguments
     if document.dense is None or page not in document.dense.ids:
         return {}
-    by_position = divergence.kl(document.dense.log_probs[page], document.lm.alternatives[page])
-    return {"kl_from_dense": float(by_position[document.text.told].sum())}
+    told = document.text.told
+    return {
+        name: float(by_position(document.dense.log_probs[page], document.lm.alternatives[page])[told].sum())
+        for name, by_position in (("kl_from_dense", divergence.kl), ("draft_acceptance", divergence.overlap))
+    }
 
 
 def ending(document: Document) -> Outcome:

@@ -494,6 +494,19 @@ COLUMNS = _by_name(  # of the schema, in its order
         unit="nats",
     ),
     Column("recovery_loss_after", _FLOAT, COUNTED, "the same loss after it", unit="nats"),
+    Column(
+        "draft_speedup",
+        _FLOAT,
+        MEASURED,
+        "what this model would gain the dense one as its draft, at the best number of drafted tokens: theorem 3.8 of "
+        "arXiv:2211.17192 from `pydoc/draft_acceptance` and `decode_speedup`, which takes it that reading the draft costs "
+        "the dense model one token; 1 where no draft pays",
+        unit="ratio",
+        better=HIGH,
+        label="speed-up as a draft (expected)",
+        short="draft",
+    ),
+    Column("draft_length", _INT, MEASURED, "that number; 0 where none pays", unit="tokens"),
 )
 MADE = _by_name(
     *_with_ends(
