@@ -533,3 +533,47 @@ def test_loss_by_position_is_drawn_where_rows_have_it() -> None:
     line = next(line for line in axes.lines if len(line.get_xdata()) == 3)
     assert list(line.get_xdata()) == [0, 128, 256]
     assert list(line.get_ydata()) == pytest.approx([0.1, 0.2, 0.4])
+
+
+def with_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose models also write answers, of which half are lost, and which are longer than dense ones."""
+    rows["sums/exact_match"] = np.where(rows.baseline, 0.8, 0.4)
+    rows["sums/exact_match_stderr"] = 0.01
+    rows["sums/generated_tokens_mean"] = np.where(rows.baseline, 10.0, 30.0)
+    rows["sums/answer_speedup"] = np.where(rows.baseline, 1.0, 0.5)
+    rows["sums/answer_speedup_stderr"] = 0.02
+    return rows
+
+
+def test_what_is_lost_stands_side_by_side_by_kind() -> None:
+    rows = ready(frames.rows(seeds=1))
+    named = rendering.quality_metrics(rows)
+    assert plot.kinds_figure(rows, named) is None, "nothing was written"
+    rows["pages/token_perplexity"] = np.where(rows.baseline, 10.0, 40.0)
+    rows = with_answers(rows)
+    lost = plot.loss_by_kind(rows, rendering.quality_metrics(rows))
+    assert {"choice", "perplexity", "generation"} >= set(lost) >= {"perplexity", "generation"}
+    assert lost.generation.to_numpy() == pytest.approx(50.0)
+    alone = plot.loss_by_kind(rows, ["pages/token_perplexity", "sums/exact_match"])
+    assert alone.perplexity.to_numpy() == pytest.approx(75.0), (
+        "a quarter is kept where the perplexity is four times as high"
+    )
+    assert plot.kinds_figure(rows, ["sums/exact_match"]) is None, "nothing stands beside it"
+    figure = plot.kinds_figure(rows, ["pages/token_perplexity", "sums/exact_match"])
+    assert figure is not None
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["perplexity", "generation"]
+
+
+def test_an_answer_is_drawn_against_a_token(tmp_path: Path) -> None:
+    rows = ready(frames.rows())
+    assert plot.answer_figure(rows, "sums") is None
+    figure = plot.answer_figure(with_answers(rows), "sums")
+    assert figure is not None
+    marks = [y for line in figure.axes[0].lines for y in np.ravel(line.get_ydata()) if line.get_linestyle() == "None"]
+    assert marks and marks == pytest.approx([0.5] * len(marks))
+    place = folder(
+        tmp_path,
+        with_answers(frames.rows().pipe(lambda r: r.assign(baseline=r.method == "dense"))).drop(columns="baseline"),
+    )
+    made = {path.name for path in rendering.report([place], tmp_path / "report", rendering.Wanted(formats=("png",)))}
+    assert {"lost-by-kind.png", "sums-answer-against-token.png"} <= made

@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sweep import config
 from sweep.formats import declared
-from sweep.metrics import BANDS
+from sweep.metrics import BANDS, is_exp
 from sweep.report import frontier
 from sweep.report.evidence import NOTHING, Evidence
 from sweep.store.columns import COLUMNS, MADE, is_loss, label, scale
@@ -233,6 +233,64 @@ def band_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure 
         return None
     words = f"nats a token added on {task}, by Zipf value of the word"
     return heat_figure(drops, width, columns=[metrics[c] for c in drops], words=words, darkest=_DARKEST_LOSS)
+
+
+def loss_by_kind(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
+    """Per cent of the dense model's quality that is lost, by what is asked of a model. One line a point.
+
+    `choice` and `generation` are means over tasks of what is lost of their metric, `perplexity` of one less the dense
+    model's over this one's. Only kinds that the rows have.
+    """
+    by_kind: dict[str, list[str]] = {kind: [] for kind in ("choice", "perplexity", "generation")}
+    for metric in metrics:
+        written = f"{metric.partition('/')[0]}/generated_tokens_mean"
+        if written in rows and rows[written].notna().any():
+            by_kind["generation"] += [] if is_loss(metric, rows) else [metric]
+        elif is_exp(metric):
+            by_kind["perplexity"].append(metric)
+        elif not is_loss(metric, rows):
+            by_kind["choice"].append(metric)
+    found = {}
+    for kind, names in by_kind.items():
+        lost = drop_table(rows, names)
+        if kind == "perplexity":
+            lost = 100 * (1 - 1 / (1 + lost / 100))
+        if lost.notna().any(axis=None):
+            found[kind] = lost.mean(axis=1)
+    return pd.DataFrame(found)
+
+
+def kinds_figure(rows: pd.DataFrame, metrics: Iterable[str], width: str = "column") -> Figure | None:
+    """What is lost of choices, perplexity and answers side by side, method by method.
+
+    None where the rows have no answers, or nothing beside them.
+    """
+    lost = loss_by_kind(rows, metrics)
+    if "generation" not in lost or lost.shape[1] < 2:
+        return None
+    return heat_figure(lost, width, columns=lost.columns, words="quality lost in % of dense")
+
+
+def answer_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure | None:
+    """By how much an answer is faster against by how much a token is: below the diagonal, answers have grown longer.
+
+    None where no pruned row has both.
+    """
+    token, answer = "decode_speedup", f"{task}/answer_speedup"
+    points = _prepared(rows, token, answer) if answer in rows else pd.DataFrame()
+    if points.empty or points.baseline.all():
+        return None
+    points["standing"] = frontier.ON
+    figure, axes = _new(width)
+    _draw_series(axes, points, joined=False)
+    axes.axline((1, 1), slope=1, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
+    axes.axhline(1.0, color="0.8", linewidth=0.7, zorder=0)
+    axes.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
+    axes.set_xlabel("speed-up of a token over dense (measured)")
+    axes.set_ylabel(f"speed-up of an answer\non {task} (measured)")
+    _pin_label(axes)
+    _legend(axes, {"answers as long as dense ones": Line2D([], [], color="0.3", linestyle="--")} | _kinds(points))
+    return figure
 
 
 def position_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figure | None:

@@ -226,6 +226,11 @@ def _figures(
     drops = plot.drop_table(rows, metrics)
     if drops.notna().any(axis=None):
         save(plot.heat_figure(drops, width), out / f"drop-by-benchmark{suffix}")
+    if (kinds := plot.kinds_figure(rows, metrics, width)) is not None:
+        save(kinds, out / f"lost-by-kind{suffix}")
+    for task in dict.fromkeys(c.partition("/")[0] for c in rows.columns if c.endswith("/answer_speedup")):
+        if (answers := plot.answer_figure(rows, task, width)) is not None:
+            save(answers, out / f"{_file_name(task)}-answer-against-token{suffix}")
 
     for task in dict.fromkeys(c.partition("/")[0] for c in rows.columns if "/loss_band_" in c):
         if (bands := plot.band_figure(rows, task, width)) is not None:
