@@ -107,7 +107,7 @@ def test_the_loss_on_the_training_text_falls(family: str, recover: Run) -> None:
 
 def test_the_mean_loss_is_what_transformers_says(family: str) -> None:
     model, tokens = tiny_model(family), random_tokens(3)
-    expected = float(model(input_ids=tokens, labels=tokens).loss)
+    expected = model(input_ids=tokens, labels=tokens).loss.item()
     assert training.mean_loss(model, tokens, training.next_token(tokens)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -370,7 +370,7 @@ def cell(tiny_checkpoint: Path) -> Cell:
         sparsity=0.5,
         benchmarks=Benchmarks(()),
         calibration=Calibration("pydoc", 4, 16),
-        efficiency=Efficiency(repeats=0),
+        efficiency=Efficiency(repeats=0, prompt_tokens=4, output_tokens=2),
         execution=Execution(),
         dtype="float32",
         device="cpu",
@@ -409,12 +409,11 @@ def test_a_row_says_what_was_trained_and_what_the_dense_model_was_asked(
     assert len([entry for entry in cache.entries() if entry.path.parent.name == "statistics"]) >= 1
 
 
-@pytest.mark.parametrize("name", RECOVER)
 def test_a_killed_cell_goes_on_and_leaves_no_state(
-    name: str, cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "STATE_SECONDS", 0)
-    asked, states = recovered(cell, name), cache.folder() / "recovery"
+    asked, states = recovered(cell, "distill"), cache.folder() / "recovery"
     whole = run.run_cell(asked)[0]
     backward, steps = training._backward, []
 
@@ -427,18 +426,19 @@ def test_a_killed_cell_goes_on_and_leaves_no_state(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(training, "_backward", killed)
         run.run_cell(asked)
-    assert len(list(states.iterdir())) == 1
+    (state,) = states.iterdir()
+    held = torch.load(state)
+    torch.save(held | {"seconds": 1000.0}, state)  # it has worked long
     steps.clear()
     monkeypatch.setattr(training, "_backward", lambda *args: steps.append(args) or backward(*args))
     row = run.run_cell(asked)[0]
     assert len(steps) == 1 and row["recovery_loss_after"] == whole["recovery_loss_after"]
-    assert not list(states.iterdir())
+    assert not list(states.iterdir()) and 1000 < row["recovery_seconds"] < 1100
 
 
-@pytest.mark.parametrize("name", RECOVER)
-def test_a_recovery_that_diverges_saves_nothing(name: str, cell: Cell, cache_folder: Path, tmp_path: Path) -> None:
+def test_a_recovery_that_diverges_saves_nothing(cell: Cell, cache_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="the loss is (nan|inf) at step 2 of 3, and nothing is saved: lower"):
-        run.run_cell(recovered(cell, name, learning_rate=1e20, temperature=2.0), str(tmp_path / "saved"))
+        run.run_cell(recovered(cell, "lora", learning_rate=1e20, temperature=2.0), str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists()
 
 
@@ -484,7 +484,7 @@ def test_settings_that_a_kind_does_not_read_name_no_cell_anew(cell: Cell) -> Non
     assert recovered(cell, "lora", temperature=2.0) != recovered(cell, "lora")
 
 
-@pytest.mark.parametrize("execution", ["dense", "bitmap", "int8"])
+@pytest.mark.parametrize("execution", ["bitmap", "int8"])
 def test_adapters_apart_are_quantised_around_saved_and_run(
     execution: str, cell: Cell, cache_folder: Path, tmp_path: Path
 ) -> None:

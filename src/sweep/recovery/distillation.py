@@ -176,5 +176,5 @@ def kept(model: PreTrainedModel, masks: Masks) -> Mapping[str, Tensor]:
         whole = found.setdefault(names[id(owner)], torch.ones(owner.shape, dtype=torch.bool, device=owner.device))
         view = views[matrix]
         place = whole.as_strided(view.shape, view.stride(), view.storage_offset() - owner.storage_offset())
-        place.copy_(masks[matrix])
+        place.logical_and_(masks[matrix].to(place.device))  # of tied embeddings there are two
     return found

@@ -11,7 +11,6 @@ which all else follows.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from sweep import cache
+from sweep import cache, cost
+from sweep.locks import working_seconds
 from sweep.models import logits
 from sweep.models.logits import Tail
 from sweep.recovery.given import Trained
 from sweep.recovery.kinds import Recover
 from sweep.settings import RequestError
 
-STATE_SECONDS = 60.0  # between two states that are written, at least: one takes up to three times the parameters' bytes
+STATE_SECONDS = 120.0  # of training between two states: one takes up to three times the bytes of what is trained
 BETAS = (0.9, 0.95)  # of AdamW: a few dozen steps are fewer than the thousand over which 0.999 averages
 LARGEST_NORM = 1.0  # of all gradients together: a longer one is shortened to it
 
@@ -83,18 +83,15 @@ def train(
     optimiser = torch.optim.AdamW(parameters.values(), lr=budget.learning_rate, betas=BETAS, weight_decay=0.0)
     warmup = round(budget.warmup * budget.steps)
     schedule = get_scheduler(budget.schedule, optimiser, warmup, budget.steps)
-    losses = _resumed(state, parameters, optimiser, schedule)
+    losses, before = _resumed(state, parameters, optimiser, schedule)
     sequences = order(len(tokens), budget.steps * budget.batch, seed)
-    written = time.monotonic()
+    started = written = working_seconds()
     steps = range(len(losses), budget.steps)
     with _training_only(model, parameters):
         for step in tqdm(steps, "recovering", budget.steps, initial=len(losses), unit="step", leave=False):
             loss = _backward(tail, tokens, sequences[step * budget.batch : (step + 1) * budget.batch], objective)
             if not math.isfinite(loss):
-                raise RequestError(
-                    f"recover: the loss is {loss} at step {step + 1} of {budget.steps}, and nothing is saved: lower "
-                    f"recover.learning_rate, which is {budget.learning_rate:g}"
-                )
+                raise _diverged(f"the loss is {loss} at step {step + 1} of {budget.steps}", budget, state)
             for name, mask in keep.items():
                 _zero(parameters[name].grad, mask)
             torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_NORM)
@@ -104,17 +101,22 @@ def train(
             for name, mask in keep.items():
                 _zero(parameters[name].detach(), mask)
             losses.append(loss)
-            if state is not None and time.monotonic() - written >= STATE_SECONDS and len(losses) < budget.steps:
-                _write(state, parameters, optimiser, schedule, losses)
-                written = time.monotonic()
+            if state is not None and working_seconds() - written >= STATE_SECONDS and len(losses) < budget.steps:
+                _write(state, parameters, optimiser, schedule, losses, before + working_seconds() - started)
+                written = working_seconds()
     if not all(torch.isfinite(parameter).all() for parameter in parameters.values()):
-        raise RequestError(
-            "recover: a weight is no number after the last step, and nothing is saved: lower recover.learning_rate, "
-            f"which is {budget.learning_rate:g}"
-        )
+        raise _diverged("a weight is no number after the last step", budget, state)
     if state is not None:
         state.unlink(missing_ok=True)
     return losses
+
+
+def _diverged(what: str, budget: Budget, state: Path | None) -> RequestError:
+    if state is not None:  # from which it would go the same way again
+        state.unlink(missing_ok=True)
+    return RequestError(
+        f"recover: {what}, and nothing is saved: lower recover.learning_rate, which is {budget.learning_rate:g}"
+    )
 
 
 def order(sequences: int, needed: int, seed: int) -> list[int]:
@@ -203,26 +205,38 @@ def _zero(tensor: Tensor | None, mask: Tensor) -> None:
 
 
 def _write(
-    state: Path, parameters: Mapping[str, nn.Parameter], optimiser: Any, schedule: Any, losses: list[float]
+    state: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    schedule: Any,
+    losses: list[float],
+    seconds: float,
 ) -> None:
     held = {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
         "losses": losses,
+        "seconds": seconds,
     }
     state.parent.mkdir(parents=True, exist_ok=True)
     cache.write(state, lambda handle: torch.save(held, handle))
 
 
-def _resumed(state: Path | None, parameters: Mapping[str, nn.Parameter], optimiser: Any, schedule: Any) -> list[float]:
-    """Take up a state where there is one; the losses of the steps that it has behind it."""
+def _resumed(
+    state: Path | None, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, schedule: Any
+) -> tuple[list[float], float]:
+    """Take up a state where there is one: (the losses of the steps that it has behind it, the seconds that they took).
+
+    What they took is put on the bill, as if the run had not been stopped.
+    """
     if state is None or not state.exists():
-        return []
+        return [], 0.0
     held = torch.load(state, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(held["parameters"][name])
     optimiser.load_state_dict(held["optimiser"])
     schedule.load_state_dict(held["schedule"])
-    return list(held["losses"])
+    cost.charge(cost.Cost(seconds=held["seconds"]))
+    return list(held["losses"]), held["seconds"]
