@@ -339,7 +339,7 @@ def test_a_text_is_read_once_for_all_cells(cell: Cell, monkeypatch: pytest.Monke
     cells = [replace(cell, sparsity=s / 100) for s in range(1, 41)]
     plan.make([(c, ()) for c in cells], Options(results=str(tmp_path / "results")))
     for c in cells:
-        plan._check_calibration(c.calibration, None)
+        plan._check_calibration(c.calibration, None, "calibration")
         provenance.columns(c, "command")
     assert sorted(read) == [str(tmp_path / "calibration.txt"), str(tmp_path / "evaluation.txt")]
 
@@ -382,7 +382,7 @@ def test_a_task_is_hashed_as_lm_eval_resolves_it(cell: Cell, tmp_path: Path) -> 
 def test_names_are_the_same_in_every_process(cell: Cell, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks")
     mine = replace(cell, benchmarks=Benchmarks(("mine", "pydoc"), include_path=str(tmp_path / "tasks")))
-    code = f"from sweep.config import *\nfrom sweep.pruning.families import *\nfrom sweep import identity\nprint(identity.cell_name({mine!r}))"
+    code = f"from sweep.config import *\nfrom sweep.pruning.families import *\nfrom sweep.recovery.kinds import Text\nfrom sweep import identity\nprint(identity.cell_name({mine!r}))"
     for seed in ("1", "2"):
         found = subprocess.run(
             [sys.executable, "-c", code],
