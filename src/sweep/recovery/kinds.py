@@ -43,15 +43,15 @@ KINDS: dict[str, Kind] = {
             "lora",
             "low-rank adapters of all linear layers are trained, and merged under the mask or kept beside them",
             frozenset({*_DESCENT, "objective", "rank", "merge"}),
-            steps=24,
+            steps=96,
             learning_rate=1e-3,
         ),
         Kind(
             "distill",
             "all kept weights are trained towards what the dense model says next",
             frozenset({*_DESCENT, "embeddings", "norms", "biases"}),
-            steps=24,
-            learning_rate=1e-4,
+            steps=96,
+            learning_rate=2e-4,
         ),
     )
 }
@@ -97,7 +97,7 @@ class Recover(Named):
     ridge: float = setting(
         0.01, minimum=0
     )  # local: pull toward the pruned weights, share of the mean of X^T X's diagonal
-    batch: int = setting(4, minimum=1)  # sequences a step
+    batch: int = setting(1, minimum=1)  # sequences a step
     passes: int = setting(1, minimum=1)  # how often a sequence may be read
     learning_rate: float | None = setting(
         None, minimum=0
