@@ -191,14 +191,12 @@ def test_other_documents_under_one_name_are_another_setting() -> None:
 
 def test_a_setting_that_no_cells_name_depends_on_parts_no_rows() -> None:
     """Else a pruned row would lack the dense row that it shares with another: see identity.FINGERPRINTED."""
-    by_name = {"model.name", "benchmarks.tasks", "perplexity.source", "calibration.source"}
+    by_name = {"model.name", "benchmarks.tasks", "perplexity.source", "calibration.source", "recover.text.source"}
+    prints = '{"pydoc": "a", "calibration": "b", "perplexity:x": "c", "recovery": "d"}'
     for key in identity.FINGERPRINTED:
         settings = [json.dumps({"method": {"family": "weight"}, **_nested(key, value)}) for value in ("one", "two")]
         rows = pd.concat(
-            [
-                one_cell(config=text, data_fingerprints='{"pydoc": "a", "calibration": "b", "perplexity:x": "c"}')[1:]
-                for text in settings
-            ],
+            [one_cell(config=text, data_fingerprints=prints)[1:] for text in settings],
             ignore_index=True,
         )
         told = variants.with_variant(rows)

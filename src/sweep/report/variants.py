@@ -34,6 +34,9 @@ _ASIDE = {
     "calibration.subset",
     "calibration.split",
     "calibration.column",
+    "recover.text.subset",
+    "recover.text.split",
+    "recover.text.column",
     "benchmarks.include_path",
     "benchmarks.num_fewshot",
     "benchmarks.fewshot_seed",
@@ -125,6 +128,11 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
             [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data],
         ),
         ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
+        (
+            "recover.text.source",
+            [s.get("recover.text.source") for s in settings],  # none is the calibration text, told by its own name
+            [d.get("recovery") if s.get("recover.text.source") else None for s, d in zip(settings, data, strict=True)],
+        ),
     ):
         for setting, name in zip(settings, _names(names, prints, version), strict=True):
             if key in setting:
