@@ -2,7 +2,8 @@
 
 Weights that pruning has removed stay zero at every step: their gradients are, so that the optimiser's moments are, and they
 are zeroed again after each step. The model trains in float32, whatever its dtype, and is put back in it. Dropout is off,
-sequences go through the model one by one, and their order is the seed's, so that the same is done twice alike.
+sequences go through the model one by one, and their order is the seed's, so that the same is done twice alike. On CUDA
+attention is computed step by step: its fused kernels sum their gradients in whichever order threads come.
 
 A run that was stopped goes on from the state that it has last written: parameters, optimiser, schedule and step, from
 which all else follows.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
@@ -180,7 +182,7 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _training_only(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While open, these parameters alone take gradients; the model stays in evaluation mode."""
+    """While open, these parameters alone take gradients; the model stays in evaluation mode, and attention repeatable."""
     had = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(parameter) for parameter in parameters.values()}
     was_training = model.training
@@ -188,7 +190,8 @@ def _training_only(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter
     try:
         for parameter, _ in had:
             parameter.requires_grad_(id(parameter) in chosen)
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if model.device.type == "cuda" else nullcontext():
+            yield
     finally:
         model.train(was_training)
         for parameter, required in had:
