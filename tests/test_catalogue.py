@@ -33,6 +33,11 @@ def test_embedded_tasks_are_known_without_lm_eval() -> None:
         (Benchmarks(("arc_eazy",)), None, "Did you mean 'arc_easy'?"),
         (Benchmarks(("pydoc",)), "nowhere", "data_root: there is no folder nowhere"),
         (Benchmarks(("capitals",), num_fewshot=2), None, "num_fewshot=2: the task capitals has no examples to show"),
+        (
+            Benchmarks(("copying",), num_fewshot=0),
+            None,
+            "num_fewshot=0: the task copying always shows its own 6 examples",
+        ),
         (Benchmarks(("humaneval",)), None, "humaneval runs code that the model wrote.* benchmarks.unsafe_code=true"),
         (Benchmarks(("mbpp",)), None, "mbpp runs code that the model wrote"),
         (Benchmarks(("pydoc",), include_path="nowhere"), None, "benchmarks.include_path: there is no folder nowhere"),

@@ -56,6 +56,36 @@ def test_documents_are_the_same_every_time_and_well_formed() -> None:
         assert passage["word"].isalpha() and 400 <= len(passage["context"]) <= 800
 
 
+def test_written_answers_are_right_and_no_example_is_asked() -> None:
+    closing = {"(": ")", "[": "]", "{": "}"}
+    right = {
+        "copying": lambda d: d["words"],
+        "swapping": lambda d: " ".join(reversed(d["words"].split())),
+        "brackets": lambda d: " ".join(closing[opened] for opened in reversed(d["opened"].split())),
+        "addition": lambda d: str(sum(int(number) for number in d["sum"].split(" + "))),
+        "capital_names": {d["country"]: d["choices"][d["answer"]] for d in embedded.capital_documents()}.get,
+    }
+    assert right.keys() == embedded.GENERATIVE.keys()
+    for task, answer in right.items():
+        shown, asked = embedded.examples(task), embedded.EMBEDDED[task]()
+        assert len(shown) == 6 and len(asked) >= 90
+        assert len({json.dumps(document) for document in shown + asked}) == len(shown + asked)
+        for document in shown + asked:
+            assert document["answer"] == (answer(document["country"]) if task == "capital_names" else answer(document))
+
+
+def test_prompts_of_written_answers_show_the_examples_and_end_before_the_answer() -> None:
+    names = tuple(embedded.GENERATIVE)
+    for name, task in catalogue.load(Benchmarks(names))["tasks"].items():
+        asked = embedded.EMBEDDED[name]()[0]
+        prompt = task.fewshot_context(asked, 6)
+        question = task.doc_to_text(asked)
+        shown = [f"{task.doc_to_text(document)} {document['answer']}\n\n" for document in embedded.examples(name)]
+        assert prompt == "".join(shown) + question
+        assert task.process_results(asked, [f" {asked['answer']}"]) == {"exact_match": 1}
+        assert task.process_results(asked, [f" {asked['answer']} and"]) == {"exact_match": 0}
+
+
 def test_calibration_sequences_do_not_overlap_and_follow_the_seed(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     settings = Calibration("pydoc", sequences=8, length=64)

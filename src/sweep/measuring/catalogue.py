@@ -59,10 +59,15 @@ def check(settings: Benchmarks, data_root: str | None, positions: int | None = N
     if settings.include_path is not None and not Path(settings.include_path).expanduser().is_dir():
         raise RequestError(f"benchmarks.include_path: there is no folder {settings.include_path}")
     ours = [task for task in settings.tasks if task in embedded.EMBEDDED]
-    if ours and settings.num_fewshot:
+    if settings.num_fewshot and (bare := [task for task in ours if not embedded.examples(task)]):
         raise RequestError(
-            f"benchmarks.num_fewshot={settings.num_fewshot}: the task {ours[0]} has no examples to show; "
+            f"benchmarks.num_fewshot={settings.num_fewshot}: the task {bare[0]} has no examples to show; "
             "use 0 or null, or leave it out of benchmarks.tasks"
+        )
+    if settings.num_fewshot is not None and (own := [task for task in ours if embedded.examples(task)]):
+        raise RequestError(
+            f"benchmarks.num_fewshot={settings.num_fewshot}: the task {own[0]} always shows its own "
+            f"{len(embedded.examples(own[0]))} examples; use null, or leave it out of benchmarks.tasks"
         )
     found = {task: task_identity.of_embedded(task) for task in ours}
     for task in ours:

@@ -1,6 +1,6 @@
 """Quality: lm-eval tasks on the model in memory, with the outcome of every example.
 
-Tasks are lm-eval's own, unmodified; five more, whose data need no network, are in sweep/measuring/tasks. What is added to
+Tasks are lm-eval's own, unmodified; others, whose data need no network, are in sweep/measuring/tasks. What is added to
 lm-eval's metrics, such as the perplexity a token, which papers report and lm-eval does not, is in sweep/measuring/measures.py.
 lm-eval and torch are imported when something is evaluated.
 """

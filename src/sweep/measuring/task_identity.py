@@ -46,7 +46,7 @@ _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 @functools.lru_cache
 def of_embedded(task: str) -> str:
     """Of one of the tasks in sweep/measuring/tasks, without lm-eval. What lm-eval does for them is tested against its definition."""
-    return text.fingerprint([embedded_settings(task), *embedded.EMBEDDED[task]()])
+    return text.fingerprint([embedded_settings(task), *embedded.examples(task), *embedded.EMBEDDED[task]()])
 
 
 def embedded_settings(task: str) -> dict[str, Any]:

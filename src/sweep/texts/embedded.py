@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sweep.texts import generative
+
 _TEST, _DEVELOPMENT = 1, 0  # quarters of the topics
 _OPENING = 3000  # characters of a topic that are evaluated: long topics would outweigh the rest
 _CLOZE_CONTEXT = 400  # characters before the word to predict, at least
@@ -150,12 +152,35 @@ def continent_documents() -> list[dict[str, Any]]:
     ]
 
 
-EMBEDDED = {
+def capital_names() -> list[dict[str, str]]:
+    """The questions of `capital_documents` without choices: {country, answer}, the examples of the task first."""
+    found = [{"country": d["country"], "answer": d["choices"][d["answer"]]} for d in capital_documents()]
+    random.Random(0).shuffle(found)
+    return found
+
+
+# Those whose answers are written: their documents, of which the first are shown as examples before each of the others.
+GENERATIVE: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "copying": generative.copying,
+    "swapping": generative.swapping,
+    "brackets": generative.brackets,
+    "addition": generative.addition,
+    "capital_names": capital_names,
+}
+
+
+def examples(task: str) -> list[dict[str, Any]]:
+    """What a task shows before each of its questions, in this order; nothing but for those of `GENERATIVE`."""
+    return GENERATIVE[task]()[: generative.SHOWN] if task in GENERATIVE else []
+
+
+EMBEDDED: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pydoc": pydoc_documents,
     "pydoc_development": development_documents,
     "pydoc_cloze": cloze_documents,
     "capitals": capital_documents,
     "continents": continent_documents,
+    **{task: lambda made=made: made()[generative.SHOWN :] for task, made in GENERATIVE.items()},
 }
 
 # Those whose answers are classes, on which a drop can be measured: the prompt, the answers and the right one of a document.

@@ -19,6 +19,22 @@ capitals = _test_split(embedded.capital_documents)
 continents = _test_split(embedded.continent_documents)
 
 
+def _with_examples(task: str) -> Callable[..., dict[str, datasets.Dataset]]:
+    def splits(**_: Any) -> dict[str, datasets.Dataset]:
+        parts = {"examples": embedded.examples(task), "test": embedded.EMBEDDED[task]()}
+        return {part: datasets.Dataset.from_list(documents) for part, documents in parts.items()}
+
+    return splits
+
+
+copying, swapping, brackets, addition, capital_names = map(_with_examples, embedded.GENERATIVE)
+
+
+def answered(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether what was written is the answer, apart from blanks around it."""
+    return {"exact_match": float(results[0].strip() == document["answer"])}
+
+
 def page_metrics(document: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:
     """Log-likelihood of a page with the number of words or bytes it is spread over."""
     (log_likelihood,) = results
