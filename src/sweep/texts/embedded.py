@@ -174,13 +174,17 @@ def examples(task: str) -> list[dict[str, Any]]:
     return GENERATIVE[task]()[: generative.SHOWN] if task in GENERATIVE else []
 
 
+def _asked(task: str) -> list[dict[str, Any]]:
+    return GENERATIVE[task]()[generative.SHOWN :]
+
+
 EMBEDDED: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pydoc": pydoc_documents,
     "pydoc_development": development_documents,
     "pydoc_cloze": cloze_documents,
     "capitals": capital_documents,
     "continents": continent_documents,
-    **{task: lambda made=made: made()[generative.SHOWN :] for task, made in GENERATIVE.items()},
+    **{task: functools.partial(_asked, task) for task in GENERATIVE},
 }
 
 # Those whose answers are classes, on which a drop can be measured: the prompt, the answers and the right one of a document.

@@ -67,10 +67,10 @@ def brackets() -> list[Document]:
 
 
 def addition() -> list[Document]:
-    """{sum, answer}: two numbers of two digits, of which the sum has two."""
+    """{sum, answer}: a number up to 30 and one of one digit."""
 
     def question(draw: random.Random) -> Document:
-        first, second = draw.randint(10, 49), draw.randint(10, 49)
+        first, second = draw.randint(2, 30), draw.randint(2, 9)
         return {"sum": f"{first} + {second}", "answer": str(first + second)}
 
     return _drawn(question)
