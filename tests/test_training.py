@@ -26,7 +26,7 @@ from sweep.models.logits import Tail
 from sweep.pruning.families import Weight
 from sweep.pruning.masks import Masks
 from sweep.quantization.forms import Quantize
-from sweep.recovery import adapters, distillation, kinds, training
+from sweep.recovery import adapters, distillation, kinds, stopped, training
 from sweep.recovery.kinds import Recover
 from sweep.recovery.training import Budget, Objective
 from sweep.settings import RequestError, build
@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     if not merge and "distill" in request.node.name:
         pytest.skip("has no adapters")
     more = {} if merge else {"merge": False}
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    monkeypatch.setattr(stopped, "SECONDS", 0)
     tokens, file = random_tokens(5), tmp_path / "of_a_cell" / "state"
     objective = training.next_token(tokens)
     whole = tiny_model("llama")
@@ -155,10 +155,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return objective(number)
 
-    stopped = tiny_model("llama")
-    masks = pruned(stopped)
+    half = tiny_model("llama")
+    masks = pruned(half)
     with pytest.raises(KeyboardInterrupt):
-        recover(stopped, tokens, killed, masks=masks, state=file, **more)
+        recover(half, tokens, killed, masks=masks, state=file, **more)
     assert file.exists()
     again = tiny_model("llama")
     done = recover(again, tokens, objective, masks=pruned(again), state=file, **more)
@@ -412,7 +412,7 @@ def test_a_row_says_what_was_trained_and_what_the_dense_model_was_asked(
 def test_a_killed_cell_goes_on_and_leaves_no_state(
     cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    monkeypatch.setattr(stopped, "SECONDS", 0)
     asked, states = recovered(cell, "distill"), cache.folder() / "recovery"
     whole = run.run_cell(asked)[0]
     backward, steps = training._backward, []

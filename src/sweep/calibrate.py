@@ -195,7 +195,7 @@ def _entered(model: PreTrainedModel, blocks: Sequence[nn.Module], kinds: Sequenc
                 text.calls.append([])
             text.calls[-1].append((args, kwargs))
             if index == len(blocks) - 1:
-                raise _Noted
+                raise Noted
             return _as(kinds[index], hidden)
 
         return note
@@ -206,7 +206,7 @@ def _entered(model: PreTrainedModel, blocks: Sequence[nn.Module], kinds: Sequenc
         for batch in tokens.split(BATCH):
             try:
                 model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
-            except _Noted:
+            except Noted:
                 continue
     return text
 
@@ -216,7 +216,7 @@ def _as(kind: int | None, hidden: Tensor) -> Any:
     return hidden if kind is None else (hidden, *[None] * (kind - 1))
 
 
-class _Noted(Exception):
+class Noted(Exception):
     """All that was to be seen has been: what remains of a model, or of a block, need not run."""
 
 
@@ -238,7 +238,7 @@ def through(text: Text, index: int, block: nn.Module, *, advance: bool) -> None:
         args, kwargs = _to(text.calls[number][index], device)
         try:
             out = block(hidden.to(device), *args, **kwargs)
-        except _Noted:
+        except Noted:
             continue
         if advance:
             text.hidden[number] = (out[0] if isinstance(out, tuple | list) else out).to(hidden.device)
@@ -322,7 +322,7 @@ class _Reading(watching.Products):
             self._sum(names, x)
         self._met += names
         if names[-1] == self._last:
-            raise _Noted
+            raise Noted
 
     def _sum(self, names: Sequence[str], x: Tensor) -> None:
         if not self._share:
@@ -472,7 +472,7 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.add(args[0])
-        raise _Noted  # its product, a score for every word, is not needed
+        raise Noted  # its product, a score for every word, is not needed
 
     with ExitStack() as restore:
         waiting = iter(text.hidden)
@@ -492,7 +492,7 @@ def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
         for hidden in text.hidden:
             try:
                 model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=device), use_cache=False)
-            except _Noted:
+            except Noted:
                 continue
     return inputs
 

@@ -305,6 +305,10 @@ def _normalised(cell: Cell) -> Cell:
 def _checked_recovery(cell: Cell) -> Recover:
     """The recovery with its text told, where it is that of calibration. Raises RequestError where there is no text."""
     asked = kinds.normalised(cell.recover, cell.method)
+    if asked.name != kinds.NONE and round(cell.sparsity, 6) == 0:
+        raise RequestError(
+            f"recover={asked.name} mends what pruning has done, and sparsity=0 removes nothing: raise it"
+        )
     if asked.name == kinds.NONE or asked.text.source is not None:
         return asked
     if (given := cell.calibration) is None:

@@ -30,6 +30,10 @@ class Masks(Mapping[str, Tensor]):
             masks[name] = weight != 0
         return masks
 
+    def with_zeros(self, model: PreTrainedModel) -> Masks:
+        """These, applied already, and of every other matrix that has zeros: what is zero is not kept, whoever zeroed it."""
+        return Masks.of({name: weight for name, weight in matrices(model).items() if name in self or not weight.all()})
+
     def __setitem__(self, name: str, keep: Tensor) -> None:
         self._packed[name] = np.packbits(keep.cpu().numpy()), keep.shape
 

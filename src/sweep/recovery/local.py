@@ -7,9 +7,11 @@ matrices with a common input together, so that every X comes of what is recovere
 by gradients; SparseGPT and ALPS, arXiv:2406.07831, solve the same for the inputs of the pruned model alone).
 
 Y is what the dense matrix gives of what it reads in the dense model. A matrix whose product is added to the hidden state is
-also asked for what the hidden state lacks so far: the error of all that came before is made good there. Which those are is
-tried: without it, the block's output lacks its product and nothing else. After removed blocks, the last of them in the block
-before the gap is asked for what the dense model has after the gap.
+also asked for what the hidden state lacks so far; the last such one of a block for all that the block's output lacks of the
+dense one, whatever it comes of: the error of all that came before is made good there. Which those are is tried: without it,
+the block's output lacks its product and nothing else. Before a gap of removed blocks the last one is asked for what the dense
+model has after the gap. Matrices that read some of the tokens, those of experts, are asked for what the dense matrix gives
+of the same: the dense model may have sent others there.
 
 X (tokens, in), Y (tokens, out), W (out, in); h hidden state (tokens, hidden size).
 """
@@ -17,7 +19,8 @@ X (tokens, in), Y (tokens, out), W (out, in); h hidden state (tokens, hidden siz
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +28,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sweep import calibrate
-from sweep.calibrate import Text
+from sweep.calibrate import Inputs, Text
 from sweep.models import anatomy, surgery, watching
 from sweep.recovery.given import Given, Trained
+from sweep.recovery.stopped import State
 from sweep.settings import RequestError
 
 log = logging.getLogger(__name__)
 
 Matrices = Mapping[str, Tensor]  # of a block, by their names within it
+Read = Mapping[str, Tensor]  # (tokens, in) what matrices read of a batch, by their names
 
 
 @torch.no_grad()
@@ -40,23 +45,29 @@ def local(given: Given) -> Trained:
     """Recover the blocks of the model one after the other. Raises RequestError where a text does not go block by block."""
     model, dense = given.model, given.dense()
     blocks, dense_blocks = list(anatomy.blocks(model)), list(anatomy.blocks(dense))
-    partners = _partners(blocks, dense_blocks)
+    partners = [*_partners(blocks, dense_blocks), len(dense_blocks)]
     names = anatomy.block_names(model)
     ours, its = calibrate.enter(model, given.tokens), calibrate.enter(dense, given.tokens)
     for index in range(partners[0]):
         calibrate.through(its, index, dense_blocks[index], advance=True)
-    trained = left = 0
-    for index, block in enumerate(tqdm(blocks, desc="recovering", unit="block", leave=False)):
-        upto = partners[index + 1] if index + 1 < len(blocks) else len(dense_blocks)
-        place = _Place(index, block, names[index], partners[index], dense_blocks[partners[index]])
-        done = _recover_block(given, place, ours, its, dense_blocks, upto)
-        trained, left = trained + done, left + len(anatomy.matrices(block)) - done
+    state = State(given.state)
+    done, trained = _resumed(state, blocks, (ours, its))
+    rest = range(done, len(blocks))
+    for index in tqdm(rest, "recovering", len(blocks), initial=done, unit="block", leave=False):
+        place = _Place(index, blocks[index], names[index], partners[index], dense_blocks[partners[index]])
+        trained += _recover_block(given, place, ours, its, dense_blocks[: partners[index + 1]])
+        if index + 1 < len(blocks):
+            state.write(lambda: _held(blocks[: index + 1], trained, (ours, its)))  # noqa: B023 (called at once)
+    left = sum(len(anatomy.matrices(block)) for block in blocks) - trained
     if not trained:
-        raise RequestError("recover=local found no matrix that reads all tokens of the text: use recover=none")
+        raise RequestError("recover=local found no matrix that it can train: use recover=distill")
     if left:
         log.warning(
-            "recover=local left %d matrices as they are, such as those of experts, which read some tokens only", left
+            "recover=local left %d matrices as they are: it cannot tell what they were in the dense model, or the text did "
+            "not reach them",
+            left,
         )
+    state.forget()
     return Trained(given.tokens.numel(), trained * given.steps, "matrices")
 
 
@@ -66,17 +77,43 @@ class _Place:
     block: nn.Module
     name: str
     dense_index: int
-    dense_block: nn.Module
+    dense: nn.Module
+
+    @property
+    def matrices(self) -> Matrices:
+        return anatomy.matrices(self.block)
+
+    @property
+    def wanted(self) -> Matrices:
+        return anatomy.matrices(self.dense)
+
+    def bias(self, name: str, rows: Tensor) -> Tensor | None:
+        """(out,) by how much the dense matrix's bias is more; None where neither has one."""
+        pair = [getattr(dict(block.named_modules()).get(name), "bias", None) for block in (self.dense, self.block)]
+        if pair == [None, None]:
+            return None
+        its, mine = (None if bias is None else bias.detach().float() for bias in pair)
+        more = its[rows] if its is not None else torch.zeros(len(rows), device=rows.device)
+        return more if mine is None else more - mine
 
 
 def _partners(blocks: Sequence[nn.Module], dense: Sequence[nn.Module]) -> list[int]:
-    """Which block of the dense model each was: the same one, or where some are gone, the next that has its weights."""
+    """Which block of the dense model each was: the same one, or where some are gone, the next that has its weights.
+
+    Raises RequestError where none has.
+    """
     if len(blocks) == len(dense):
         return list(range(len(dense)))
     found: list[int] = []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         start = found[-1] + 1 if found else 0
-        found.append(next(index for index in range(start, len(dense)) if _equal(block, dense[index])))
+        same = next((index for index in range(start, len(dense)) if _equal(block, dense[index])), None)
+        if same is None:
+            raise RequestError(
+                f"recover=local cannot tell which block of the dense model block {number} of {len(blocks)} was: none has its "
+                "weights. Use recover=distill"
+            )
+        found.append(same)
     return found
 
 
@@ -85,12 +122,41 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
 
 
-class _Reads(watching.Products):
-    """While open, keeps what each matrix of a block reads of a batch: float32 (tokens, in), one for those that share it."""
+def _held(blocks: Sequence[nn.Module], trained: int, texts: Sequence[Text]) -> dict[str, object]:
+    """What a run that was stopped needs to go on after these blocks."""
+    return {
+        "matrices": [dict(anatomy.matrices(block)) for block in blocks],
+        "trained": trained,
+        "hidden": [text.hidden for text in texts],
+    }
 
-    def __init__(self, matrices: Matrices, parameters: Iterable[Tensor]) -> None:
+
+def _resumed(state: State, blocks: Sequence[nn.Module], texts: Sequence[Text]) -> tuple[int, int]:
+    """(blocks that are recovered, matrices that were trained in them) by a run that was stopped, taken up from there."""
+    held = state.last()
+    if held is None:
+        return 0, 0
+    for block, values in zip(blocks, held["matrices"], strict=False):
+        for name, matrix in anatomy.matrices(block).items():
+            surgery.write_weights(matrix, values[name].to(matrix.device))
+    for text, hidden in zip(texts, held["hidden"], strict=True):
+        text.hidden = [new.to(old.device) for old, new in zip(text.hidden, hidden, strict=True)]
+    return len(held["matrices"]), held["trained"]
+
+
+# ---- what is read ----
+
+
+class _Reads(watching.Products):
+    """While open, keeps what each matrix of a block reads of a batch, (tokens, in), one tensor for those that share it.
+
+    upto  the block is left when these have read
+    """
+
+    def __init__(self, matrices: Matrices, parameters: Iterable[Tensor], upto: Collection[str] = ()) -> None:
         super().__init__(parameters, self._note)
         self._places = [(name, self.owner(m), watching.Piece.of(m)) for name, m in matrices.items()]
+        self._waiting = set(upto)
         self.read: dict[str, Tensor] = {}
         self.often: set[str] = set()  # that read more than once
         self._latest: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -102,102 +168,80 @@ class _Reads(watching.Products):
                 if name in self.read:
                     self.often.add(name)
                 if key not in self._latest:
-                    self._latest[key] = x, x.detach().flatten(0, -2).to(torch.float32, copy=True)
+                    self._latest[key] = x, x.detach().flatten(0, -2).clone()
                 self.read[name] = self._latest[key][1]
+                if name in self._waiting:
+                    self._waiting.remove(name)
+                    if not self._waiting:
+                        raise calibrate.Noted
 
 
-def _reads(text: Text, batch: int, index: int, block: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+def _reads(
+    text: Text, batch: int, index: int, block: nn.Module, upto: Collection[str] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
     """(what each matrix of the block reads of one batch, in the order of reading; what the block puts out)."""
     one = Text([text.hidden[batch]], [text.calls[batch]], text.kinds)
-    with _Reads(anatomy.matrices(block), block.parameters()) as reads:
+    with _Reads(anatomy.matrices(block), block.parameters(), upto) as reads:
         calibrate.through(one, index, block, advance=True)
-    tokens = text.hidden[batch].shape[0] * text.hidden[batch].shape[1]
-    whole = {name: x for name, x in reads.read.items() if len(x) == tokens and name not in reads.often}
-    return whole, one.hidden[0]
+    return {name: x for name, x in reads.read.items() if name not in reads.often}, one.hidden[0]
 
 
-def _recover_block(
-    given: Given, at: _Place, ours: Text, its: Text, dense_blocks: Sequence[nn.Module], upto: int
-) -> int:
-    """Recover a block and take both texts through; how many matrices were trained.
+def _take_through(text: Text, index: int, block: nn.Module) -> list[dict[str, Tensor]]:
+    """Take a text through a block; what each matrix that reads all tokens reads, batch by batch."""
+    found = []
+    for batch, hidden in enumerate(text.hidden):
+        read, text.hidden[batch] = _reads(text, batch, index, block)
+        found.append({name: x for name, x in read.items() if len(x) == _tokens(hidden)})
+    return found
 
-    upto  which block of the dense model reads next
+
+def _tokens(hidden: Tensor) -> int:
+    return hidden.numel() // hidden.shape[-1]
+
+
+def _groups(read: Read, every: Iterable[str], tokens: int) -> list[list[str]]:
+    """The names of matrices in the order of reading: those with a common input together, and those of all experts.
+
+    read  of one batch, of whose tokens an expert may get none
     """
-    mine, wanted = anatomy.matrices(at.block), anatomy.matrices(at.dense_block)
-    first, _ = _reads(ours, 0, at.index, at.block)
-    writers = _writers(ours, at.index, at.block, first)
-    lacks = [(d - o).float().flatten(0, -2) for d, o in zip(its.hidden, ours.hidden, strict=True)]
-    dense_reads = []
-    for batch in range(len(its.hidden)):
-        read, its.hidden[batch] = _reads(its, batch, at.dense_index, at.dense_block)
-        dense_reads.append(read)
-    gap = [-h.float().flatten(0, -2) for h in its.hidden]
-    for index in range(at.dense_index + 1, upto):
-        calibrate.through(its, index, dense_blocks[index], advance=True)
-    gap = [g + h.float().flatten(0, -2) for g, h in zip(gap, its.hidden, strict=True)]
-    trained = 0
-    for group in _by_input(first):
-        names = [name for name in group if name in wanted and name in dense_reads[0]]
-        fitted = [(name, rows) for name in names if (rows := _rows(mine[name], wanted[name])) is not None]
-        if not fitted:
-            continue
-        gram = torch.zeros(())
-        moments = {name: torch.zeros(()) for name, _ in fitted}
-        after: list[dict[str, Tensor]] = []
-        for batch in range(len(ours.hidden)):
-            read, _ = _reads(ours, batch, at.index, at.block)
-            x = read[fitted[0][0]]
-            gram = gram + x.t() @ x
-            for name, rows in fitted:
-                y = dense_reads[batch][name] @ wanted[name].float()[rows].t()
-                if name in writers:
-                    y = y + lacks[batch]
-                    if name == writers[-1]:
-                        y = y + gap[batch]
-                moments[name] = moments[name] + y.t() @ x
-            after.append({name: read[name] for name in names if name in writers})
-        for name, _ in fitted:
-            keep = given.masks.get(f"{at.name}.{name}")
-            keep = None if keep is None else keep.to(mine[name].device)
-            solved = solve(gram, moments[name], mine[name].float(), keep, given.steps, given.asked.ridge)
-            if not torch.isfinite(solved).all():
-                raise FloatingPointError(f"{at.name}.{name}: the recovered weights are not finite; raise recover.ridge")
-            surgery.write_weights(mine[name], solved)
-            trained += 1
-        for batch, read in enumerate(after):
-            for name, x in read.items():
-                lacks[batch] += dense_reads[batch][name] @ wanted[name].float().t() - x @ mine[name].float().t()
-    calibrate.through(ours, at.index, at.block, advance=True)
-    return trained
-
-
-def _by_input(read: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of matrices in the order of reading, those with a common input together."""
-    groups: dict[int, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for name, x in read.items():
-        groups.setdefault(id(x), []).append(name)
+        groups.setdefault(id(x) if len(x) == tokens else _of_experts(name), []).append(name)
+    for name in every:
+        if name not in read and _of_experts(name) in groups:
+            groups[_of_experts(name)].append(name)
     return list(groups.values())
 
 
-def _writers(text: Text, index: int, block: nn.Module, read: Mapping[str, Tensor]) -> list[str]:
-    """The matrices whose products are added to the hidden state, in the order of reading.
+def _of_experts(name: str) -> str:
+    """The same for the same matrix of all experts."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _writers(text: Text, at: _Place, read: Read) -> tuple[list[str], str | None]:
+    """The matrices whose products are added to the hidden state, in the order of reading; which of them is the last.
 
     Tried from the last on: with it at zero, and those after it that are such ones, the block's output lacks its product.
+    What experts add is at zero meanwhile, too, and then none is the last.
     """
-    matrices, found = anatomy.matrices(block), []
-    width = text.hidden[0].shape[-1]
-    kept: dict[str, Tensor] = {}
+    matrices, found = at.matrices, []
+    width, tokens = text.hidden[0].shape[-1], _tokens(text.hidden[0])
+    experts = [name for name in read if len(read[name]) != tokens and len(matrices[name]) == width]
+    kinds = {_of_experts(name) for name in experts}
+    kept = {name: matrix.clone() for name, matrix in matrices.items() if _of_experts(name) in kinds}
+    for name in kept:
+        matrices[name].zero_()
 
     def out() -> Tensor:
-        return _reads(text, 0, index, block)[1].float().flatten(0, -2)
+        return _rows_of(_reads(text, 0, at.index, at.block)[1])
 
     with_all = out()
     for name in reversed(list(read)):
-        if len(matrices[name]) != width:
+        if len(matrices[name]) != width or len(read[name]) != tokens:
             continue
         weight = matrices[name].clone()
         matrices[name].zero_()
-        without, product = out(), read[name] @ weight.float().t()
+        without, product = out(), read[name].float() @ weight.float().t()
         rough = 1e-3 if weight.dtype == torch.float32 else 5e-2
         if torch.allclose(with_all - without, product, rtol=rough, atol=rough * float(product.abs().max())):
             found.append(name)
@@ -206,7 +250,7 @@ def _writers(text: Text, index: int, block: nn.Module, read: Mapping[str, Tensor
             matrices[name].copy_(weight)
     for name, weight in kept.items():
         matrices[name].copy_(weight)
-    return found[::-1]
+    return found[::-1], found[0] if found and not experts else None
 
 
 def _rows(mine: Tensor, dense: Tensor) -> Tensor | None:
@@ -229,6 +273,141 @@ def _rows(mine: Tensor, dense: Tensor) -> Tensor | None:
 def _bytes(matrix: Tensor) -> list[bytes]:
     """The rows of a matrix, fetched at once from where it lies."""
     return [row.tobytes() for row in matrix.contiguous().view(torch.uint8).cpu().numpy()]
+
+
+# ---- a block ----
+
+
+def _recover_block(given: Given, at: _Place, ours: Text, its: Text, upto: Sequence[nn.Module]) -> int:
+    """Recover a block and take both texts through; how many matrices were trained.
+
+    upto  the blocks of the dense model before the one that reads next
+    """
+    first, _ = _reads(ours, 0, at.index, at.block)
+    tokens = _tokens(ours.hidden[0])
+    writers, last = _writers(ours, at, first)
+    lacks = [_rows_of(d) - _rows_of(o) for d, o in zip(its.hidden, ours.hidden, strict=True)]
+    dense_reads = _take_through(its, at.dense_index, at.dense)
+    for index in range(at.dense_index + 1, len(upto)):
+        calibrate.through(its, index, upto[index], advance=True)
+    trained = 0
+    for group in _groups(first, at.matrices, tokens):
+        if len(first[group[0]]) == tokens:
+            names = [name for name in group if name != last]
+            trained += _recover_alike(given, at, ours, names, dense_reads, writers, lacks)
+        else:
+            trained += _recover_experts(given, at, ours, group)
+    if last is None:
+        calibrate.through(ours, at.index, at.block, advance=True)
+        return trained
+    _recover_last(given, at, ours, last, its.hidden)
+    return trained + 1
+
+
+def _recover_alike(
+    given: Given,
+    at: _Place,
+    text: Text,
+    names: Sequence[str],
+    dense_reads: Sequence[Read],
+    writers: Sequence[str],
+    lacks: list[Tensor],
+) -> int:
+    """Recover matrices that read the same, all tokens of it; how many.
+
+    lacks  (tokens, hidden size) of the hidden state, batch by batch; what these make good is taken from it
+    """
+    mine, wanted = at.matrices, at.wanted
+    rows = {name: _rows(mine[name], wanted[name]) for name in names if name in wanted and name in dense_reads[0]}
+    asked = {name: those for name, those in rows.items() if those is not None}
+    if not asked:
+        return 0
+    leaders = {id(dense_reads[0][name]): name for name in asked}  # one of those that share what they read
+    leader = {name: leaders[id(dense_reads[0][name])] for name in asked}
+    seen = _inputs(mine[next(iter(asked))])
+    total = torch.zeros(())  # of x, for biases
+    crossed = dict.fromkeys(leaders.values(), torch.zeros(()))
+    lacking = {name: torch.zeros(()) for name in asked if name in writers}
+    held: list[Tensor] = []
+    for batch, dense_read in enumerate(dense_reads):
+        read, _ = _reads(text, batch, at.index, at.block, asked)
+        x = read[next(iter(asked))].float()
+        seen.add(x)
+        total = total + x.sum(0)
+        crossed = {name: of + dense_read[name].float().t() @ x for name, of in crossed.items()}
+        lacking = {name: of + lacks[batch].t() @ x for name, of in lacking.items()}
+        held += [x] if lacking else []
+    for name, those in asked.items():
+        moment = wanted[name].float()[those] @ crossed[leader[name]] + lacking.get(name, 0)
+        if (bias := at.bias(name, those)) is not None:
+            moment += torch.outer(bias, total)
+        _solve(given, at, name, seen, moment)
+    for name in lacking:
+        bias = at.bias(name, asked[name])
+        for batch, x in enumerate(held):
+            lacks[batch] += dense_reads[batch][name].float() @ wanted[name].float().t() - x @ mine[name].float().t()
+            lacks[batch] += 0 if bias is None else bias
+    return len(asked)
+
+
+def _recover_experts(given: Given, at: _Place, text: Text, names: Sequence[str]) -> int:
+    """Recover matrices that read some of the tokens each, towards what the dense ones give of the same; how many.
+
+    None where experts are gone, since another has its number now.
+    """
+    mine, wanted = at.matrices, at.wanted
+    asked = [name for name in names if mine.keys() == wanted.keys() and mine[name].shape == wanted[name].shape]
+    seen = {name: _inputs(mine[name]) for name in asked}
+    for batch in range(len(text.hidden) if asked else 0):
+        read, _ = _reads(text, batch, at.index, at.block, asked)
+        for name in asked:
+            if name in read:
+                seen[name].add(read[name])
+    reached = [name for name in asked if seen[name].tokens]
+    for name in reached:
+        gram = seen[name].hessian
+        assert gram is not None
+        _solve(given, at, name, seen[name], wanted[name].float() @ gram)
+    return len(reached)
+
+
+def _recover_last(given: Given, at: _Place, text: Text, name: str, after: Sequence[Tensor]) -> None:
+    """Recover the matrix that adds to the hidden state at last, and take the text through.
+
+    after  the dense model's hidden state where the next block reads, batch by batch
+    """
+    matrix, held = at.matrices[name], []
+    before, seen, moment = matrix.float().clone(), _inputs(matrix), torch.zeros(())
+    for batch, wanted in enumerate(after):
+        read, out = _reads(text, batch, at.index, at.block)
+        seen.add(read[name])
+        moment = moment + (_rows_of(wanted) - _rows_of(out)).t() @ read[name].float()
+        held.append((read[name], out))
+    gram = seen.hessian
+    assert gram is not None
+    _solve(given, at, name, seen, moment + before @ gram)
+    change = matrix.float() - before
+    for batch, (x, out) in enumerate(held):
+        text.hidden[batch] = (out.float() + (x.float() @ change.t()).view(out.shape)).to(out.dtype)
+
+
+def _inputs(matrix: Tensor) -> Inputs:
+    return Inputs.none(matrix.shape[1], matrix.device, hessian=True)
+
+
+def _rows_of(hidden: Tensor) -> Tensor:
+    return hidden.float().flatten(0, -2)
+
+
+def _solve(given: Given, at: _Place, name: str, seen: Inputs, moment: Tensor) -> None:
+    """Give a matrix of the block its recovered weights. Raises FloatingPointError where they are not finite."""
+    matrix, keep, gram = at.matrices[name], given.masks.get(f"{at.name}.{name}"), seen.hessian
+    assert gram is not None
+    keep = None if keep is None else keep.to(matrix.device)
+    solved = solve(gram, moment, matrix.float(), keep, given.steps, given.asked.ridge)
+    if not torch.isfinite(solved).all():
+        raise FloatingPointError(f"{at.name}.{name}: the recovered weights are not finite; raise recover.ridge")
+    surgery.write_weights(matrix, solved)
 
 
 def solve(gram: Tensor, moment: Tensor, start: Tensor, keep: Tensor | None, steps: int, ridge: float) -> Tensor:

@@ -77,13 +77,13 @@ def recover(
     dense     gives the unpruned model, which is freed afterwards
     tokens    (sequences, length) to train on
     held_out  (sequences, length) on which the loss is told
-    masks     of weights that were removed, and stay so
+    masks     of weights that were removed; what else is zero, as in a model that was sparse before, stays so too
     seed      of what a kind draws
     memo      where what is told of the dense model comes from
     state     the file from which a stopped run goes on
     Raises FloatingPointError when the loss afterwards is no number.
     """
-    before = loss(model, held_out)
+    before, masks = loss(model, held_out), masks.with_zeros(model)
     trained = WORK[asked.name](Given(model, dense, tokens, masks, asked, seed, memo, state))
     masks.apply(model)
     after = loss(model, held_out)

@@ -24,15 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from sweep import cache, cost
-from sweep.locks import working_seconds
 from sweep.models import logits
 from sweep.models.logits import Tail
 from sweep.recovery.given import Trained
 from sweep.recovery.kinds import Recover
+from sweep.recovery.stopped import State
 from sweep.settings import RequestError
 
-STATE_SECONDS = 120.0  # of training between two states: one takes up to three times the bytes of what is trained
 BETAS = (0.9, 0.95)  # of AdamW: a few dozen steps are fewer than the thousand over which 0.999 averages
 LARGEST_NORM = 1.0  # of all gradients together: a longer one is shortened to it
 
@@ -85,15 +83,15 @@ def train(
     optimiser = torch.optim.AdamW(parameters.values(), lr=budget.learning_rate, betas=BETAS, weight_decay=0.0)
     warmup = round(budget.warmup * budget.steps)
     schedule = get_scheduler(budget.schedule, optimiser, warmup, budget.steps)
-    losses, before = _resumed(state, parameters, optimiser, schedule)
+    stopped = State(state)
+    losses = _resumed(stopped, parameters, optimiser, schedule)
     sequences = order(len(tokens), budget.steps * budget.batch, seed)
-    started = written = working_seconds()
     steps = range(len(losses), budget.steps)
     with _training_only(model, parameters):
         for step in tqdm(steps, "recovering", budget.steps, initial=len(losses), unit="step", leave=False):
             loss = _backward(tail, tokens, sequences[step * budget.batch : (step + 1) * budget.batch], objective)
             if not math.isfinite(loss):
-                raise _diverged(f"the loss is {loss} at step {step + 1} of {budget.steps}", budget, state)
+                raise _diverged(f"the loss is {loss} at step {step + 1} of {budget.steps}", budget, stopped)
             for name, mask in keep.items():
                 _zero(parameters[name].grad, mask)
             torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_NORM)
@@ -103,19 +101,16 @@ def train(
             for name, mask in keep.items():
                 _zero(parameters[name].detach(), mask)
             losses.append(loss)
-            if state is not None and working_seconds() - written >= STATE_SECONDS and len(losses) < budget.steps:
-                _write(state, parameters, optimiser, schedule, losses, before + working_seconds() - started)
-                written = working_seconds()
+            if len(losses) < budget.steps:
+                stopped.write(lambda: _held(parameters, optimiser, schedule, losses))
     if not all(torch.isfinite(parameter).all() for parameter in parameters.values()):
-        raise _diverged("a weight is no number after the last step", budget, state)
-    if state is not None:
-        state.unlink(missing_ok=True)
+        raise _diverged("a weight is no number after the last step", budget, stopped)
+    stopped.forget()
     return losses
 
 
-def _diverged(what: str, budget: Budget, state: Path | None) -> RequestError:
-    if state is not None:  # from which it would go the same way again
-        state.unlink(missing_ok=True)
+def _diverged(what: str, budget: Budget, stopped: State) -> RequestError:
+    stopped.forget()  # from it the same would come again
     return RequestError(
         f"recover: {what}, and nothing is saved: lower recover.learning_rate, which is {budget.learning_rate:g}"
     )
@@ -207,39 +202,27 @@ def _zero(tensor: Tensor | None, mask: Tensor) -> None:
 # ---- the state of a stopped run ----
 
 
-def _write(
-    state: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    schedule: Any,
-    losses: list[float],
-    seconds: float,
-) -> None:
-    held = {
+def _held(
+    parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, schedule: Any, losses: list[float]
+) -> dict[str, Any]:
+    return {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
         "losses": losses,
-        "seconds": seconds,
     }
-    state.parent.mkdir(parents=True, exist_ok=True)
-    cache.write(state, lambda handle: torch.save(held, handle))
 
 
 def _resumed(
-    state: Path | None, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, schedule: Any
-) -> tuple[list[float], float]:
-    """Take up a state where there is one: (the losses of the steps that it has behind it, the seconds that they took).
-
-    What they took is put on the bill, as if the run had not been stopped.
-    """
-    if state is None or not state.exists():
-        return [], 0.0
-    held = torch.load(state, map_location="cpu", weights_only=True)
+    stopped: State, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, schedule: Any
+) -> list[float]:
+    """Take up a state where there is one: the losses of the steps that it has behind it."""
+    held = stopped.last()
+    if held is None:
+        return []
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(held["parameters"][name])
     optimiser.load_state_dict(held["optimiser"])
     schedule.load_state_dict(held["schedule"])
-    cost.charge(cost.Cost(seconds=held["seconds"]))
-    return list(held["losses"]), held["seconds"]
+    return list(held["losses"])
