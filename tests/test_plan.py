@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sweep import identity, isolate, machine, plan, provenance, runner, store
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options, memory_bytes
 from sweep.pruning.families import Dense, Weight
+from sweep.recovery.kinds import Recover
 from sweep.settings import RequestError
 from test_cli import ROOT
 
@@ -73,6 +74,12 @@ def test_expectations_come_from_rows_of_like_cells(cell: Cell, tmp_path: Path) -
     assert expected(replace(cell, model=replace(cell.model, name="another name"))) == found
     assert expected(replace(cell, benchmarks=Benchmarks(("capitals",)))) is None  # other work
     assert expected(replace(cell, threads=2)) is None  # another machine
+    mended = replace(cell, recover=Recover("local"))
+    assert expected(mended) is None  # what is not recovered says nothing of what recovery takes
+    stored(tmp_path, mended, cell_seconds=600.0, peak_memory_bytes=2**31)
+    assert expected(cell) == found
+    of_another = expected(replace(mended, method=Weight("weight", criterion="wanda")))
+    assert of_another is not None and of_another.seconds == 600
     store.compact(tmp_path)
     assert expected(cell) == found
 

@@ -153,6 +153,17 @@ def test_what_was_zero_before_pruning_is_not_filled(name: str, loaded: tuple[Pre
     assert sum(zeros.values()) >= 0.4 * sum(matrix.numel() for matrix in matrices.values())
 
 
+def test_a_recovered_model_is_saved_and_loaded_again(loaded: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    asked = {"name": "local", "text": TEXT}
+    sweep.prune(model, tokenizer, method="neuron", sparsity=0.3, sequences=4, length=32, recover=asked, quantize="int8")
+    sweep.save(model, tokenizer, tmp_path / "saved")
+    again, _ = sweep.load_model(tmp_path / "saved")
+    tokens = random_tokens(2)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
 def test_blocks_that_are_none_of_the_dense_model_are_refused() -> None:
     dense, model = tiny_models.make("llama"), tiny_models.make("llama")
     sweep.prune(model, tiny_models.tokenizer(), method="layer", criterion="random", sparsity=0.5)

@@ -228,8 +228,8 @@ def make(asked: Iterable[tuple[Cell, Iterable[str]]], options: Options) -> Plan:
 def expectation(steps: list[Step], results: str) -> Expectation | None:
     """What the steps will take, from rows of like cells; None when there is no like row.
 
-    Like is a row of the same model, method, benchmarks, timing, device, threads and dtype, whatever its sparsity or
-    seed; failing that, of any method.
+    Like is a row of the same model, method, later stages, benchmarks, timing, device, threads and dtype, whatever its
+    sparsity or seed; failing that, of any method: recovery takes many times what most methods do.
     """
     wanted = ["status", "config", "model_fingerprint", "cell_seconds", "peak_memory_bytes"]
     rows = store.read_some(results, wanted) if steps else None
@@ -257,11 +257,11 @@ def _kinds(cell: Mapping[str, Any], model: str | None) -> list[str]:
         key: cell.get(key) for key in ("benchmarks", "efficiency", "device", "threads", "dtype")
     }
     method = cell.get("method") or {}
-    exact = setting | {"method": [method.get("family"), method.get("criterion")]}
     for stage in config.STAGES:
         asked, unused = (json.dumps(of, sort_keys=True) for of in (cell.get(stage.group), asdict(stage.unused)))
         if stage.group != "method" and asked not in ("null", unused):
-            exact[stage.group] = cell[stage.group]
+            setting[stage.group] = cell[stage.group]
+    exact = setting | {"method": [method.get("family"), method.get("criterion")]}
     return [json.dumps(kind, sort_keys=True) for kind in (exact, setting)]
 
 

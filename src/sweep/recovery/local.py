@@ -58,17 +58,18 @@ def local(given: Given) -> Trained:
         trained += _recover_block(given, place, ours, its, dense_blocks[: partners[index + 1]])
         if index + 1 < len(blocks):
             state.write(lambda: _held(blocks[: index + 1], trained, (ours, its)))  # noqa: B023 (called at once)
-    left = sum(len(anatomy.matrices(block)) for block in blocks) - trained
+    every = sum(len(anatomy.matrices(block)) for block in blocks)
     if not trained:
         raise RequestError("recover=local found no matrix that it can train: use recover=distill")
-    if left:
+    if left := every - trained:
         log.warning(
             "recover=local left %d matrices as they are: it cannot tell what they were in the dense model, or the text did "
             "not reach them",
             left,
         )
     state.forget()
-    return Trained(given.tokens.numel(), trained * given.steps, "matrices")
+    what = f"{trained} of {every} matrices" if left else "matrices"
+    return Trained(given.tokens.numel(), trained * given.steps, what)
 
 
 @dataclass(frozen=True)
