@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import frames
-from sweep.report import rendering
+from sweep.report import __main__
 
 
 def made(count: int) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def main() -> None:
         profile = cProfile.Profile()
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), profile if given.profile else contextlib.nullcontext():
-            rendering.main(words)
+            __main__.main(words)
         seconds = time.perf_counter() - started
         files = [file for file in Path(f"{folder}/report").iterdir() if file.is_file()]
         size = sum(file.stat().st_size for file in files)

@@ -20,7 +20,7 @@ import frames
 from sweep import config, settings
 from sweep.measuring import catalogue
 from sweep.pruning import criteria
-from sweep.report import published, rendering
+from sweep.report import __main__, published
 from sweep.store import columns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,8 +188,8 @@ def test_every_report_in_the_documentation_runs(
     monkeypatch.chdir(place)
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
-            rendering.main(words)
+            __main__.main(words)
         assert stop.value.code == 0
     else:
-        rendering.main([*words, "--out", str(tmp_path)])  # the last --out counts
+        __main__.main([*words, "--out", str(tmp_path)])  # the last --out counts
         assert list(tmp_path.glob("*.png"))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep.report import advice, frontier, plot, rendering, summary, variants
+from sweep.report import frontier, overview, plot, rendering, summary, variants
 from sweep.report.evidence import NOTHING, Evidence
 
 PAGES, METRIC, COST = 17, "pydoc/token_perplexity", "decode_ms_paired"
@@ -58,7 +58,6 @@ def test_seeds_that_scatter_deny_what_documents_say() -> None:
     places = np.flatnonzero(points.method != "dense")
     assert (Evidence(rows, samples).p_values(points, places, np.zeros(2, dtype=int), METRIC) < 0.05).all()
     assert (NOTHING.p_values(points, places, np.zeros(2, dtype=int), METRIC) > 0.05).all()
-    assert Evidence(rows, samples).interval(points, places[1], 0, METRIC)[0] > 0
     scattered = rows.copy()
     scattered.loc[rows.criterion == "b", METRIC] += [-9.0, 0.0, 9.0]
     assert marked(scattered, Evidence(rows, samples))["b"] == "within noise"
@@ -71,7 +70,6 @@ def test_a_ruined_model_is_not_within_noise_of_dense_since_its_seeds_scatter() -
     ruined, dense = (np.flatnonzero(points.method == method) for method in ("weight", "dense"))
     for evidence in (NOTHING, Evidence(rows, samples)):
         assert evidence.p_values(points, ruined, dense, METRIC) < 0.05
-        assert evidence.interval(points, ruined[0], dense[0], METRIC)[0] > 1_000
 
 
 def test_a_metric_without_interval_or_documents_is_told_from_nothing() -> None:
@@ -154,26 +152,15 @@ def test_a_figure_is_hollow_where_documents_say_so_and_names_what_its_bars_are_o
     assert not any(text.startswith("95 %") for text in words(plot.cost_figure(plain, COST, METRIC)))
 
 
-def test_advice_is_by_the_interval_of_the_difference() -> None:
+def test_what_is_kept_is_known_better_by_the_documents_that_both_answered() -> None:
     rows, samples = cells({"a": 0.10, "b": 0.15})
-    evidence = Evidence(rows, samples)
-    rows["cost_ms"] = rows.criterion.map({"a": 3.0, "b": 2.0}).fillna(10.0)
-    vague = advice.cheapest_within(rows, "cost_ms", METRIC, 0.2, relative=True)
-    sure = advice.cheapest_within(rows, "cost_ms", METRIC, 0.2, relative=True, evidence=evidence)
-    assert "weight b" in sure and sure.endswith("Its whole interval is within the limit.") and "within noise" in vague
-    assert "Within noise of it" in advice.best_within(rows, "cost_ms", METRIC, 5.0)
-    assert "Within noise of it" not in advice.best_within(rows, "cost_ms", METRIC, 5.0, evidence)
-    low, high = evidence.interval(points := frontier.points(rows, "cost_ms", METRIC), 1, 0, METRIC)
-    assert low < points.y[1] - points.y[0] < high and low > 0
-
-
-def test_redrawn_documents_move_all_points_together() -> None:
-    rows, samples = cells({"a": 0.10, "b": 0.15})
-    evidence, draw = Evidence(rows, samples), np.random.default_rng(0)
-    points = frontier.points(rows, "sparsity", METRIC)
-    y, alone = (known.redrawn(points, METRIC, draw, times=400) for known in (evidence, NOTHING))
-    assert np.corrcoef(y.T)[0, 1] > 0.99 and abs(np.corrcoef(alone.T)[0, 1]) < 0.2
-    assert np.exp(np.log(y).mean(0)) == pytest.approx(points.y, rel=0.05)
+    found, vague = (overview.overview(rows, [METRIC], known) for known in (Evidence(rows, samples), NOTHING))
+    assert found is not None and vague is not None
+    kept, apart = found.points.set_index("criterion"), vague.points.set_index("criterion")
+    assert kept.kept["a"] == pytest.approx(np.exp(-0.10), rel=0.02)
+    width = kept.kept_high - kept.kept_low
+    assert width["b"] < 0.05 < (apart.kept_high - apart.kept_low)["b"]
+    assert kept.kept_high["b"] < kept.kept_low["a"] and apart.kept_high["b"] > apart.kept_low["a"]
 
 
 def test_a_report_says_by_what_it_marks_and_what_its_intervals_are_over(tmp_path: Path) -> None:
@@ -192,10 +179,11 @@ def test_a_report_says_by_what_it_marks_and_what_its_intervals_are_over(tmp_path
     for file in ("table.md", "README.md", "table.tex"):
         text = (out / file).read_text().replace("\\_", "_").replace("\\%", "%")
         assert (
-            "Told by the documents that both answered for token perplexity on pydoc, else by their intervals." in text
+            "Told by the documents that both answered for perplexity, Python reference, else by their intervals."
+            in text
         )
         assert (
-            "half a 95 % interval, over documents for token perplexity on pydoc; over repeats for decode latency"
+            "half a 95 % interval, over documents for perplexity, Python reference; over repeats for decode latency"
             in text
         )
     saved = pd.read_csv(out / "table.csv")

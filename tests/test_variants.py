@@ -13,7 +13,7 @@ import pytest
 import frames
 from sweep import identity, store
 from sweep.config import Benchmarks
-from sweep.report import frontier, paired, plot, published, rendering, variants
+from sweep.report import asked, frontier, names, paired, plot, published, rendering, variants
 
 ONE = frames.METHODS[:1]
 
@@ -32,7 +32,7 @@ def test_two_versions_of_a_cell_are_never_two_seeds() -> None:
     points = frontier.points(variants.with_variant(two_versions()), "sparsity", "pydoc/token_perplexity")
     pruned = points[points.method == "weight"].set_index("version")
     assert pruned.seeds.tolist() == [1, 1] and pruned.y.to_dict() == {"5": 16, "6": 19} and pruned.y_low.isna().all()
-    assert sorted(plot.series(points[points.method == "weight"])) == [
+    assert sorted(names.series(points[points.method == "weight"])) == [
         "weight magnitude (version 5)",
         "weight magnitude (version 6)",
     ]
@@ -44,7 +44,7 @@ def test_two_versions_of_a_stage_are_two_points_beside_one_dense_model() -> None
     first = one_cell()
     later = first[first.method == "weight"].assign(cell="later", stage_versions='{"prune": 2}')
     points = frontier.points(pd.concat([first, later], ignore_index=True), "sparsity", "pydoc/token_perplexity")
-    assert plot.series(points).tolist() == ["dense", "weight magnitude", "weight magnitude (prune=2)"]
+    assert names.series(points).tolist() == ["dense", "weight magnitude", "weight magnitude (prune=2)"]
     assert frontier.dense_of(points).tolist() == [0, 0, 0] and points.seeds.tolist() == [1, 1, 1]
 
 
@@ -65,14 +65,14 @@ def test_a_quantised_dense_model_is_compared_with_the_dense_one_and_is_none() ->
     rows = with_quantised()
     assert variants.is_baseline(rows).tolist() == [True, False, False, False, False]
     points = frontier.points(rows, "sparsity", "pydoc/token_perplexity")
-    assert dict(zip(plot.series(points), points.seeds, strict=True)) == {
+    assert dict(zip(names.series(points), points.seeds, strict=True)) == {
         "dense": 1,
         "int8": 1,
         "weight magnitude": 1,
         "weight magnitude + int8": 1,
         "weight magnitude + int8 (quantize.method=gptq)": 1,
     }
-    places = dict(zip(plot.series(points), frontier.dense_of(points), strict=True))
+    places = dict(zip(names.series(points), frontier.dense_of(points), strict=True))
     assert set(places.values()) == {list(places).index("dense")}
     dense, *others = rows.cell
     assert paired.against_dense(rows.set_index("cell")) == [(dense, other) for other in others]
@@ -127,7 +127,7 @@ def test_a_row_that_cannot_tell_its_version_is_the_oldest() -> None:
     assert kept.measuring_version.tolist() == [6, 6]
     assert said == ["Left out, since measuring versions are not compared: 2 of an unknown one; ask for them."]
     assert frontier.newest(kept, "")[1] == frontier.newest(one_cell(), "")[1] == []
-    older = rendering.select(rows, ["measuring_version!=6"])  # the way to ask for what has no number
+    older = asked.select(rows, ["measuring_version!=6"])  # the way to ask for what has no number
     assert len(older) == 2 and frontier.newest(older, "")[0].equals(older)
 
 
@@ -164,7 +164,7 @@ def test_one_model_by_three_names_has_one_dense_row_and_one_name() -> None:
     assert len(paired.against_dense(rows.set_index("cell"))) == 3
     assert plot.with_counted_speedup(rows).counted_speedup.notna().all()
     for name in ("opt", "opt/", "/models/opt"):
-        assert len(rendering.select(rows, [f"model={name}"])) == 4
+        assert len(asked.select(rows, [f"model={name}"])) == 4
 
 
 def test_a_folder_whose_content_changed_is_two_models() -> None:
@@ -172,8 +172,8 @@ def test_a_folder_whose_content_changed_is_two_models() -> None:
     assert sorted(set(variants.with_variant(rows).model)) == ["m (aaaaaaaa)", "m (bbbbbbbb)"]
     points = frontier.points(rows, "sparsity", "capitals/acc")
     assert (points.seeds == 1).all() and len(points) == 4
-    assert len(rendering.select(rows, ["model=m"])) == 4
-    assert set(rendering.select(rows, ["model=m (aaaaaaaa)"]).model_fingerprint) == {"folder:aaaaaaaaaaaa"}
+    assert len(asked.select(rows, ["model=m"])) == 4
+    assert set(asked.select(rows, ["model=m (aaaaaaaa)"]).model_fingerprint) == {"folder:aaaaaaaaaaaa"}
 
 
 def test_other_documents_under_one_name_are_another_setting() -> None:
@@ -274,14 +274,16 @@ def test_what_two_machines_timed_is_not_compared(tmp_path: Path) -> None:
     rows = frames.rows(seeds=1, methods=ONE).assign(cpu=["slow", "slow", "slow", "fast", "fast"], gpu=None)
     (tmp_path / "cells").mkdir()
     rows.to_parquet(tmp_path / "cells" / "0-table-made.parquet")
-    rendering.report([str(tmp_path)], tmp_path / "out", rendering.Wanted(formats=("png",), html=False))
+    rendering.report(
+        [str(tmp_path)], tmp_path / "out", rendering.Wanted(figures=("cost",), formats=("png",), html=False)
+    )
     files = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert {f"capitals-acc-against-latency-cpu-{cpu}" for cpu in ("slow", "fast")} <= files
     assert "capitals-acc-against-latency" not in files
     front = (tmp_path / "out" / "README.md").read_text()
-    assert "- cpu=fast: At most 2 % worse than dense on acc on capitals: " in front and "cannot be told" not in front
+    assert "## cpu=slow\n" in front and "## cpu=fast\n" in front and front.count("| at most | decode |") == 2
     rows["dense_decode_ms_per_token_p50"] = [40.0, 40, 40, 20, 20]
-    ((_, slow), (_, fast)) = rendering.by_machine(frontier.with_paired_latency(rows))
+    ((_, slow), (_, fast)) = asked.by_machine(frontier.with_paired_latency(rows))
     (dense,) = fast[fast.method == "dense"].itertuples()
     assert dense.decode_ms_paired == 20 and np.isnan(dense.peak_memory_bytes) and dense.weights_bytes > 0
     assert plot.drop_table(fast, ["capitals/acc"])["capitals/acc"].notna().all()

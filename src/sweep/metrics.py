@@ -71,6 +71,7 @@ METRICS = (
         "token_perplexity",
         LOW,
         "exp of the mean negative log-likelihood a token, of tasks that score whole texts",
+        label="perplexity",
         means=_LOSSES,
         is_exp=True,
     ),
@@ -167,6 +168,7 @@ METRICS = (
         means=(),
         measured=True,
     ),
+    Metric("chance", None, "of multiple choice: the share of right answers that guessing gives", "fraction", means=()),
     Metric("told", HIGH, "whether the model's own choice is the word to be told, in `samples`"),
     Metric("log_likelihood", HIGH, "of a text, or of the right answer, in `samples`", "nats"),
     Metric("precision", HIGH, "of two classes, of class 1"),
@@ -255,6 +257,34 @@ LM_EVAL_LOSSES = {
     ),
 }
 
+# The share of right answers that guessing gives, of rows from before it was kept: of the tasks of pruning papers, and ours.
+CHANCE = {
+    "capitals": 1 / 4,
+    "continents": 1 / 6,
+    **dict.fromkeys(("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "mmlu"), 1 / 4),
+    **dict.fromkeys(("piqa", "winogrande", "boolq", "rte", "wic", "copa"), 1 / 2),
+}
+_OF_CHOICES = ("acc", "acc_norm", "acc_bytes")  # lm-eval's shares of right answers, in which guessing has its own
+TITLES = {  # of tasks whose name is no word
+    "pydoc": "Python reference",
+    "pydoc_cloze": "Python reference, last words",
+    "wikitext": "WikiText-2",
+    "wikitext2": "WikiText-2",
+    "c4": "C4",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
+    "boolq": "BoolQ",
+    "gsm8k": "GSM8K",
+    "hellaswag": "HellaSwag",
+    "lambada_openai": "LAMBADA",
+    "mmlu": "MMLU",
+    "openbookqa": "OpenBookQA",
+    "piqa": "PIQA",
+    "rte": "RTE",
+    "winogrande": "WinoGrande",
+}
+_LABELS = {"acc": "accuracy", "acc_norm": "accuracy (normalised by length)", "exact_match": "exact match"}  # lm-eval's
+
 _FIRST = ("acc", "f1", "exact_match", "token_perplexity", "word_perplexity", "perplexity")
 
 
@@ -311,8 +341,19 @@ def is_exp(column: str) -> bool:
 
 def label(metric: str) -> str:
     """What an axis calls a metric, its answer filter in brackets."""
-    known, (name, comma, answer_filter) = record(metric), metric.replace("_", " ").partition(",")
-    return (known.label if known and known.label else name) + (f" ({answer_filter})" if comma else "")
+    known, (name, comma, answer_filter) = record(metric), metric.partition(",")
+    words = (known.label if known else None) or _LABELS.get(name) or name.replace("_", " ")
+    return words + (f" ({answer_filter.replace('_', ' ')})" if comma else "")
+
+
+def title(task: str) -> str:
+    """What a reader calls a task."""
+    return TITLES.get(task) or task.replace("_", " ")
+
+
+def guesses(column: str) -> bool:
+    """Whether guessing has a share in a metric: in accuracies of multiple choice."""
+    return bare(column) in _OF_CHOICES
 
 
 def mean_of(metric: str, found: Iterable[str]) -> Mean | None:

@@ -8,7 +8,7 @@ import os
 import shlex
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -54,6 +54,7 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     rows = store.read_rows(options.results, names)
     store.mend_schema(options.results)
     print("\n" + listing(rows.values()) + f"\nrows: {options.results}/cells")
+    print(_comes_to(rows.values()), end="")
     not_ok = [step for step in plan.todo if step.name not in rows or rows[step.name]["status"] != "ok"]
     outdone = [step for step in plan.todo if step.name in endings and endings[step.name].outdone]
     if not_ok:
@@ -227,6 +228,16 @@ def listing(rows: Iterable[dict[str, Any]]) -> str:
         lines.append(line)
     lines.sort(key=lambda line: (line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"]))
     return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
+
+
+def _comes_to(rows: Collection[dict[str, Any]]) -> str:
+    """What is kept and gained, and what to choose, in words; empty where no pruned cell has a quality."""
+    import pandas as pd  # with what a report needs, which a plan does not
+
+    from sweep.report import parts
+
+    told = parts.told(pd.DataFrame([*rows])) if any(row["status"] == "ok" for row in rows) else ""
+    return f"\n{told}" if told else ""
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:

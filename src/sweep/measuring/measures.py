@@ -188,16 +188,18 @@ def accuracy_by_band(_: Sequence[Document], outcomes: Sequence[Outcome]) -> dict
 
 
 def classifier(documents: Sequence[Document], outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The metrics of a multiple-choice task as a classifier; none where the right answer is not always a choice."""
+    """The metrics of a multiple-choice task as a classifier, and `chance`; none where the right answer is not always a choice."""
     if not all("target" in outcome for outcome in outcomes):
         return {}
     truth, choices = (np.array([o[name] for o in outcomes], dtype=int) for name in ("target", "chosen"))
     found = classification.metrics(truth, choices, [o["confidence"] for o in outcomes])
     del found["accuracy"]  # which lm-eval calls acc, and has
-    if len({tuple(document.task.doc_to_choice(document.example["doc"])) for document in documents}) > 1:
+    choices_of = [tuple(document.task.doc_to_choice(document.example["doc"])) for document in documents]
+    if len(set(choices_of)) > 1:
         for name in ("precision", "recall", "f1"):  # each question has choices of its own: the second is no class
             found.pop(name, None)
-    return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices)}
+    guessed = float(np.mean([1 / len(each) for each in choices_of]))
+    return found | {"f1_macro_stderr": classification.f1_stderr(truth, choices), "chance": guessed}
 
 
 def by_position(documents: Sequence[Document], _: Sequence[Outcome]) -> dict[str, float | None]:

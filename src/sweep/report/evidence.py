@@ -9,7 +9,6 @@ by their intervals, as values that know nothing of each other; a task's metric t
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pandas as pd
@@ -40,30 +39,27 @@ class Evidence:
         """Whether documents tell any two points of a metric apart."""
         return len(self._estimates(metric)) > 1
 
-    def p_values(
-        self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str, less: NDArray | float = 0.0
-    ) -> NDArray[np.float64]:
+    def pair(self, metric: str, one: int, other: int) -> tuple[paired.Estimate, paired.Estimate] | None:
+        """The estimates of two points by their numbers; None where they are not of the same documents."""
+        a, b = (self._estimates(metric).get(point) for point in (one, other))
+        return (a[1], b[1]) if a is not None and b is not None and a[0] == b[0] else None
+
+    def p_values(self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str) -> NDArray[np.float64]:
         """How likely chance alone makes two points as different as they are, for several pairs.
 
         one, other  (pairs,) places in points
-        less        (pairs,) what the first is taken to be less the other, in the unit of y: by default they are alike
         """
-        shift = np.broadcast_to(np.asarray(less, dtype=float), len(one))
-        if is_exp(metric):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                shift = np.log1p(shift / points.y.to_numpy()[other])
         even = _even(points, metric)
-        p, by_seeds = (_unpaired(known, one, other, shift) for known in (even, _over_seeds(even)))
+        p, by_seeds = (_unpaired(known, one, other) for known in (even, _over_seeds(even)))
         if "/" in metric:  # measured on documents: of a point without an interval nobody knows how much it would move
             p[(points.interval == "none").to_numpy()[[one, other]].any(0)] = 1.0
         several = (points.interval == _SCATTER).to_numpy()[[one, other]].any(0)
-        estimates, names = self._estimates(metric), points.get("point", pd.Series(index=points.index)).to_numpy()
+        names = points.get("point", pd.Series(index=points.index)).to_numpy()
         by_documents: dict[int, list[tuple[int, NDArray]]] = {}
         for place, (i, j) in enumerate(zip(one, other, strict=True)):
-            a, b = estimates.get(names[i]), estimates.get(names[j])
-            if a is not None and b is not None and a[0] == b[0]:
-                found = paired.minus(a[1], b[1])
-                by_documents.setdefault(a[0], []).append((place, found.parts() - shift[place] * found.shares))
+            if (pair := self.pair(metric, names[i], names[j])) is not None:
+                set_, _ = self._estimates(metric)[names[i]]
+                by_documents.setdefault(set_, []).append((place, paired.minus(*pair).parts()))
         for mine in by_documents.values():
             places = np.array([place for place, _ in mine])
             tested = chance.p_values(np.stack([parts for _, parts in mine]))
@@ -80,38 +76,6 @@ class Evidence:
     def alike(self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str) -> NDArray[np.bool_]:
         """Which of several pairs chance alone may make so different, after Holm's correction for their number."""
         return chance.holm(self.p_values(points, one, other, metric)) >= chance.LEVEL
-
-    def interval(self, points: pd.DataFrame, one: int, other: int, metric: str) -> tuple[float, float]:
-        """The 95 % interval of a point's y less another's, in the unit of y; NaN where nothing is known of either."""
-        even = _even(points, metric)
-        ends = _unpaired_interval(even, one, other)
-        names = points.get("point", pd.Series(index=points.index)).iloc[[one, other]]
-        a, b = (self._estimates(metric).get(name) for name in names)
-        if a is not None and b is not None and a[0] == b[0]:
-            less = paired.minus(a[1], b[1])
-            documents = chance.sign_flips(less.parts(), less.shares)[:2]
-            seeds = _unpaired_interval(_over_seeds(even), one, other)  # NaN where neither has several
-            ends = float(np.fmin(seeds[0], documents[0])), float(np.fmax(seeds[1], documents[1]))
-        if is_exp(metric):
-            low, high = (points.y.iloc[other] * np.expm1(end) for end in ends)
-            return float(low), float(high)
-        return ends
-
-    def redrawn(self, points: pd.DataFrame, metric: str, draw: np.random.Generator, times: int) -> NDArray[np.float64]:
-        """y of every point as other draws of documents and seeds might have it, (times, points).
-
-        The same documents for all points, where they are known.
-        """
-        even = _even(points, metric)
-        y, free = even.y.to_numpy(), _spread(even)[0] * draw.standard_normal((times, len(points)))
-        back = np.exp if is_exp(metric) else np.asarray
-        estimates = [self._estimates(metric).get(point) for point in points.get("point", [None] * len(points))]
-        if any(found is None or found[0] != estimates[0][0] for found in estimates):  # type: ignore[index]
-            return back(y + free)
-        residuals = np.stack([found[1].residuals for found in estimates])  # type: ignore[index]
-        documents = residuals.shape[1]
-        moved = draw.standard_normal((times, documents)) @ residuals.T * math.sqrt(documents / max(documents - 1, 1))
-        return back(y + moved + np.where(points.interval == _SCATTER, free, 0))
 
     def _estimated(self, metric: str) -> dict[int, tuple[int, paired.Estimate]]:
         """(number of its set of documents, mean over its seeds) of each point of which every cell's outcomes are known."""
@@ -165,16 +129,8 @@ def _joint(points: pd.DataFrame, one: NDArray, other: NDArray) -> tuple[NDArray,
     return y[one] - y[other], np.sqrt(total), np.where(np.isnan(joint), np.inf, joint)
 
 
-def _unpaired(points: pd.DataFrame, one: NDArray, other: NDArray, less: NDArray) -> NDArray[np.float64]:
+def _unpaired(points: pd.DataFrame, one: NDArray, other: NDArray) -> NDArray[np.float64]:
     apart, error, degrees = _joint(points, one, other)
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = 2 * student.sf(np.abs(apart - less) / error, degrees)
-    return np.where(apart == less, 1.0, p)
-
-
-def _unpaired_interval(points: pd.DataFrame, one: int, other: int) -> tuple[float, float]:
-    less, error, degrees = _joint(points, np.array([one]), np.array([other]))
-    if error[0] == 0:
-        return math.nan, math.nan
-    half = student.ppf(0.975, degrees) * error
-    return float(less[0] - half[0]), float(less[0] + half[0])
+        p = 2 * student.sf(np.abs(apart) / error, degrees)
+    return np.where(apart == 0, 1.0, p)

@@ -15,7 +15,9 @@ from plotly.offline import get_plotlyjs
 
 from sweep import config
 from sweep.metrics import bare, stderr
-from sweep.report import plot
+from sweep.report import drawing
+from sweep.report.names import series
+from sweep.report.parts import Part
 from sweep.store import columns
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -38,16 +40,17 @@ def render(
     metrics: Sequence[str],
     costs: Sequence[str],
     left_out: Sequence[str],
-    advised: Sequence[str],
+    seen: Sequence[Part],
     failed: Sequence[str],
 ) -> str:
     """The page as text.
 
     rows     all rows, with variant and setting
     ok       those that are ok, with paired latencies: the ones that are drawn
-    left_out, advised, failed  sentences that stand above and below the figure
+    seen     what stands apart, with what it comes to
+    left_out, failed  sentences that stand above and below the figure
     """
-    ok = ok.assign(series=plot.series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
+    ok = ok.assign(series=series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
     numeric = [
         c
         for c in ok.columns
@@ -58,18 +61,18 @@ def render(
         and not bare(c).endswith("_stderr")
         and c not in ("seed", "schema_version")
     ]
-    first = [c for c in [*costs, "sparsity"] if c in numeric]
+    first = [c for c in ["decode_speedup", *costs, "sparsity"] if c in numeric]
     data = {
         "columns": _columns(ok),
         "count": len(ok),
         "filters": [c for c in _FILTERS if c in ok and ok[c].nunique() > 1],
         "x": first + [c for c in numeric if c not in first],
-        "y": list(metrics) + [c for c in numeric if c not in metrics],
+        "y": list(dict.fromkeys(c for c in ["quality_kept", *metrics, *numeric] if c in numeric)),
         "labels": {c: columns.label(c) for c in numeric},
         "scales": {c: columns.scale(c) for c in numeric if columns.scale(c) != 1},
         "losses": [c for c in numeric if columns.is_loss(c, ok)],
         "errors": {c: stderr(c) for c in numeric if stderr(c) in ok},
-        "colours": plot.COLOURS,
+        "colours": drawing.COLOURS,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -80,7 +83,7 @@ def render(
             json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         ),  # ends no element
         left_out=list(left_out),
-        advised=list(advised),
+        parts=list(seen),
         failed=list(failed),
         cells=len(rows),
         models=sorted(set(rows.model.dropna())),

@@ -1,23 +1,15 @@
-"""Figures from rows, sized for one column of a paper: quality against cost or sparsity, speed-up, loss by benchmark.
+"""Figures from rows, sized for a paper: quality against what is gained or sparsity, speed-up, loss by benchmark. No torch.
 
-Every method has its own colour, mark and line, so that a figure survives grey printing and colour-blind eyes. A figure
-shows only what the rows hold: a point without an interval has no bar, and a failed cell has no point.
+A figure shows only what the rows hold: a point without an interval has no bar, and a failed cell has no point.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import re
-import sys
-import textwrap
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -26,75 +18,97 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from sweep import config
-from sweep.formats import declared
 from sweep.metrics import BANDS, is_exp
-from sweep.report import frontier
+from sweep.report import drawing, frontier, names
+from sweep.report.drawing import COLOURS, FORMATS, WIDTHS, save  # noqa: F401  for those who draw figures of their own
 from sweep.report.evidence import NOTHING, Evidence
-from sweep.store.columns import COLUMNS, MADE, is_loss, label, scale
+from sweep.report.names import series
+from sweep.report.overview import Gain, Overview, on_frontier, shown_gains
+from sweep.store.columns import is_loss, label, scale
 
-AXES = {  # what is typed after --x, and the column it stands for
-    column.short: column.name for column in [*MADE.values(), *COLUMNS.values()] if column.short
-}
-WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
-FORMATS = ("png", "svg", "pdf")
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
-_PACKED = [name for name, form in declared.FORMATS.items() if form.module]  # named even where no other is shown
-_MARKS = "os^Dv<>PXp"
-_LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-_OVER: dict[str, Any] = {
-    "seeds": "-",
-    "documents": (0, (2.5, 1)),
-    "repeats": (0, (1, 0.8)),
-}  # bars by what they are over
 _EXPLODES = 10.0  # a loss that spans more than this factor is drawn on a log scale
-_BELOW, _ABOVE = 0.42, 0.1  # inches for the horizontal axis' words, and over the axes
-_LABEL = 0.28  # inches from the left edge to the foot of a two-line label of the vertical axis
+_NEAR = 50.0  # per cent of quality: what keeps less is far from dense
+_SLOWEST = 0.7  # times as fast as dense, likewise
 _LABELLED = 24  # more points than this, and their sparsities are left to the table
+_NUMBERED = 100  # likewise of the numbers of what is beyond an overview
 _HEAT_LINES = 40
 _DARKEST_LOSS = 3.0  # nats a token
 _UNEVEN = 0.005  # standard deviation of the blocks' shares from which they are worth a figure
-_SAVED: dict[str, dict[str, Any]] = {
-    "png": {"pil_kwargs": {"compress_level": 1}},  # a fifth of the time, a tenth larger
-    "svg": {"metadata": {"Date": None}},
-    "pdf": {"metadata": {"CreationDate": None}},
-}
-_STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.titlesize": 8,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 4.5,
-    "axes.linewidth": 0.6,
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "sweep",
-}
 
 
-def series(points: pd.DataFrame) -> pd.Series:
-    """The name of each point's recipe, stage after stage: as short as tells it from the others of the figure."""
-    name = pd.Series("", index=points.index)
-    for stage in config.STAGES:
-        word = points[stage.column].astype(str)
-        if stage.group == "method":
-            word += (" " + points.criterion.astype(str)).where(points.criterion.notna(), "")
-        used = points[stage.column] != stage.nothing
-        name += ((" + " + word).where(name != "", word)).where(used, "")
-    name = name.where(~points.baseline, "dense")
-    name += (" (" + points.variant + ")").where(points.variant != "", "")
-    several = points.groupby(name).execution.transform("nunique") > 1
-    name += (", " + points.execution.astype(str)).where(several | points.execution.isin(_PACKED), "")
-    for words in ("setting", "machine"):
-        name += (" [" + points[words] + "]").where(points[words] != "", "")
-    if points.version.nunique() > 1:
-        name += " (version " + points.version + ")"
-    if points.model.nunique() > 1:
-        name += ", " + points.model.astype(str)
-    return name
+def overview_figure(found: Overview, width: str = "page") -> Figure:
+    """Quality kept against what is gained: measured speed, and bytes; against sparsity where nothing is gained.
+
+    One mark a recipe, in the order of its sparsity along a thin line from the dense model. The axes belong to what is near
+    the dense model: a point beyond them stands at the edge, as an arrow with its numbers. Two gains stand side by side on a
+    page, else one above the other.
+    """
+    gains: list[Gain | None] = [*shown_gains(found)] or [None]
+    figure, panels = drawing.panels(width, len(gains))
+    for axes, gain in zip(panels, gains, strict=True):
+        _draw_overview(axes, found, gain)
+        axes.set_xlabel(label("sparsity") if gain is None else gain.label)
+        if axes is panels[0] or width == "column":
+            axes.set_ylabel("quality kept (%)")
+            drawing.pin_label(axes)
+    bars = found.points[["kept_low", "kept_high"]].notna().any(axis=None)
+    drawing.legend(panels[0], {"95 % interval": Line2D([], [], color="0.3", linewidth=0.9)} if bars else {})
+    return figure
+
+
+def _draw_overview(axes: Axes, found: Overview, gain: Gain | None) -> None:
+    """One panel: the frontier, each recipe's marks and bars, and at the edges what is beyond them."""
+    of_x = ["sparsity"] * 3 if gain is None else [gain.name + end for end in ("", "_low", "_high")]
+    points = found.points.assign(
+        **{f"x{end}": found.points[name] for end, name in zip(("", "_low", "_high"), of_x, strict=True)},
+        **{f"y{end}": 100 * found.points[f"kept{end}"] for end in ("", "_low", "_high")},
+    )
+    points = points[np.isfinite(points.x) & np.isfinite(points.y)]
+    low, high, floor, top = _near_dense(points, gain)
+    axes.set(xlim=(low, high), ylim=(floor, top))
+    axes.axhline(100.0, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
+    if gain is not None:
+        axes.axvline(1.0, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
+        edge = points[on_frontier(points, gain)].sort_values("x")
+        x, y = [low, *edge.x], [edge.y.iloc[0], *edge.y]
+        axes.plot(x, y, color="0.55", linewidth=1.0, drawstyle="steps-pre", zorder=1, label="frontier")
+    styles, dense = drawing.styles_of(points), points[points.baseline].head(1)
+    words = []
+    for name, line in points[~points.baseline].groupby("name", sort=True):
+        colour, mark, _ = styles[str(name)]
+        line = line.sort_values("sparsity")
+        axes.plot([*dense.x, *line.x], [*dense.y, *line.y], color=colour, linewidth=0.7, alpha=0.5, zorder=2)
+        bars: dict[str, Any] = {"color": colour, "linewidth": 0.9, "alpha": 0.6, "zorder": 2.5}
+        axes.vlines(line.x, line.y_low, line.y_high, **bars)
+        axes.hlines(line.y, line.x_low, line.x_high, **bars)
+        inside = line.x.between(low, high) & (line.y >= floor)
+        axes.plot(line.x[inside], line.y[inside], linestyle="none", marker=mark, color=colour, zorder=3, label=name)
+        words += _sparsities(line[inside]) if len(points) <= _LABELLED else []
+        for at, quality in line.loc[~inside, ["x", "y"]].to_numpy(dtype=float):
+            x, y = np.clip(at, low, high), np.clip(quality, floor, top)
+            arrow = "v" if quality < floor else "<" if at < low else ">"
+            axes.plot([x], [y], linestyle="none", marker=arrow, color=colour, clip_on=False, zorder=4)
+            numbers = ([f"{quality:.0f} %"] if quality < floor else []) + ([names.times(at)] if x != at else [])
+            words += [drawing.Beside(x, y, ", ".join(numbers), colour, needed=True)]
+    axes.plot(dense.x, dense.y, marker="*", color="black", markersize=8, linestyle="none", zorder=4, label="dense")
+    marks = [points.x.clip(low, high), points.y.clip(floor, top)]
+    drawing.write_beside(axes, words if len(points) <= _NUMBERED else [], np.transpose(marks))
+
+
+def _near_dense(points: pd.DataFrame, gain: Gain | None) -> tuple[float, float, float, float]:
+    """(left, right, bottom, top) of an overview: what keeps half of the quality, and is not far slower than dense."""
+    near = points.y[points.y >= _NEAR]
+    floor = min(90.0, 5 * math.floor((near.min() - 2) / 5))
+    x = points.x[points.y >= floor]
+    ends = (0.0, max(x.max(), 0.1)) if gain is None else (max(min(x.min(), 0.97), _SLOWEST), max(x.max(), 1.1))
+    margin = 0.05 * (ends[1] - ends[0])
+    return ends[0] - margin, ends[1] + margin, floor, max(102.0, near.max() + 3)
+
+
+def _sparsities(points: pd.DataFrame) -> list[drawing.Beside]:
+    """The sparsity beside each mark; where marks are many, the table has it."""
+    pruned = points[points.sparsity > 0] if len(points) <= _LABELLED else points.iloc[:0]
+    return [drawing.Beside(point.x, point.y, f"{point.sparsity:g}") for point in pruned.itertuples()]
 
 
 def cost_figure(
@@ -108,13 +122,13 @@ def cost_figure(
     points = _prepared(rows, cost, metric)
     losses = {"x_is_loss": is_loss(cost, rows), "y_is_loss": is_loss(metric, rows)}
     points["standing"] = frontier.membership(points, **losses, differ=evidence.differ(points, metric))
-    figure, axes = _new(width)
-    _draw_frontier(axes, points, **losses)
-    _draw_series(axes, points, joined=False)
+    figure, axes = drawing.new(width)
+    drawing.draw_frontier(axes, points, **losses)
+    drawing.draw_series(axes, points, joined=False)
     _finish(axes, points, cost, metric, y_is_loss=losses["y_is_loss"])
-    if len(points) <= _LABELLED:
-        _draw_sparsities(axes, points)
-    _legend(axes, _hollow(points, "within noise of the frontier") | _kinds(points))
+    axes.autoscale_view()  # settles what the axes show
+    drawing.write_beside(axes, _sparsities(points), points[["x", "y"]])
+    drawing.legend(axes, drawing.hollow(points, "within noise of the frontier") | drawing.kinds(points))
     return figure
 
 
@@ -129,10 +143,10 @@ def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column", evid
     compared = np.flatnonzero(~points.baseline.to_numpy() & (dense >= 0))
     alike = evidence.alike(points, compared, dense[compared], metric)
     points.loc[points.index[compared[alike]], "standing"] = frontier.WITHIN_NOISE
-    figure, axes = _new(width)
-    _draw_series(axes, points, joined=True)
+    figure, axes = drawing.new(width)
+    drawing.draw_series(axes, points, joined=True)
     _finish(axes, points, "sparsity", metric, y_is_loss=is_loss(metric, rows))
-    _legend(axes, _hollow(points, "within noise of dense") | _kinds(points))
+    drawing.legend(axes, drawing.hollow(points, "within noise of dense") | drawing.kinds(points))
     return figure
 
 
@@ -141,11 +155,11 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     column = f"{phase}_speedup"
     points = _prepared(rows, "sparsity", column)
     points["standing"] = frontier.ON
-    figure, axes = _new(width)
-    _draw_series(axes, points, joined=True)
+    figure, axes = drawing.new(width)
+    drawing.draw_series(axes, points, joined=True)
     counted = _prepared(with_counted_speedup(rows), "sparsity", "counted_speedup")
     counted = counted[~counted.baseline]
-    styles = _styles(points)
+    styles = drawing.styles_of(points)
     for name, line in counted.groupby(series(counted), sort=True):
         colour = styles[name][0] if name in styles else "0.5"
         line = line.sort_values("x")
@@ -154,7 +168,7 @@ def speedup_figure(rows: pd.DataFrame, phase: str = "decode", width: str = "colu
     axes.set_xlabel(label("sparsity"))
     axes.set_ylabel(f"{phase} speed-up over dense (measured)")
     counts = {"counted: dense MACs / non-zero MACs": Line2D([], [], color="0.3", linestyle=(0, (1, 2)))}
-    _legend(axes, counts | _kinds(points))
+    drawing.legend(axes, counts | drawing.kinds(points))
     return figure
 
 
@@ -202,7 +216,9 @@ def heat_figure(
         distance = pd.Series(abs(drops.index.get_level_values(1) - 0.5), index=drops.index)
         drops = drops.loc[distance.groupby(level=0).idxmin()].head(_HEAT_LINES)
     longest = max(len(f"{name} {sparsity:g}") for name, sparsity in drops.index)
-    figure, axes = _new(width, height=0.19 * len(drops), left=min(0.15 + 0.058 * longest, 0.7 * WIDTHS[width]))
+    figure, axes = drawing.new(
+        width, height=0.19 * len(drops), left=min(0.15 + 0.058 * longest, 0.7 * drawing.WIDTHS[width])
+    )
     axes.grid(visible=False)
     values = drops.to_numpy(dtype=float)
     axes.imshow(
@@ -211,7 +227,7 @@ def heat_figure(
         cmap="PuOr_r",
         norm=TwoSlopeNorm(0.0, vmin=-darkest, vmax=darkest),
     )
-    axes.set_xticks(range(drops.shape[1]), list(columns) or [label(c).replace(" on ", "\n") for c in drops.columns])
+    axes.set_xticks(range(drops.shape[1]), list(columns) or [label(c).replace(", ", "\n", 1) for c in drops.columns])
     axes.set_yticks(range(len(drops)), [f"{name} {sparsity:g}" for name, sparsity in drops.index])
     for i, j in np.ndindex(values.shape):
         if np.isfinite(values[i, j]):
@@ -251,8 +267,8 @@ def loss_by_kind(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
         elif not is_loss(metric, rows):
             by_kind["choice"].append(metric)
     found = {}
-    for kind, names in by_kind.items():
-        lost = drop_table(rows, names)
+    for kind, columns in by_kind.items():
+        lost = drop_table(rows, columns)
         if kind == "perplexity":
             lost = 100 * (1 - 1 / (1 + lost / 100))
         if lost.notna().any(axis=None):
@@ -281,15 +297,17 @@ def answer_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Figur
     if points.empty or points.baseline.all():
         return None
     points["standing"] = frontier.ON
-    figure, axes = _new(width)
-    _draw_series(axes, points, joined=False)
+    figure, axes = drawing.new(width)
+    drawing.draw_series(axes, points, joined=False)
     axes.axline((1, 1), slope=1, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
     axes.axhline(1.0, color="0.8", linewidth=0.7, zorder=0)
     axes.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
     axes.set_xlabel("speed-up of a token over dense (measured)")
     axes.set_ylabel(f"speed-up of an answer\non {task} (measured)")
-    _pin_label(axes)
-    _legend(axes, {"answers as long as dense ones": Line2D([], [], color="0.3", linestyle="--")} | _kinds(points))
+    drawing.pin_label(axes)
+    drawing.legend(
+        axes, {"answers as long as dense ones": Line2D([], [], color="0.3", linestyle="--")} | drawing.kinds(points)
+    )
     return figure
 
 
@@ -305,8 +323,8 @@ def position_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Fig
     if drops.shape[0] == 0 or drops.shape[1] < 2:
         return None
     distance = pd.Series(abs(drops.index.get_level_values(1) - 0.5), index=drops.index)
-    figure, axes = _new(width)
-    styles = _styles(rows)
+    figure, axes = drawing.new(width)
+    styles = drawing.styles_of(rows)
     for (name, sparsity), line in drops[distance == distance.groupby(level=0).transform("min")].iterrows():
         colour, mark, dashes = styles[name]
         axes.plot(
@@ -315,8 +333,8 @@ def position_figure(rows: pd.DataFrame, task: str, width: str = "column") -> Fig
     axes.axhline(0.0, color="0.3", linewidth=0.9, linestyle="--", zorder=0)
     axes.set_xlabel("tokens before, at least")
     axes.set_ylabel(f"nats a token added on {task}")
-    _pin_label(axes)
-    _legend(axes)
+    drawing.pin_label(axes)
+    drawing.legend(axes)
     return figure
 
 
@@ -325,8 +343,8 @@ def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figur
 
     flips  rows with `lost` (right to wrong, solid and filled) and `gained` (wrong to right, dashed and hollow)
     """
-    figure, axes = _new(width)
-    styles = _styles(flips)
+    figure, axes = drawing.new(width)
+    styles = drawing.styles_of(flips)
     for name, line in flips.groupby(series(flips), sort=True):
         colour, mark, _ = styles[name]
         line = line.groupby("sparsity")[["lost", "gained"]].mean()
@@ -335,9 +353,9 @@ def flips_figure(flips: pd.DataFrame, task: str, width: str = "column") -> Figur
     axes.set_xlabel(label("sparsity"))
     axes.set_ylabel(f"answers that turned on {task}\n(share of documents)")
     axes.set_ylim(bottom=0)
-    _pin_label(axes)
+    drawing.pin_label(axes)
     style: dict[str, Any] = {"color": "0.3", "marker": "o"}
-    _legend(
+    drawing.legend(
         axes,
         {
             "right to wrong": Line2D([], [], **style),
@@ -363,8 +381,8 @@ def layer_figure(rows: pd.DataFrame, layers: pd.DataFrame, width: str = "column"
     share = (blocks.zeros / blocks.weights).unstack("block")
     if share.empty or share.loc[pruned.cell].std(axis=1).max() < _UNEVEN:
         return None
-    figure, axes = _new(width)
-    styles = _styles(rows)
+    figure, axes = drawing.new(width)
+    styles = drawing.styles_of(rows)
     for (name, sparsity), cells in pruned.groupby(["series", "sparsity"], sort=True):
         colour, mark, dashes = styles[name]
         line = share.loc[cells.cell].mean()
@@ -375,64 +393,9 @@ def layer_figure(rows: pd.DataFrame, layers: pd.DataFrame, width: str = "column"
     axes.set_ylabel("share of the block's weights\nthat is zero or gone")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _pin_label(axes)
-    _legend(axes)
+    drawing.pin_label(axes)
+    drawing.legend(axes)
     return figure
-
-
-class Saver:
-    """Writes figures while the next ones are drawn: two thirds of a report's time goes into PNG, SVG and PDF files.
-
-    In child processes where the system can fork (Linux); elsewhere a child would take longer to start than it saves.
-    """
-
-    def __init__(self, formats: Iterable[str] = FORMATS) -> None:
-        self.formats = tuple(formats)
-        self.files: list[Path] = []
-        self._pool: Executor | None = None
-        self._pending: list[Future] = []
-
-    def __enter__(self) -> Saver:
-        if sys.platform == "linux":
-            self._pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork"))
-        return self
-
-    def __call__(self, figure: Figure, path: Path) -> None:
-        self.files += [path.with_name(f"{path.name}.{suffix}") for suffix in self.formats]
-        if self._pool is None:
-            save(figure, path, self.formats)
-        else:
-            self._pending.append(self._pool.submit(save, figure, path, self.formats))
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for future in self._pending:
-                future.result()  # raises what went wrong in the child
-
-
-def save(figure: Figure, path: Path, formats: Iterable[str] = FORMATS) -> None:
-    """Write a figure as `path` with the suffix of each format. Undated: equal rows give equal files."""
-    for suffix in formats:
-        with matplotlib.rc_context(_STYLE):
-            figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300, **_SAVED.get(suffix, {}))
-
-
-def _new(width: str, height: float | None = None, left: float = 0.62) -> tuple[Figure, Axes]:
-    """A figure whose axes have the same size whatever stands around them; lengths in inches.
-
-    Placed by hand: a layout engine would shrink the axes to nothing under a long legend, and takes longer than drawing.
-    """
-    inches = WIDTHS[width]
-    height = height or 0.6 * min(inches, 5.0)
-    total = height + _BELOW + _ABOVE
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(inches, total))
-        axes = figure.add_axes((left / inches, _BELOW / total, (inches - left - 0.1) / inches, height / total))
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _points(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -448,138 +411,6 @@ def _prepared(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
         for end in ("", "_low", "_high"):
             points[name + end] /= scale(column)
     return points
-
-
-def _styles(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
-    """Colour, mark and line of each method, by its place in the sorted names."""
-    names = sorted(set(series(points[~points.baseline])))
-    return {
-        name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
-        for i, name in enumerate(names)
-    }
-
-
-def _draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
-    """Every method's marks, intervals and, where joined, line."""
-    pruned = points[~points.baseline].sort_values(["sparsity", "x"])
-    styles, names = _styles(points), series(pruned).to_numpy(dtype=object)
-    x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
-    bars = [
-        (bar, strokes)
-        for along in ("x", "y")
-        for kind, strokes in _OVER.items()
-        if (bar := _bars(pruned, along, kind)) is not None
-    ]
-    for name in sorted(set(names)):
-        colour, mark, dashes = styles[name]
-        own = names == name
-        for bar, strokes in bars:
-            axes.plot(
-                *bar[:, own].reshape(2, -1), color=colour, linestyle=strokes, linewidth=0.9, alpha=0.8, zorder=2.5
-            )
-        if joined:
-            axes.plot(x[own], y[own], color=colour, linestyle=dashes, zorder=2)
-        for kind, face, alpha in (
-            (frontier.ON, colour, 1.0),
-            (frontier.WITHIN_NOISE, "white", 1.0),
-            (frontier.OFF, colour, 0.45),
-        ):
-            part = own & (standing == kind)
-            if part.any():
-                axes.plot(
-                    x[part],
-                    y[part],
-                    linestyle="none",
-                    marker=mark,
-                    color=colour,
-                    markerfacecolor=face,
-                    alpha=alpha,
-                    zorder=3,
-                )
-        axes.add_line(Line2D([], [], color=colour, marker=mark, linestyle=dashes if joined else "none", label=name))
-
-
-def _hollow(points: pd.DataFrame, words: str) -> dict[str, Line2D]:
-    """What stands for hollow marks in a legend, if there are any."""
-    mark = Line2D([], [], marker="o", color="0.3", markerfacecolor="white", linestyle="none")
-    return {words: mark} if (points.standing == frontier.WITHIN_NOISE).any() else {}
-
-
-def _over(points: pd.DataFrame, along: str) -> pd.Series:
-    """What each point's interval along an axis is over: a cost's is that of its paired repeats."""
-    kind = points.interval if along == "y" else pd.Series("repeats", index=points.index)
-    return kind.where(points[f"{along}_high"] > points[f"{along}_low"], "none")
-
-
-def _kinds(points: pd.DataFrame) -> dict[str, Line2D]:
-    """What the bars of a figure are, for its legend."""
-    there = {kind for along in ("x", "y") for kind in _over(points, along)}
-    return {
-        f"95 % over {kind}": Line2D([], [], color="0.3", linestyle=strokes, linewidth=0.9)
-        for kind, strokes in _OVER.items()
-        if kind in there
-    }
-
-
-def _bars(points: pd.DataFrame, along: str, kind: str) -> np.ndarray | None:
-    """Every point's interval of a kind along an axis as a stroke of one line, (x and y, points, 3): its ends and a gap.
-
-    A stroke without length where none of the kind is known; None where none is. One line is written many times faster
-    than as many strokes.
-    """
-    mine = _over(points, along) == kind
-    ends = [points[f"{along}_{end}"].where(mine) for end in ("low", "high")]
-    if not mine.any():
-        return None
-    strokes = np.full((2, len(points), 3), np.nan)
-    for place, axis in enumerate(("x", "y")):
-        for end in (0, 1):
-            at = points[axis]
-            strokes[place, :, end] = ends[end].where(np.isfinite(ends[end]), at) if axis == along else at
-    return strokes
-
-
-def _draw_frontier(axes: Axes, points: pd.DataFrame, *, x_is_loss: bool, y_is_loss: bool) -> None:
-    """The staircase of what nothing dominates, and the band between the staircases of the intervals' ends."""
-    if points.empty:
-        return
-    grid = np.unique(points.x)
-    central, low, high = (
-        _staircase(points, y, grid, x_is_loss=x_is_loss, y_is_loss=y_is_loss) for y in ("y", "y_low", "y_high")
-    )
-    where: Literal["post", "pre"] = "post" if x_is_loss else "pre"
-    axes.fill_between(grid, low, high, step=where, color="0.88", linewidth=0, zorder=0.5)
-    axes.plot(grid, central, color="0.45", linewidth=1.0, drawstyle=f"steps-{where}", zorder=1, label="Pareto frontier")
-
-
-def _staircase(points: pd.DataFrame, y: str, grid: np.ndarray, *, x_is_loss: bool, y_is_loss: bool) -> np.ndarray:
-    """The best y that is to be had at each cost of the grid."""
-    best = points.assign(value=points[y].fillna(points.y)).groupby("x").value
-    best = (best.min() if y_is_loss else best.max()).reindex(grid)
-    ordered = best if x_is_loss else best[::-1]
-    running = ordered.cummin() if y_is_loss else ordered.cummax()
-    return (running if x_is_loss else running[::-1]).to_numpy()
-
-
-def _draw_sparsities(axes: Axes, points: pd.DataFrame) -> None:
-    """The sparsity beside each mark, where that lies upon no other mark and no other number; else the table has it."""
-    axes.autoscale_view()  # settles what the axes show
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    places = axes.transData.transform(points[["x", "y"]]) * 72 / figure.dpi  # in the unit of a font's size
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
-    for point, (x, y) in zip(points.itertuples(), places, strict=True):
-        text, size = f"{point.sparsity:g}", 6
-        width = 0.6 * size * len(text)
-        for right, up in ((4, 3), (4, -9), (-4 - width, 3), (-4 - width, -9)):
-            box = (x + right, y + up, x + right + width, y + up + size)
-            free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
-            if free and point.sparsity:
-                axes.annotate(
-                    text, (point.x, point.y), textcoords="offset points", xytext=(right, up), fontsize=size, color="0.3"
-                )
-                taken.append(box)
-                break
 
 
 def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool) -> None:
@@ -600,65 +431,14 @@ def _finish(axes: Axes, points: pd.DataFrame, x: str, y: str, *, y_is_loss: bool
             zorder=4,
         )
         for bar in drawn.lines[2]:
-            bar.set_linestyle(_OVER[dense.interval])
+            bar.set_linestyle(drawing.OVER[dense.interval])
     if points.baseline.any():
         axes.plot([], [], marker="*", color="black", markersize=7, linestyle="none", label="dense")
     if y_is_loss and len(points) and points.y.max() > _EXPLODES * points.y.min() > 0:
         axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_formatter(_plain)  # 200, and not 2 times a power of ten, which takes more room
-        axes.yaxis.set_minor_formatter(_plain if points.y.max() < 1000 * points.y.min() else "")
+        axes.yaxis.set_major_formatter(drawing.plain)  # 200, and not 2 times a power of ten, which takes more room
+        axes.yaxis.set_minor_formatter(drawing.plain if points.y.max() < 1000 * points.y.min() else "")
     better = "lower" if y_is_loss else "higher"
     axes.set_xlabel(label(x))
     axes.set_ylabel(f"{label(y)}\n({better} is better)")
-    _pin_label(axes)
-
-
-def _pin_label(axes: Axes) -> None:
-    """Place the label of the y axis from the figure's edge: placed from the ticks, long numbers push it out."""
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    box, inches = axes.get_position(), figure.get_figwidth()
-    axes.yaxis.set_label_coords((_LABEL / inches - box.x0) / box.width, 0.5)
-
-
-def _plain(value: float, _: object = None) -> str:
-    """A tick as a short number; every other one of a decade stays bare, or they would run into each other."""
-    leading = value / 10 ** math.floor(math.log10(value) + 1e-9)
-    if round(leading) not in (1, 2, 5):
-        return ""
-    for power, letter in ((1e6, "M"), (1e3, "k")):
-        if power <= value < 1e9:
-            return f"{value / power:g}{letter}"
-    return f"{value:g}"
-
-
-def _legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
-    """Above the axes, where no point can be, in as many lines as it takes: the figure grows, the axes stay."""
-    handles, names = axes.get_legend_handles_labels()
-    entries = dict(zip(names, handles, strict=True)) | dict(extra or {})
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    inches, height = figure.get_size_inches()
-    entries = {"\n".join(textwrap.wrap(name, int((inches - 0.45) / 0.058))): handle for name, handle in entries.items()}
-    longest = max((len(line) for name in entries for line in name.split("\n")), default=1)
-    columns = max(1, min(len(entries), int((inches - 0.2) / (0.33 + 0.062 * longest))))
-    box = axes.get_position()
-    lines = sum(name.count("\n") + 1 for name in entries)
-    legend_height = 0.13 * -(-lines // columns) + 0.08
-    total = height + legend_height
-    figure.set_size_inches(inches, total)
-    axes.set_position((box.x0, box.y0 * height / total, box.width, box.height * height / total))
-    with matplotlib.rc_context(_STYLE):
-        figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="upper left",
-            bbox_to_anchor=(0.02, 1 - 0.02 / total),
-            ncols=columns,
-            frameon=False,
-            borderaxespad=0,
-            borderpad=0.2,
-            handletextpad=0.5,
-            columnspacing=1.0,
-            labelspacing=0.35,
-        )
+    drawing.pin_label(axes)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
 
 from sweep import config
-from sweep.report import frontier, plot
+from sweep.report import frontier
 from sweep.report.evidence import NOTHING, Evidence
+from sweep.report.names import number, series
 from sweep.store.columns import label, scale
 
 _OF_THE_LINE = ["name", "point", "seeds"]  # the same for all columns of a line
-_DECIMALS = 3  # significant digits of a measured number
 
 
 def lines(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> pd.DataFrame:
@@ -26,7 +25,7 @@ def lines(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> p
     frames = []
     for column in [*costs, *metrics]:
         points = frontier.points(rows, "sparsity", column)
-        points["name"] = plot.series(points)
+        points["name"] = series(points)
         part = points.set_index(frontier.SAME_POINT)[["name", "point", "seeds", "y", "y_low", "y_high", "interval"]]
         frames.append(
             part.rename(
@@ -137,16 +136,6 @@ def failures(rows: pd.DataFrame) -> list[str]:
         words = [row.model, row.method, row.criterion, f"sparsity {row.sparsity:g}", *later, f"seed {row.seed}"]
         lines.append(f"{' '.join(str(w) for w in words if isinstance(w, str))}: {row.status}: {reason[0]}")
     return lines
-
-
-def number(value: float) -> str:
-    """A measured number with three significant digits, large ones grouped."""
-    if not math.isfinite(value):
-        return "" if math.isnan(value) else "inf"
-    if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.2e}"
-    decimals = max(0, _DECIMALS - 1 - math.floor(math.log10(abs(value)))) if value else 1
-    return f"{value:,.{decimals}f}"
 
 
 def _texts(

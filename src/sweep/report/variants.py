@@ -72,6 +72,11 @@ def flat(text: str | None) -> dict[str, Any]:
     return found
 
 
+def tasks(text: str) -> list[str]:
+    """The tasks that a row's configuration asks for."""
+    return (json.loads(text).get("benchmarks") or {}).get("tasks") or []
+
+
 def versions(rows: pd.DataFrame) -> pd.Series:
     """The measuring version of each row, or UNKNOWN."""
     known = rows.get("measuring_version", pd.Series(UNKNOWN, index=rows.index))
@@ -116,27 +121,7 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     version = versions(rows).tolist()
     settings = [flat(text) for text in _column(rows, "config")]
     data = [json.loads(text) if isinstance(text, str) else {} for text in _column(rows, "data_fingerprints")]
-    for key, names, prints in (
-        (
-            "benchmarks.tasks",
-            [_tasks(*pair) for pair in zip(settings, version, strict=True)],
-            [_tasks_fingerprint(*row) for row in zip(settings, data, version, strict=True)],
-        ),
-        (
-            "perplexity.source",
-            [s.get("perplexity.source") for s in settings],
-            [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data],
-        ),
-        ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
-        (
-            "recover.text.source",
-            [s.get("recover.text.source") for s in settings],  # none is the calibration text, told by its own name
-            [d.get("recovery") if s.get("recover.text.source") else None for s, d in zip(settings, data, strict=True)],
-        ),
-    ):
-        for setting, name in zip(settings, _names(names, prints, version), strict=True):
-            if key in setting:
-                setting[key] = name
+    _name_what_was_read(settings, data, version)
     measured = [
         {k: v for k, v in s.items() if _is_measurement(k) and not _is_default(k, s, of)}
         for s, of in zip(settings, version, strict=True)
@@ -165,6 +150,31 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
         version=["unknown" if v == UNKNOWN else str(v) for v in version] if len(set(version)) > 1 else "",
         machine=_words(machines, everything),
     )
+
+
+def _name_what_was_read(settings: list[dict[str, Any]], data: list[dict[str, str]], version: list[int]) -> None:
+    """Tasks and texts in the settings of rows are called by one name for one fingerprint."""
+    for key, names, prints in (
+        (
+            "benchmarks.tasks",
+            [_tasks(*pair) for pair in zip(settings, version, strict=True)],
+            [_tasks_fingerprint(*row) for row in zip(settings, data, version, strict=True)],
+        ),
+        (
+            "perplexity.source",
+            [s.get("perplexity.source") for s in settings],
+            [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data],
+        ),
+        ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
+        (
+            "recover.text.source",
+            [s.get("recover.text.source") for s in settings],  # none is the calibration text, told by its own name
+            [d.get("recovery") if s.get("recover.text.source") else None for s, d in zip(settings, data, strict=True)],
+        ),
+    ):
+        for setting, name in zip(settings, _names(names, prints, version), strict=True):
+            if key in setting:
+                setting[key] = name
 
 
 def _column(rows: pd.DataFrame, name: str) -> pd.Series:

@@ -24,7 +24,11 @@ SCHEMA_VERSION = 1  # raise when a column changes its name, type or meaning; one
 
 ASKED, COUNTED, MEASURED, ORIGIN = "what was asked", "counted", "measured", "where it comes from"
 _TEXT, _FLOAT, _INT, _BOOL = pa.string(), pa.float64(), pa.int64(), pa.bool_()
-_SHOWN = {"bytes": ("MB", 1e6), "MACs": ("millions", 1e6)}  # units in which axes and tables show what has these
+_SHOWN = {
+    "bytes": ("MB", 1e6),
+    "MACs": ("millions", 1e6),
+    "share": ("%", 0.01),
+}  # units in which axes and tables show what has these
 _ENDINGS = {"_bytes": "bytes", "_seconds": "seconds", "_ms": "milliseconds", "_joules": "joules"}  # of names: costs
 _ENDS = ("_low", "_high")  # of the columns beside one, with the ends of its 95 % interval
 
@@ -543,6 +547,17 @@ MADE = _by_name(
         better=HIGH,
     ),
     Column(
+        "quality_kept",
+        _FLOAT,
+        COUNTED,
+        "the mean over benchmarks of what is left between guessing (0) and the dense model (1); of losses the dense model's "
+        "over this one's",
+        unit="share",
+        better=HIGH,
+        label="quality kept (%)",
+        short="kept",
+    ),
+    Column(
         "baseline",
         _BOOL,
         ASKED,
@@ -628,7 +643,7 @@ def label(column: str) -> str:
     """What an axis is called, with its unit."""
     task, slash, metric = column.partition("/")
     if slash:
-        return f"{metrics.label(metric)} on {task}"
+        return f"{metrics.label(metric)}, {metrics.title(task)}"
     known = record(column)
     if known is not None and known.label is not None:
         return known.label
