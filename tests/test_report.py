@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import re
 from pathlib import Path
@@ -371,13 +373,15 @@ def data(page: Path) -> dict:
 
 def test_the_page_holds_the_rows_and_needs_no_network(made: Path) -> None:
     text = (made / "report.html").read_text()
-    outside = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # plotly's code names addresses that it never asks
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.S)
     assert not re.findall(r"""(?:src|href)\s*=\s*["']|url\(|@import|https?://""", outside)
     found = data(made / "report.html")
     assert found["count"] == 35
     assert len(found["columns"]["command"]) == 35 and found["columns"]["model"] == "m"
     assert sum("+method=weight sparsity=0.1" in command for command in found["columns"]["command"]) == 6
-    assert {"method", "criterion", "execution"} <= set(found["filters"])
+    assert {"method", "criterion", "execution", "sparsity"} <= set(found["choices"])
+    library = re.search(r'<script id="plotly" type="text/plain">(.*?)</script>', text, re.S)
+    assert library and b"Plotly" in gzip.decompress(base64.b64decode(library[1])) and len(text) < 3e6
     assert {"decode_ms_paired", "sparsity", "capitals/acc"} <= set(found["x"]) & set(found["y"])
     assert "MemoryError: no &lt;b&gt;memory&lt;/b&gt; left" in text  # what a failed cell says is text, not markup
 

@@ -9,16 +9,33 @@ by their intervals, as values that know nothing of each other; a task's metric t
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import norm
 from scipy.stats import t as student
 
 from sweep.metrics import is_exp
 from sweep.report import chance, frontier, paired
 
 _SCATTER = "seeds"  # the kind of interval that is over seeds
+
+
+class Pair(NamedTuple):
+    """A point less another, on the same documents; of perplexities the difference of their losses, in nats."""
+
+    one: int
+    other: int
+    difference: float
+    low: float  # 95 % over documents
+    high: float
+    p: float  # over documents, and over seeds where there are several
+    gained: float  # share of the documents that only the second answers rightly; NaN of what is no answer
+    lost: float
 
 
 class Evidence:
@@ -67,6 +84,17 @@ class Evidence:
             p[places] = np.where(np.isnan(tested), p[places], tested)
         return p
 
+    def pairs_of(self, points: pd.DataFrame, metric: str) -> list[Pair]:
+        """Every two points that answered the same documents, the second less the first."""
+        estimates, names = self._estimates(metric), points.point.tolist()
+        known = [i for i, name in enumerate(names) if name in estimates]
+        places = [(i, j) for i, j in itertools.combinations(known, 2) if self.pair(metric, names[i], names[j])]
+        if not places:
+            return []
+        one, other = np.array(places).T
+        tested = zip(places, self.p_values(points, one, other, metric), strict=True)
+        return [_pair(names[i], names[j], estimates[names[i]][1], estimates[names[j]][1], p) for (i, j), p in tested]
+
     def differ(self, points: pd.DataFrame, metric: str) -> frontier.Differ | None:
         """For frontier.membership: which pairs differ beyond chance; None where documents tell nothing of the metric."""
         if not self.pairs(metric):
@@ -95,6 +123,20 @@ class Evidence:
 
 
 NOTHING = Evidence()
+
+
+def _pair(one: int, other: int, before: paired.Estimate, after: paired.Estimate, p: float) -> Pair:
+    less = paired.minus(after, before)
+    n = len(less.residuals)
+    half = norm.isf(chance.LEVEL / 2) * math.sqrt((less.residuals**2).sum() * n / max(n - 1, 1))
+    low, high = less.value - half, less.value + half
+    if p >= chance.LEVEL:  # as in chance.flip_interval: what the test does not deny is in the interval
+        low, high = min(low, 0.0), max(high, 0.0)
+    with np.errstate(invalid="ignore"):
+        a, b = (estimate.parts() / estimate.shares for estimate in (before, after))
+    answers = all(((values > -1e-9) & (values < 1 + 1e-9)).all() for values in (a, b))
+    gained, lost = (float((b * (1 - a)).mean()), float((a * (1 - b)).mean())) if answers else (math.nan, math.nan)
+    return Pair(int(one), int(other), less.value, low, high, float(p), gained, lost)
 
 
 def _even(points: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -1,7 +1,9 @@
-"""report.html: one file that opens without a network, to filter the rows, choose the axes, and copy a cell's command."""
+"""report.html: one file that opens without a network: what to choose, the rows as a figure and as a table, two points compared."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +16,19 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sweep import config
-from sweep.metrics import bare, stderr
-from sweep.report import drawing
+from sweep.metrics import bare, is_exp, label, stderr, title
+from sweep.report import drawing, frontier
+from sweep.report.evidence import NOTHING, Evidence
 from sweep.report.names import series
 from sweep.report.parts import Part
 from sweep.store import columns
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEFT_OUT = {"config", "packages", "data_fingerprints", "schema_version"}  # long, and in the parquet files
-_FILTERS = (
-    "model",
-    *(stage.column for stage in config.STAGES),
-    "criterion",
-    "variant",
-    "execution",
-    "setting",
-    "version",
-    "machine",
+_COMPARED = 60  # more points than this, and pairs of them are left to sweep.compare
+_CHOICES = (  # by what the page is narrowed
+    *("model", *(stage.column for stage in config.STAGES), "criterion", "variant", "execution"),
+    *("setting", "version", "machine", "sparsity"),
 )
 
 
@@ -42,15 +40,34 @@ def render(
     left_out: Sequence[str],
     seen: Sequence[Part],
     failed: Sequence[str],
+    evidence: Evidence = NOTHING,
 ) -> str:
     """The page as text.
 
     rows     all rows, with variant and setting
-    ok       those that are ok, with paired latencies: the ones that are drawn
+    ok       those that are ok, numbered, with paired latencies: the ones that are drawn
     seen     what stands apart, with what it comes to
     left_out, failed  sentences that stand above and below the figure
     """
     ok = ok.assign(series=series(ok)).sort_values(["series", "sparsity", "seed"], kind="stable")
+    data = _data(ok, metrics, costs) | {"kept": _kept(seen), "pairs": _pairs(ok, metrics, evidence)}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return environment.get_template("report.html.j2").render(
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
+        data=Markup(text.replace("<", "\\u003c")),  # ends no element
+        left_out=list(left_out),
+        parts=list(seen),
+        failed=list(failed),
+        cells=len(rows),
+        models=sorted(set(rows.model.dropna())),
+    )
+
+
+def _data(ok: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str]) -> dict[str, Any]:
+    """The rows, and what is known of their columns."""
     numeric = [
         c
         for c in ok.columns
@@ -59,35 +76,52 @@ def render(
         and ok[c].notna().any()
         and not c.endswith(("_low", "_high"))
         and not bare(c).endswith("_stderr")
-        and c not in ("seed", "schema_version")
+        and c not in ("seed", "schema_version", "point")
     ]
-    first = [c for c in ["decode_speedup", *costs, "sparsity"] if c in numeric]
-    data = {
+    gains = ["decode_speedup", "stored_bytes", *costs, "sparsity"]
+    chosen = ["quality_kept", "decode_speedup", "prefill_speedup", "stored_bytes", "peak_memory_bytes"]
+    return {
         "columns": _columns(ok),
         "count": len(ok),
-        "filters": [c for c in _FILTERS if c in ok and ok[c].nunique() > 1],
-        "x": first + [c for c in numeric if c not in first],
+        "choices": [c for c in _CHOICES if c in ok and ok[c].nunique() > 1],
+        "x": list(dict.fromkeys(c for c in [*gains, *numeric] if c in numeric)),
         "y": list(dict.fromkeys(c for c in ["quality_kept", *metrics, *numeric] if c in numeric)),
+        "metrics": list(metrics),
+        "shown": [c for c in chosen if c in numeric],
+        "sizes": [
+            c for c in ("decode_ms_paired", "prefill_ms_paired", "stored_bytes", "peak_memory_bytes") if c in numeric
+        ],
         "labels": {c: columns.label(c) for c in numeric},
         "scales": {c: columns.scale(c) for c in numeric if columns.scale(c) != 1},
         "losses": [c for c in numeric if columns.is_loss(c, ok)],
         "errors": {c: stderr(c) for c in numeric if stderr(c) in ok},
         "colours": drawing.COLOURS,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("report.html.j2").render(
-        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        data=Markup(
-            json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-        ),  # ends no element
-        left_out=list(left_out),
-        parts=list(seen),
-        failed=list(failed),
-        cells=len(rows),
-        models=sorted(set(rows.model.dropna())),
-    )
+
+
+def _kept(seen: Sequence[Part]) -> dict[str, list[float]]:
+    """The ends of the interval of what is kept, by point."""
+    found = {}
+    for points in (part.overview.points for part in seen if part.overview):
+        for point, low, high in points[["point", "kept_low", "kept_high"]].dropna().itertuples(index=False):
+            found[str(point)] = [round(low, 5), round(high, 5)]
+    return found
+
+
+def _pairs(ok: pd.DataFrame, metrics: Sequence[str], evidence: Evidence) -> dict[str, Any]:
+    """By metric, its label and every two points on the same documents, as Evidence.pairs_of has them."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        points = frontier.points(ok, "sparsity", metric)
+        if len(points) > _COMPARED or not evidence.pairs(metric):
+            continue
+        task = title(metric.partition("/")[0])
+        name = f"{label(bare(metric))}, {task}" + (" (difference: of the loss, in nats)" if is_exp(metric) else "")
+        lines = [
+            [None if np.isnan(v) else float(f"{v:.4g}") for v in pair] for pair in evidence.pairs_of(points, metric)
+        ]
+        found[metric] = {"label": name, "lower": columns.is_loss(metric, ok), "lines": lines}
+    return found
 
 
 def _columns(rows: pd.DataFrame) -> dict[str, Any]:

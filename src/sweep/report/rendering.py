@@ -65,9 +65,8 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     texts = _tables(ok, metrics, costs, evidence)
     texts["README.md"] = _readme(results, rows, left_out, seen, pictures, wanted.formats, texts["table.md"])
     if wanted.html:
-        shown = ok.drop(columns="point")
-        failed = summary.failures(rows)
-        texts["report.html"] = page.render(variants.with_variant(rows), shown, metrics, costs, left_out, seen, failed)
+        said, named = summary.failures(rows), variants.with_variant(rows)
+        texts["report.html"] = page.render(named, ok, metrics, costs, left_out, seen, said, evidence)
     texts["overview.txt"] = parts.words(seen)
     for name, text in texts.items():
         (out / name).write_text(text)
