@@ -90,12 +90,16 @@ class _Place:
 
     def bias(self, name: str, rows: Tensor) -> Tensor | None:
         """(out,) by how much the dense matrix's bias is more; None where neither has one."""
-        pair = [getattr(dict(block.named_modules()).get(name), "bias", None) for block in (self.dense, self.block)]
-        if pair == [None, None]:
-            return None
-        its, mine = (None if bias is None else bias.detach().float() for bias in pair)
-        more = its[rows] if its is not None else torch.zeros(len(rows), device=rows.device)
-        return more if mine is None else more - mine
+        its, mine = _bias(self.dense, name), _bias(self.block, name)
+        if its is None:
+            return None if mine is None else -mine
+        return its[rows] if mine is None else its[rows] - mine
+
+
+def _bias(block: nn.Module, name: str) -> Tensor | None:
+    """(out,) beside a matrix of the block; None where there is none, as beside those of fused experts."""
+    bias = getattr(dict(block.named_modules()).get(name), "bias", None)
+    return None if bias is None else bias.detach().float()
 
 
 def _partners(blocks: Sequence[nn.Module], dense: Sequence[nn.Module]) -> list[int]:
