@@ -31,6 +31,7 @@ def task(cfg: DictConfig) -> Any:
     assert isinstance(words, list)
     if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a launcher: the sweeper has planned
         step, options = plan.received(compose(cfg), words)
+        runner.check_node(step.cell, options)
         return runner.run_one(step.cell, options.of_sweep(), step.overrides, beside_others=True)
 
     def run() -> int:

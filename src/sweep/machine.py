@@ -3,6 +3,7 @@ here unless a device must be asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -31,6 +32,7 @@ _PACKAGES = ("sweep-pruning", "torch", "transformers", "datasets", "lm_eval", "h
 # a token then takes twenty times as long. Without any, each of the many short products of a token waits for a thread to
 # wake, and a token takes a quarter longer on an idle machine. With these it takes as long as with the 300,000 there.
 _SPINS = "10000"
+_CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of either version
 _OPENMP_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -64,6 +66,17 @@ def placement(launcher: Mapping[str, Any]) -> Placement:
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory(limit: int | None = None) -> int | None:
+    """Bytes that a process may hold: of the machine, of its container, or of `limit`, whichever is least; None where unknown."""
+    found = [limit] if limit is not None else []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in _CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it says max
+            found.append(int(Path(file).read_text()))
+    return min(found, default=None)
 
 
 def gpus() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sweep import cache, config, isolate, machine, provenance, store, turns
+from sweep import cache, config, isolate, machine, needs, provenance, store, turns
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Ending
 from sweep.metrics import main_metrics
@@ -34,13 +34,17 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     for word, steps in (("done", plan.done), ("left", plan.left), ("run ", plan.todo if options.plan else [])):
         for step in steps:
             print(f"  {word} {step.name}  {step.cell.label()}")
+    asked = [step.cell for step in plan.todo]
+    fits = _fits(options, elsewhere=launch is not None)
     if options.plan:
+        print("\n".join(fits(asked)), flush=True)
         return 0
     if plan.todo:
         store.check_writable(options.results)
         cache.check_writable()
         turns.check()
-        isolate.ask(functools.partial(check_models, convert=launch is None), [step.cell for step in plan.todo])
+        isolate.ask(functools.partial(check_models, convert=launch is None), asked)
+        isolate.ask(fits, asked)
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
     endings: dict[str, Ending] = {}  # of this run, by cell
@@ -65,6 +69,17 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
             + ", ".join(step.cell.label() for step in outdone)
         )
     return 1 if not_ok or outdone or plan.left else 0
+
+
+def check_node(cell: Cell, options: Options) -> None:
+    """Refuse a cell that a launcher has brought to a machine which it does not fit on. Raises RequestError."""
+    isolate.ask(_fits(options), [cell])
+
+
+def _fits(options: Options, *, elsewhere: bool = False) -> Callable[[list[Cell]], list[str]]:
+    """What says of cells what they need, and raises RequestError for one that cannot fit."""
+    limit, saves = memory_bytes(options.memory_limit), options.save_model is not None
+    return functools.partial(needs.told, memory_limit=limit, saves=saves, elsewhere=elsewhere)
 
 
 def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
