@@ -6,7 +6,8 @@ one thread. Recovery's constants are chosen on the development pages, `--pages t
     python benchmarks/recovery.py wanda:0.5 --recover local local,ridge=0.1 local,ridge=0.001
     python benchmarks/recovery.py wanda:0.5 magnitude:0.5 neuron:0.3 layer:0.2 --pages test --seeds 3
 
-`won back` is the share of the loss, in nats a token, that pruning has added. One recovery takes 4 to 12 minutes of a core.
+`won back` is the share of the loss, in nats a token, that pruning has added. One recovery takes 4 to 12 minutes of a core, and
+the pages half a minute.
 """
 
 from __future__ import annotations
