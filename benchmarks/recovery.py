@@ -62,6 +62,7 @@ def main() -> None:
     dense, tokenizer = loading.load(EMBEDDED, asked.dtype, "cpu")
     pages = [[tokenizer.bos_token_id, *tokenizer(page["page"]).input_ids] for page in PAGES[asked.pages]()]
     whole = loss(dense, pages)
+    lines: list[tuple[str, str, float | None, float, float | None, float | None]]
     lines = [("dense", "", None, math.exp(whole), None, None)]
     for words in asked.methods:
         method, _, sparsity = words.partition(":")
