@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tiny_models
+from sweep.recovery import stopped
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
 
@@ -97,6 +99,13 @@ def packed_request(**changes: object) -> dict[str, object]:
 
 def random_tokens(sequences: int = 6, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 64, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def every_state_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recovery that is stopped loses nothing."""
+    monkeypatch.setattr(stopped, "SECONDS", 0)
+    monkeypatch.setattr(stopped, "WRITING", math.inf)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -16,7 +16,7 @@ from conftest import random_tokens
 from sweep import config
 from sweep.models import anatomy
 from sweep.pruning.masks import Masks
-from sweep.recovery import kinds, local, recover, stopped
+from sweep.recovery import kinds, local, recover
 from sweep.recovery.given import Given
 from sweep.recovery.kinds import Recover
 from sweep.recovery.local import solve
@@ -111,8 +111,9 @@ def test_experts_are_recovered_under_their_masks(caplog: pytest.LogCaptureFixtur
     assert not any(matrix[~masks[name]].any() for name, matrix in anatomy.all_matrices(model).items())
 
 
-def test_a_killed_local_recovery_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopped, "SECONDS", 0)
+def test_a_killed_local_recovery_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_state_is_written: None
+) -> None:
     dense, file = tiny_models.make("llama"), tmp_path / "of_a_cell" / "state"
 
     def pruned() -> tuple[PreTrainedModel, Masks]:

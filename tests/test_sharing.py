@@ -101,11 +101,14 @@ def test_a_second_sparsity_measures_nothing_and_its_row_says_what_it_costs(
     first = row(sparsity=0.25)
     (entry,) = [e for e in cache.entries() if e.name.startswith("statistics/")]
     # 896: 7 times the 4 x 16 tokens through both blocks
-    (entry.path / "cost.json").write_text('{"seconds": 1000.0, "block_tokens": 896, "peak_bytes": 123456789012345}')
+    (entry.path / "cost.json").write_text(
+        '{"seconds": 1000.0, "block_tokens": 896, "peak_bytes": 123456789012345, "cpu_seconds": 3000.0}'
+    )
     second = row(sparsity=0.5)
     assert first.prune_forward_passes == 1 and first.prune_seconds < 1000
     assert second.prune_seconds > 1000 and second.prune_forward_passes == 7
     assert second.prune_peak_memory_bytes == 123456789012345
+    assert 0 < first.prune_cpu_seconds < 3000 < second.prune_cpu_seconds
     other = row(sparsity=0.5, seed=1)  # another draw of the text
     assert other.prune_seconds < 1000
     assert len([e for e in cache.entries() if e.name.startswith("statistics/")]) == 2

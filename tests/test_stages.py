@@ -67,9 +67,9 @@ def test_every_stage_is_declared_and_has_its_work() -> None:
     groups = {f.name: f for f in Cell.__dataclass_fields__.values()}
     assert set(run.WORK) == {stage.name for stage in config.STAGES}
     for stage in config.STAGES:
-        assert {f"{stage.name}_{cost}" for cost in ("seconds", "forward_passes", "peak_memory_bytes")} <= set(
-            columns.COLUMNS
-        )
+        assert {
+            f"{stage.name}_{cost}" for cost in ("seconds", "cpu_seconds", "forward_passes", "peak_memory_bytes")
+        } <= set(columns.COLUMNS)
         assert stage.group == "method" or groups[stage.group].default == stage.unused
 
 
@@ -82,7 +82,7 @@ def test_a_row_has_what_each_stage_did_and_cost_and_counts_what_became_of_the_mo
     assert told.masks.count() == 0.5 * sum(keep.numel() for keep in told.masks.values())
     assert told.tokens is not None and told.tokens.shape == (4, 16)
     assert row["prune_forward_passes"] == 1.5 and row["scale_forward_passes"] == 0
-    assert row["scale_seconds"] > 0 and row["damping"] == 0.5
+    assert row["scale_seconds"] > 0 and row["scale_cpu_seconds"] > 0 and row["damping"] == 0.5
     assert tables["scales"].scale.tolist() == [0.0]
     assert row["sparsity_achieved"] == pytest.approx(0.75, abs=1e-3)  # of two blocks, whatever the stages say
 

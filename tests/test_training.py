@@ -26,7 +26,7 @@ from sweep.models.logits import Tail
 from sweep.pruning.families import Weight
 from sweep.pruning.masks import Masks
 from sweep.quantization.forms import Quantize
-from sweep.recovery import adapters, distillation, kinds, stopped, training
+from sweep.recovery import adapters, distillation, kinds, training
 from sweep.recovery.kinds import Recover
 from sweep.recovery.training import Budget, Objective
 from sweep.settings import RequestError, build
@@ -135,12 +135,11 @@ def test_the_same_training_twice_gives_the_same_and_another_seed_does_not(recove
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_killed_run_goes_on_to_the_same_weights(
-    recover: Run, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    recover: Run, merge: bool, tmp_path: Path, request: pytest.FixtureRequest, every_state_is_written: None
 ) -> None:
     if not merge and "distill" in request.node.name:
         pytest.skip("has no adapters")
     more = {} if merge else {"merge": False}
-    monkeypatch.setattr(stopped, "SECONDS", 0)
     tokens, file = random_tokens(5), tmp_path / "of_a_cell" / "state"
     objective = training.next_token(tokens)
     whole = tiny_model("llama")
@@ -410,9 +409,8 @@ def test_a_row_says_what_was_trained_and_what_the_dense_model_was_asked(
 
 
 def test_a_killed_cell_goes_on_and_leaves_no_state(
-    cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, every_state_is_written: None
 ) -> None:
-    monkeypatch.setattr(stopped, "SECONDS", 0)
     asked, states = recovered(cell, "distill"), cache.folder() / "recovery"
     whole = run.run_cell(asked)[0]
     backward, steps = training._backward, []
@@ -428,12 +426,13 @@ def test_a_killed_cell_goes_on_and_leaves_no_state(
         run.run_cell(asked)
     (state,) = states.iterdir()
     held = torch.load(state)
-    torch.save(held | {"seconds": 1000.0}, state)  # it has worked long
+    torch.save(held | {"seconds": 1000.0, "cpu_seconds": 2000.0}, state)  # it has worked long
     steps.clear()
     monkeypatch.setattr(training, "_backward", lambda *args: steps.append(args) or backward(*args))
     row = run.run_cell(asked)[0]
     assert len(steps) == 1 and row["recovery_loss_after"] == whole["recovery_loss_after"]
-    assert not list(states.iterdir()) and 1000 < row["recovery_seconds"] < 1100
+    assert not list(states.iterdir())
+    assert 1000 < row["recovery_seconds"] < 1100 and 2000 < row["recovery_cpu_seconds"] < 2100
 
 
 def test_a_recovery_that_diverges_saves_nothing(cell: Cell, cache_folder: Path, tmp_path: Path) -> None:

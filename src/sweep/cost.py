@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,14 @@ class Cost:
     seconds: float = 0.0  # of work: waiting is none
     block_tokens: int = 0  # tokens that went through a block, over all blocks
     peak_bytes: int = 0  # resident
+    cpu_seconds: float = 0.0  # of all threads of this process
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.seconds + other.seconds,
             self.block_tokens + other.block_tokens,
             max(self.peak_bytes, other.peak_bytes),
+            self.cpu_seconds + other.cpu_seconds,
         )
 
 
@@ -119,19 +122,29 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self.passes.__enter__()
-        self._started = working_seconds()
+        self._started, self._cpu_started = working_seconds(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.passes.__exit__()
 
     def spent(self) -> Cost:
-        return Cost(working_seconds() - self._started, self.passes.block_tokens, PeakMemory.resident() or 0)
+        return Cost(
+            working_seconds() - self._started,
+            self.passes.block_tokens,
+            PeakMemory.resident() or 0,
+            time.process_time() - self._cpu_started,
+        )
 
     def since(self, before: Cost) -> Cost:
         """What was spent after an earlier reading."""
         now = self.spent()
-        return Cost(now.seconds - before.seconds, now.block_tokens - before.block_tokens, now.peak_bytes)
+        return Cost(
+            now.seconds - before.seconds,
+            now.block_tokens - before.block_tokens,
+            now.peak_bytes,
+            now.cpu_seconds - before.cpu_seconds,
+        )
 
 
 class Bill(Meter):
@@ -161,6 +174,7 @@ class Bill(Meter):
         total, peak = self._own + self._read, self._memory.peak
         return {
             f"{stage}_seconds": total.seconds,
+            f"{stage}_cpu_seconds": total.cpu_seconds,
             f"{stage}_forward_passes": self.passes.of(tokens, total.block_tokens),
             f"{stage}_peak_memory_bytes": None if peak is None else max(peak, self._read.peak_bytes),
         }

@@ -159,7 +159,8 @@ def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Known, di
     Returns what is then known of the model, the columns that say what the stages did and cost, and their tables.
     A stage that is not used costs nothing.
     """
-    columns: dict[str, Any] = {f"{stage.name}_seconds": 0.0 for stage in config.STAGES} | {"calibration_tokens": 0}
+    spent = (f"{stage.name}_{seconds}" for stage in config.STAGES for seconds in ("seconds", "cpu_seconds"))
+    columns: dict[str, Any] = dict.fromkeys(spent, 0.0) | {"calibration_tokens": 0}
     tables: Tables = {}
     for number, stage in enumerate(cell.stages()):
         with cost.Bill(model, cell.device) as bill:

@@ -22,7 +22,7 @@ from sweep.models import origin
 from sweep.pruning.sharing import Tensors
 from sweep.texts import text
 
-_FORMAT = 2  # raise when what lies in an entry changes
+_FORMAT = 3  # raise when what lies in an entry changes
 
 
 class SharedStatistics:

@@ -22,6 +22,7 @@ from sweep.cost import Cost
 
 _NAME = "measured.npy"
 _COST = [f.name for f in fields(Cost)]
+_SUMMED = [name for name in _COST if name != "peak_bytes"]
 LAYOUT = [_NAME, "log_likelihoods", *_COST]  # with another one, another entry of the cache
 
 
@@ -55,7 +56,8 @@ def put(rows: np.ndarray, places: Sequence[int], log_likelihoods: np.ndarray, sp
     places = list(places)
     filled = rows[places]
     filled["log_likelihoods"] = log_likelihoods
-    filled["seconds"], filled["block_tokens"] = spent.seconds / len(places), spent.block_tokens / len(places)
+    for name in _SUMMED:
+        filled[name] = getattr(spent, name) / len(places)
     filled["peak_bytes"] = spent.peak_bytes
     rows[places] = filled
 
@@ -67,6 +69,6 @@ def is_measured(rows: np.ndarray) -> np.ndarray:
 
 def cost(rows: np.ndarray) -> Cost:
     """What measured rows cost together."""
-    return Cost(
-        float(rows["seconds"].sum()), round(rows["block_tokens"].sum()), round(rows["peak_bytes"].max(initial=0))
-    )
+    summed = {name: float(rows[name].sum()) for name in _SUMMED}
+    summed["block_tokens"] = round(summed["block_tokens"])
+    return Cost(**summed, peak_bytes=round(rows["peak_bytes"].max(initial=0)))

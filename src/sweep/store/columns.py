@@ -109,6 +109,11 @@ def _cost(stage: str) -> list[Column]:
     ]
 
 
+def _cpu_seconds(stage: str) -> Column:
+    meaning = f"CPU time of the process over what `{stage}_seconds` counts, all threads together: less moved by what else a machine does"
+    return Column(f"{stage}_cpu_seconds", _FLOAT, MEASURED, meaning, unit="seconds", better=LOW)
+
+
 def _statistics(stem: str, times: str) -> list[Column]:
     return [
         Column(f"{stem}_{name}", _FLOAT, MEASURED, f"{words} of the {times} times", unit="milliseconds", better=LOW)
@@ -511,6 +516,7 @@ COLUMNS = _by_name(  # of the schema, in its order
         short="draft",
     ),
     Column("draft_length", _INT, MEASURED, "that number; 0 where none pays", unit="tokens"),
+    *(_cpu_seconds(stage.name) for stage in config.STAGES),
 )
 MADE = _by_name(
     *_with_ends(
