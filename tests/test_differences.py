@@ -78,6 +78,21 @@ def test_plain_values_are_told_and_set() -> None:
     assert not hasattr(read, "not_plain")
 
 
+def test_a_configuration_of_a_module_s_own_is_told_by_what_it_says_otherwise() -> None:
+    model = tiny_models.make("phi3")  # whose attention reads its counts there
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    assert made_again(model)[0] == {}
+    attention.config.num_attention_heads, attention.num_key_value_groups = 2, 1
+    attention.config.architectures = ["Another"]  # written by whoever saved a model last
+    size, kept = attention.head_dim, attention.config.num_key_value_heads
+    attention.qkv_proj.weight = nn.Parameter(attention.qkv_proj.weight[-(2 + 2 * kept) * size :].clone())
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, : 2 * size].clone())
+    facts, again = made_again(model)
+    assert facts["configurations"] == {"model.layers.0.self_attn": {"num_attention_heads": 2}}
+    assert again.model.layers[1].self_attn.config is again.config
+
+
 def test_what_is_gone_added_mixed_in_or_stands_for_something_is_told_and_made() -> None:
     model = tiny_model("qwen2")
     first, second = model.model.layers

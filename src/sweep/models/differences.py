@@ -7,6 +7,7 @@ those that are not as built are told, so that a damaged file is known from a mod
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sweep.formats import stand_in
 from sweep.formats.packing import PackedLinear
@@ -30,6 +32,8 @@ _BESIDE = {
     "hf_quantizer",
     "is_quantized",
     "quantization_method",
+    "architectures",
+    "transformers_version",
 }
 _MISSING = object()
 
@@ -93,6 +97,11 @@ def between(built: nn.Module, model: nn.Module) -> Facts:
     }
     if attributes:
         facts["attributes"] = attributes
+    configured = _configurations(before)
+    configurations = {name: own for name, own in _configurations(after).items() if own != configured.get(name)}
+    if configurations:
+        facts["configurations"] = configurations
+        make(built, {"configurations": configurations})
     return facts
 
 
@@ -106,6 +115,7 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
                  one, which no state dict holds
     absent       names of modules and parameters that are not there
     attributes   of a module, the plain values that it keeps
+    configurations  of a module that has one of its own, what it says otherwise than the model's
     """
     for name, numbers in facts.get("lists", {}).items():
         whole = built.get_submodule(name)
@@ -134,6 +144,11 @@ def make(built: nn.Module, facts: Mapping[str, Any]) -> None:
         module = built.get_submodule(name)
         for attribute, value in changed.items():
             setattr(module, attribute, _value(value))
+    for name, changed in facts.get("configurations", {}).items():
+        module = built.get_submodule(name)
+        module.config = copy.deepcopy(module.config)
+        for attribute, value in changed.items():
+            setattr(module.config, attribute, _value(value))
 
 
 def buffers(built: nn.Module, model: nn.Module) -> dict[str, Tensor]:
@@ -229,12 +244,25 @@ def _gone_tensors(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module
 
 def _changed(built: nn.Module, module: nn.Module) -> dict[str, Any]:
     """The plain values that a module keeps otherwise than it was built with."""
-    if isinstance(module, PackedLinear):
-        return {}
-    before = vars(built)
+    return {} if isinstance(module, PackedLinear) else _otherwise(vars(built), vars(module))
+
+
+def _configurations(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Of modules with a configuration of their own, the plain values that it says otherwise than the model's."""
+    whole = [module.config for module in modules.values() if isinstance(module, PreTrainedModel)]
+    found = {}
+    for name, module in modules.items():
+        own = getattr(module, "config", None)
+        base = next((config for config in whole if type(config) is type(own)), None)
+        if base is not None and own is not base and (changed := _otherwise(vars(base), vars(own))):
+            found[name] = changed
+    return found
+
+
+def _otherwise(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: told
-        for name, value in vars(module).items()
+        for name, value in after.items()
         if not name.startswith("_")
         and name not in _BESIDE
         and (told := _told(value)) is not _MISSING
