@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds([*SWEEP, "+method=weight", "sparsity=0.1", "plan=true"], folder)  # warm the disk cache
         lines = [
-            ("python -m sweep --help", statistics.median(seconds([*SWEEP, "--help"], folder) for _ in range(5)), 1.5)
+            ("python -m sweep --help", statistics.median(seconds([*SWEEP, "--help"], folder) for _ in range(5)), 1.0)
         ]
         lines.append(("first sweep: three cells and the dense row", seconds(first, folder), 300.0))
         again = statistics.median(seconds(first, folder) for _ in range(3))

@@ -205,10 +205,11 @@ def test_the_best_is_bold_and_what_is_within_noise_of_it_is_marked() -> None:
         sparsity=[0.0, 0.5, 0.5, 0.5], criterion=[None, "a_b", "c", "d"], acc=[0.8, 0.7, 0.69, 0.4], acc_stderr=0.02
     )
     table = summary.lines(rows, ["acc"], [])
-    text = summary.markdown(table, ["acc"], losses=())
+    marked = {"acc": summary.marks(table, "acc", loss=False)}
+    text = summary.markdown(table, marked)
     assert "| weight a_b | 0.5 | 1 | **0.700 ± 0.0392** |" in text
     assert "| weight c | 0.5 | 1 | 0.690 ± 0.0392 ~ |" in text and "0.400 ± 0.0392 |" in text
-    tex = summary.latex(table, ["acc"], (), "50 % & more")
+    tex = summary.latex(table, marked, "50 % & more")
     assert r"weight a\_b & 0.5 & \textbf{$0.700 \pm 0.0392$} \\" in tex and r"$^\dagger$" in tex
     assert r"\toprule" in tex and r"50 \% \& more" in tex
 

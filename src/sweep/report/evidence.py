@@ -101,9 +101,17 @@ class Evidence:
             return None
         return lambda one, other: self.p_values(points, one, other, metric) < chance.LEVEL
 
-    def alike(self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str) -> NDArray[np.bool_]:
-        """Which of several pairs chance alone may make so different, after Holm's correction for their number."""
-        return chance.holm(self.p_values(points, one, other, metric)) >= chance.LEVEL
+    def alike(
+        self, points: pd.DataFrame, one: NDArray, other: NDArray, metric: str, family: NDArray | None = None
+    ) -> NDArray[np.bool_]:
+        """Which of several pairs chance alone may make so different, after Holm's correction for their number.
+
+        family  (pairs,) pairs of one value are corrected together; by default all are
+        """
+        p = self.p_values(points, one, other, metric)
+        for mine in [slice(None)] if family is None else [family == value for value in np.unique(family)]:
+            p[mine] = chance.holm(p[mine])
+        return p >= chance.LEVEL
 
     def _estimated(self, metric: str) -> dict[int, tuple[int, paired.Estimate]]:
         """(number of its set of documents, mean over its seeds) of each point of which every cell's outcomes are known."""

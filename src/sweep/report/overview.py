@@ -213,6 +213,7 @@ def _with_documents(
         # One seed's error over documents: that of several is not a sum of independent ones.
         error = rows.get(stderr(metric), pd.Series(np.nan, index=rows.index)).groupby(rows.point).mean()
         spread = error.reindex(points.point).to_numpy(dtype=float)
+        lower_is_better = is_loss(metric, rows)
         for i in np.flatnonzero(known & np.isfinite(value)):
             j = dense[i]
             added, free = _variance(
@@ -221,7 +222,7 @@ def _with_documents(
                 (value[i], value[j]),
                 (spread[i], spread[j]),
                 floor[i],
-                lower_is_better=is_loss(metric, rows),
+                lower_is_better=lower_is_better,
             )
             variance[i] += added
             degrees[i] += added**2 / free

@@ -33,7 +33,8 @@ _CHOICES = (  # by what the page is narrowed
 
 
 def render(
-    rows: pd.DataFrame,
+    cells: int,
+    models: Sequence[str],
     ok: pd.DataFrame,
     metrics: Sequence[str],
     costs: Sequence[str],
@@ -44,8 +45,8 @@ def render(
 ) -> str:
     """The page as text.
 
-    rows     all rows, with variant and setting
-    ok       those that are ok, numbered, with paired latencies: the ones that are drawn
+    cells    how many rows there are, of these models
+    ok       the rows that are ok, numbered, with paired latencies: the ones that are drawn
     seen     what stands apart, with what it comes to
     left_out, failed  sentences that stand above and below the figure
     """
@@ -61,8 +62,8 @@ def render(
         left_out=list(left_out),
         parts=list(seen),
         failed=list(failed),
-        cells=len(rows),
-        models=sorted(set(rows.model.dropna())),
+        cells=cells,
+        models=list(models),
     )
 
 

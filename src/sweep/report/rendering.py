@@ -65,8 +65,8 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
     texts = _tables(ok, metrics, costs, evidence)
     texts["README.md"] = _readme(results, rows, left_out, seen, pictures, wanted.formats, texts["table.md"])
     if wanted.html:
-        said, named = summary.failures(rows), variants.with_variant(rows)
-        texts["report.html"] = page.render(named, ok, metrics, costs, left_out, seen, said, evidence)
+        said, models = summary.failures(rows), sorted(set(variants.models(rows).dropna()))
+        texts["report.html"] = page.render(len(rows), models, ok, metrics, costs, left_out, seen, said, evidence)
     texts["overview.txt"] = parts.words(seen)
     for name, text in texts.items():
         (out / name).write_text(text)
@@ -77,12 +77,14 @@ def report(results: Sequence[str], out: Path, wanted: Wanted | None = None) -> l
 def _tables(rows: pd.DataFrame, metrics: Sequence[str], costs: Sequence[str], evidence: Evidence) -> dict[str, str]:
     """The texts of the files with a line a point."""
     lines, shown = summary.lines(rows, metrics, costs), [*metrics, *costs]
-    losses = {column for column in shown if columns.is_loss(column, rows)}
+    marked = {
+        column: summary.marks(lines, column, loss=columns.is_loss(column, rows), evidence=evidence) for column in shown
+    }
     notes = " ".join(filter(None, [_MARKS, _told_by(evidence, metrics), summary.intervals(lines, shown)]))
     caption = f"{len(rows)} cells. {notes.replace('~', 'Dagger')}"
     return {
-        "table.md": f"{summary.markdown(lines, shown, losses, evidence)}\n{notes}\n",
-        "table.tex": summary.latex(lines, shown, losses, caption, evidence),
+        "table.md": f"{summary.markdown(lines, marked)}\n{notes}\n",
+        "table.tex": summary.latex(lines, marked, caption),
         "table.csv": lines.drop(columns="point", errors="ignore").to_csv(index=False),
         "drop-by-benchmark.csv": plot.drop_table(rows, metrics).to_csv(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -60,16 +60,17 @@ def marks(summary: pd.DataFrame, column: str, *, loss: bool, evidence: Evidence 
         y_high=summary[f"{column}_high"],
         interval=summary[f"{column}_over"],
     )
-    pruned = summary[~summary.baseline & summary[column].notna()]
-    for _, group in pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False):
-        if len(group) < 2:
-            continue
-        best = group[column] == (group[column].min() if loss else group[column].max())
-        others = summary.index.get_indexer(group.index[~best])
-        winner = np.full(len(others), summary.index.get_loc(best.idxmax()))
-        alike = evidence.alike(points, others, winner, column)
-        found.iloc[others[alike]] = frontier.WITHIN_NOISE
-        found[group.index[best]] = "best"
+    place = np.flatnonzero(~summary.baseline & summary[column].notna())
+    pruned = summary.iloc[place]
+    group = pruned.groupby(["model", "setting", "version", "machine", "sparsity"], dropna=False).ngroup().to_numpy()
+    value = pruned[column].to_numpy() * (1 if loss else -1)
+    first = np.lexsort((value, group))[np.unique(np.sort(group), return_index=True)[1]]  # the best of each group
+    best = value == value[first][group]
+    several = np.bincount(group)[group] > 1
+    others = np.flatnonzero(~best & several)
+    alike = evidence.alike(points, place[others], place[first[group[others]]], column, group[others])
+    found.iloc[place[others[alike]]] = frontier.WITHIN_NOISE
+    found.iloc[place[best & several]] = "best"
     return found
 
 
@@ -83,45 +84,39 @@ def intervals(summary: pd.DataFrame, columns: Sequence[str]) -> str:
     return f"±: half a 95 % interval, {'; '.join(said)}." if said else ""
 
 
-def markdown(
-    summary: pd.DataFrame, columns: Sequence[str], losses: Collection[str], evidence: Evidence = NOTHING
-) -> str:
+def markdown(summary: pd.DataFrame, marked: Mapping[str, pd.Series]) -> str:
     """The summary as a Markdown table: the best of each sparsity bold, what is within noise of it marked with ~.
 
-    losses  the columns of which lower is better
+    marked  the columns to show, each with its marks
     """
-    header = ["method", "sparsity", "seeds", *map(label, columns)]
+    header = ["method", "sparsity", "seeds", *map(label, marked)]
     lines = [header, ["---"] * len(header)]
-    texts = {
-        column: _texts(summary, column, column in losses, evidence, "**{}**", "{} ~", "{} ± {}") for column in columns
-    }
+    texts = {column: _texts(summary, column, marked[column], "**{}**", "{} ~", "{} ± {}") for column in marked}
     for i, row in summary.iterrows():
         lines.append(
-            [row["name"].replace("|", "\\|"), f"{row.sparsity:g}", f"{row.seeds:g}", *(texts[c][i] for c in columns)]
+            [row["name"].replace("|", "\\|"), f"{row.sparsity:g}", f"{row.seeds:g}", *(texts[c][i] for c in marked)]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def latex(
-    summary: pd.DataFrame, columns: Sequence[str], losses: Collection[str], caption: str, evidence: Evidence = NOTHING
-) -> str:
+def latex(summary: pd.DataFrame, marked: Mapping[str, pd.Series], caption: str) -> str:
     """The summary as a LaTeX table for booktabs: best in bold, within noise of the best with a dagger."""
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"\centering\small",
         f"\\caption{{{_escape(caption)}}}",
-        r"\begin{tabular}{lr" + "r" * len(columns) + "}",
+        r"\begin{tabular}{lr" + "r" * len(marked) + "}",
         r"\toprule",
-        " & ".join(["method", "sparsity", *(_escape(label(c)) for c in columns)]) + r" \\",
+        " & ".join(["method", "sparsity", *(_escape(label(c)) for c in marked)]) + r" \\",
         r"\midrule",
     ]
     texts = {
-        column: _texts(summary, column, column in losses, evidence, r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
-        for column in columns
+        column: _texts(summary, column, marked[column], r"\textbf{{{}}}", r"{}$^\dagger$", r"${} \pm {}$")
+        for column in marked
     }
     for i, row in summary.iterrows():
-        lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in columns)]) + r" \\")
+        lines.append(" & ".join([_escape(row["name"]), f"{row.sparsity:g}", *(texts[c][i] for c in marked)]) + r" \\")
         if row.baseline:
             lines.append(r"\midrule")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
@@ -139,15 +134,13 @@ def failures(rows: pd.DataFrame) -> list[str]:
 
 
 def _texts(
-    summary: pd.DataFrame, column: str, loss: bool, evidence: Evidence, bold: str, near: str, interval: str
+    summary: pd.DataFrame, column: str, marked: pd.Series, bold: str, near: str, interval: str
 ) -> dict[int, str]:
     """Each line's number in the unit of its label, with half its interval, marked."""
     unit = scale(column)
     numbers = (summary[name] / unit for name in (column, f"{column}_low", f"{column}_high"))
     found = {}
-    for i, mark, value, low, high in zip(
-        summary.index, marks(summary, column, loss=loss, evidence=evidence), *numbers, strict=True
-    ):
+    for i, mark, value, low, high in zip(summary.index, marked, *numbers, strict=True):
         text = number(value)
         if text and pd.notna(low) and high > low:
             text = interval.format(text, number((high - low) / 2))

@@ -83,10 +83,16 @@ def versions(rows: pd.DataFrame) -> pd.Series:
     return pd.to_numeric(known).fillna(UNKNOWN).astype(int)
 
 
+def models(rows: pd.DataFrame) -> pd.Series:
+    """What the model of each row is called: one name for one fingerprint."""
+    shown = _names(rows.model.tolist(), _column(rows, "model_fingerprint").tolist(), versions(rows).tolist())
+    return pd.Series(shown, index=rows.index, dtype=object)
+
+
 def is_called(rows: pd.DataFrame, name: str) -> pd.Series:
     """Whether the model of each row goes by this name, in that row, in another of the same fingerprint, or in a report."""
     prints = _column(rows, "model_fingerprint")
-    named = (rows.model == name) | (_models(rows) == name)
+    named = (rows.model == name) | (models(rows) == name)
     return named | prints.isin(set(prints[named].dropna()))
 
 
@@ -144,7 +150,7 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(
         **stages,
         baseline=is_baseline(rows),
-        model=_models(rows),
+        model=models(rows),
         setting=_words(measured, everything),
         variant=_words(chosen, recipe),
         version=["unknown" if v == UNKNOWN else str(v) for v in version] if len(set(version)) > 1 else "",
@@ -179,12 +185,6 @@ def _name_what_was_read(settings: list[dict[str, Any]], data: list[dict[str, str
 
 def _column(rows: pd.DataFrame, name: str) -> pd.Series:
     return rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
-
-
-def _models(rows: pd.DataFrame) -> pd.Series:
-    """What the model of each row is called: one name for one fingerprint."""
-    shown = _names(rows.model.tolist(), _column(rows, "model_fingerprint").tolist(), versions(rows).tolist())
-    return pd.Series(shown, index=rows.index, dtype=object)
 
 
 def _names(names: Sequence[Any], prints: Sequence[Any], version: Sequence[int]) -> list[Any]:
