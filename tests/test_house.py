@@ -60,7 +60,7 @@ def test_requests_rows_and_reports_are_read_without_the_heavy_libraries() -> Non
 
 
 NEEDED_BY_OTHERS = {"accelerate", "ninja"}  # as pyproject.toml says beside them
-OF_AN_EXTRA = {"submitit"}  # imported where a launcher is used that has it
+OF_AN_EXTRA = {"submitit", "llama_cpp"}  # imported where a launcher is used that has it, and where a GGUF file is tried
 BUILDS = {"hatchling"}
 
 

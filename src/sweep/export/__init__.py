@@ -1,0 +1,1 @@
+"""What sweep has made, taken out into other programs: `python -m sweep.export`."""
