@@ -13,38 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
-import torch
-from gguf import GGMLQuantizationType as Kind
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.export import architectures, gguf_vocabulary, runtime
+from sweep.export import architectures, gguf_types, gguf_vocabulary, runtime
 from sweep.formats.packing import packed
 from sweep.models import checkpoint, loading
 from sweep.settings import RequestError
-
-TYPES: dict[str, Kind] = {"f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
-_FILE_TYPES = {
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-}
-# How far llama.cpp's logits may be from ours, of the largest: it rounds what matrices read too, to float16 or 8 bits.
-TOLERANCES = {"f16": 1e-2, "q8_0": 5e-2, "q4_0": 5e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a model, as sweep or transformers writes it")
     parser.add_argument("file", help="the GGUF file to write")
-    parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices (default: f16)")
+    parser.add_argument("--type", choices=gguf_types.TYPES, default="f16", help="of the matrices (default: f16)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     loading.quiet()
     found = export(arguments.checkpoint, arguments.file, arguments.type)
     print(
-        f"{arguments.file}: llama.cpp loads it; its logits are {found['apart']:.1g} of the largest from the model's, "
-        f"{found['greedy']:.0f} of {runtime.GREEDY} greedy tokens are the same"
+        f"{arguments.file}: llama.cpp loads it; its logits are {found['apart']:.1g} of the largest from the model's, which "
+        f"rounding what matrices read moves by {found['rounding']:.1g}; {found['greedy']:.0f} of {runtime.GREEDY} greedy tokens "
+        "are the same"
     )
 
 
@@ -62,7 +51,7 @@ def export(folder: str | Path, file: str | Path, kind: str = "f16") -> dict[str,
     half = place.with_name(f".{place.name}.tmp")
     try:
         write(model, tokenizer, half, kind, splitting)
-        found = runtime.compare(half, model, tokenizer, TOLERANCES[kind])
+        found = runtime.compare(half, model, tokenizer, kind)
         half.replace(place)
     finally:
         half.unlink(missing_ok=True)
@@ -90,13 +79,13 @@ def write(
     """
     found = architectures.shape(model)
     arch = architectures.chosen(model, found)
-    _round(model, kind)
+    gguf_types.round_weights(model, kind)
     with _writer(file, arch) as writer:
         architectures.describe(writer, model, found)
-        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_file_type(gguf_types.TYPES[kind].file)
         gguf_vocabulary.describe(writer, tokenizer, _rows(model), splitting)
         for name, tensor in architectures.tensors(model, arch, found):
-            writer.add_tensor(name, *_stored(tensor, kind, name.startswith(("token_embd", "output."))))
+            writer.add_tensor(name, *gguf_types.stored(tensor, kind, name.startswith(("token_embd", "output."))))
 
 
 def _splitting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -134,28 +123,3 @@ def _writer(file: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
 
 def _rows(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _kind(shape: torch.Size, kind: str, of_tokens: bool) -> Kind:
-    """In what a tensor is stored: embedding and head in no less than 8 bits, rows that no blocks of 32 fill in float16."""
-    if len(shape) < 2:
-        return Kind.F32
-    wanted = Kind.Q8_0 if of_tokens and kind == "q4_0" else TYPES[kind]
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return Kind.F16 if shape[-1] % block else wanted
-
-
-def _stored(tensor: Tensor, kind: str, of_tokens: bool) -> tuple:
-    """(data, its shape unless it tells it, its type): what the writer wants."""
-    own = _kind(tensor.shape, kind, of_tokens)
-    return gguf.quants.quantize(tensor.contiguous().cpu().numpy(), own), None, own
-
-
-@torch.no_grad()
-def _round(model: PreTrainedModel, kind: str) -> None:
-    tokens = {
-        id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None
-    }
-    for parameter in model.parameters():
-        data, _, own = _stored(parameter.detach(), kind, id(parameter) in tokens)
-        parameter.copy_(torch.from_numpy(gguf.quants.dequantize(data, own)).view_as(parameter))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.export import gguf_vocabulary
+from sweep.export import gguf_types, gguf_vocabulary
 from sweep.models import cut_tokenizer, trial
 from sweep.settings import RequestError
 
@@ -77,14 +77,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def compare(
-    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, tolerance: float
+    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, kind: str
 ) -> dict[str, float]:
     """Raise RequestError unless llama.cpp reads text and computes as the model does, which has the values of the file.
 
-    tolerance  how far logits may be apart, of the largest
-    returns    `apart`, how far they are; `greedy`, how many tokens of the continuation are the same
+    kind     of the file, in `gguf_types.TYPES`
+    returns  `apart`, how far the logits are from the model's, of the largest; `rounding`, how far the model's own are once
+             what matrices read is rounded as llama.cpp does; `greedy`, how many tokens of the continuation are the same
 
-    A continuation may part from ours only where the two best tokens are no further apart than that.
+    Logits may be apart by what is declared for the kind, or by twice what rounding alone does to this model where that is
+    more: a model that lost heads or blocks can carry it further than the dense one. A continuation may part from ours only where the two best tokens are no further apart than that.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, rows, (_PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -103,12 +105,17 @@ def compare(
             )
     ours = logits(model, prompt)
     apart = trial.apart(theirs, ours)
+    with gguf_types.reading(model, kind):
+        rounding = trial.apart(logits(model, prompt), ours)
+    tolerance = gguf_types.TYPES[kind].tolerance
+    if rounding < 1:  # what is more is no rounding: float16 ends at 65504
+        tolerance = max(tolerance, 2 * rounding)
     if not apart <= tolerance:
         raise RequestError(
-            f"llama.cpp's logits are {apart:.2g} of the largest from the model's, more than {tolerance:g}: nothing is written"
+            f"llama.cpp's logits are {apart:.2g} of the largest from the model's, more than {tolerance:.2g}: nothing is written"
         )
     same = _same(model, prompt, answer["greedy"], tolerance)
-    return {"apart": float(apart), "greedy": same}
+    return {"apart": apart, "rounding": rounding, "greedy": same}
 
 
 @torch.no_grad()
