@@ -69,6 +69,9 @@ def is_measured(rows: np.ndarray) -> np.ndarray:
 
 def cost(rows: np.ndarray) -> Cost:
     """What measured rows cost together."""
-    summed = {name: float(rows[name].sum()) for name in _SUMMED}
-    summed["block_tokens"] = round(summed["block_tokens"])
-    return Cost(**summed, peak_bytes=round(rows["peak_bytes"].max(initial=0)))
+    return Cost(
+        float(rows["seconds"].sum()),
+        round(rows["block_tokens"].sum()),
+        round(rows["peak_bytes"].max(initial=0)),
+        float(rows["cpu_seconds"].sum()),
+    )
