@@ -216,8 +216,8 @@ def wanda(kind: str) -> None:
     texts: list[Tensor] = []
     original = sweep.texts.text.for_cell
 
-    def note(cell: Any, tokenizer: Any) -> Any:
-        found = original(cell, tokenizer)
+    def note(cell: Any, tokenizer: Any, write: Any = None) -> Any:
+        found = original(cell, tokenizer, write)
         assert found is not None
         texts.append(found)
         return found

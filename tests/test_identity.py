@@ -21,6 +21,7 @@ from sweep.models import origin
 from sweep.pruning import families
 from sweep.pruning.families import FAMILIES, Weight
 from sweep.recovery.kinds import Recover, Text
+from sweep.sources import Source
 from sweep.texts import corpora, text
 from test_config import asked
 
@@ -195,10 +196,15 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     for name in ("calibration.txt", "evaluation.txt"):
         shutil.copy(tmp_path / name, tmp_path / "elsewhere")
     shutil.copytree(cell.model.path, tmp_path / "elsewhere" / "moved")
-    monkeypatch.setattr(corpora, "joined", lambda corpus, *_: "the text of a data set " * 100)
+    monkeypatch.setattr(corpora, "documents", lambda corpus, *_: ("the text of a data set " * 100,))
     of_hub = replace(cell, calibration=Calibration("org/name", split="train"))
     mended = replace(cell, recover=Recover("local", text=Text(cell.calibration.source, 4)))
     mended_of_hub = replace(cell, recover=Recover("local", text=Text("org/name", 4, split="train")))
+    mix, moved_mix = (
+        (Source(str(tmp_path / place / "calibration.txt"), 0.5), Source("pydoc", 0.5)) for place in (".", "elsewhere")
+    )
+    mixed = replace(cell, calibration=Calibration("mix", sources=mix))
+    mended_by_mix = replace(cell, recover=Recover("local", text=Text("mix", 4, sources=mix)))
     others: dict[str, tuple[Cell, Any]] = {
         "model.name": (cell, "another"),
         "model.path": (cell, str(tmp_path / "elsewhere" / "moved")),
@@ -217,15 +223,35 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
         "calibration.subset": (of_hub, "other"),
         "calibration.split": (of_hub, "test"),
         "calibration.column": (of_hub, "other"),
+        "calibration.sources": (mixed, moved_mix),
         "recover.text.source": (mended, str(tmp_path / "elsewhere" / "calibration.txt")),
         "recover.text.subset": (mended_of_hub, "other"),
         "recover.text.split": (mended_of_hub, "test"),
         "recover.text.column": (mended_of_hub, "other"),
+        "recover.text.sources": (mended_by_mix, moved_mix),
     }
     assert others.keys() == identity.FINGERPRINTED.keys() - {"model.source"}  # which says how the others are read
     for setting, (before, value) in others.items():
         after = _with(before, setting.split("."), value)
         assert after != before and identity.cell_name(after) == identity.cell_name(before), setting
+
+
+def test_texts_that_are_made_and_mixes_have_names_of_their_own(cell: Cell) -> None:
+    def mix(*mixed: tuple[str, float, float]) -> Calibration:
+        return Calibration("mix", sources=tuple(Source(name, share, temperature=t) for name, share, t in mixed))
+
+    texts = [
+        Calibration("pydoc"),
+        Calibration("random"),
+        Calibration("self"),
+        Calibration("self", temperature=0.5),
+        Calibration("pydoc", packed=False),
+        mix(("pydoc", 0.5, 1.0), ("self", 0.5, 1.0)),
+        mix(("pydoc", 0.75, 1.0), ("self", 0.25, 1.0)),
+        mix(("pydoc", 0.5, 1.0), ("self", 0.5, 0.5)),
+        mix(("pydoc", 0.5, 1.0), ("random", 0.5, 1.0)),
+    ]
+    assert len({identity.cell_name(replace(cell, calibration=text)) for text in texts}) == len(texts)
 
 
 def test_no_option_changes_a_name(tmp_path: Path) -> None:
@@ -339,7 +365,7 @@ def test_a_text_is_read_once_for_all_cells(cell: Cell, monkeypatch: pytest.Monke
     cells = [replace(cell, sparsity=s / 100) for s in range(1, 41)]
     plan.make([(c, ()) for c in cells], Options(results=str(tmp_path / "results")))
     for c in cells:
-        plan._check_calibration(c.calibration, None, "calibration")
+        text.check(c.calibration, None, "calibration")
         provenance.columns(c, "command")
     assert sorted(read) == [str(tmp_path / "calibration.txt"), str(tmp_path / "evaluation.txt")]
 

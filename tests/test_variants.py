@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 
 import frames
-from sweep import identity, store
+from sweep import config, identity, store
 from sweep.config import Benchmarks
 from sweep.report import asked, frontier, names, paired, plot, published, rendering, variants
+from sweep.settings import plain
+from test_config import ASKED
 
 ONE = frames.METHODS[:1]
 
@@ -187,6 +189,31 @@ def test_other_documents_under_one_name_are_another_setting() -> None:
     rows["data_fingerprints"] = data[0]
     rows["config"] = [json.dumps(c | {"calibration": {"source": f"{i}/text.txt"}}) for i, c in enumerate(moved)]
     assert set(variants.with_variant(rows).variant) == {""}  # one text, wherever it lies
+
+
+def test_texts_are_told_by_their_sources_and_an_older_row_is_at_the_default() -> None:
+    def row(**text: object) -> dict:
+        return plain(
+            config.parse(ASKED | {"method": {"family": "weight", "criterion": "wanda"}, "calibration": text})[0]
+        )
+
+    halves = [{"source": "pydoc"}, {"source": "self"}]
+    uneven = [{"source": "pydoc", "share": 0.75}, {"source": "self", "share": 0.25, "temperature": 0.5}]
+    told = {
+        "source=pydoc": row(source="pydoc"),
+        "packed=False, source=pydoc": row(source="pydoc", packed=False),
+        "source=random": row(source="random"),
+        "source=self": row(source="self"),
+        "source=self, temperature=0.5": row(source="self", temperature=0.5),
+        "source=50% pydoc,50% self": row(source="mix", sources=halves),
+        "source=75% pydoc,25% self at 0.5": row(source="mix", sources=uneven),
+    }
+    older = row(source="pydoc")
+    older["calibration"] = {"source": "pydoc", "sequences": 16, "length": 256, "sequential": True}
+    del older["recover"]
+    rows = frames.rows(seeds=1, methods=ONE, sparsities=(0.5,))[1:]
+    rows = pd.concat([rows.assign(config=json.dumps(each)) for each in (*told.values(), older)], ignore_index=True)
+    assert variants.with_variant(rows).variant.tolist() == [*told, "source=pydoc"]
 
 
 def test_a_setting_that_no_cells_name_depends_on_parts_no_rows() -> None:

@@ -12,6 +12,7 @@ blocks are equally wide and its vocabulary is whole.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,14 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweep import config, plan, saving, settings
 from sweep.models import checkpoint, cut_tokenizer
-from sweep.pruning import criteria, families, methods
+from sweep.pruning import criteria, families, methods, sharing
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
 from sweep.quantization import forms, quantise
 from sweep.recovery import kinds
 from sweep.recovery import recover as recovery
 from sweep.settings import RequestError
-from sweep.texts import text
+from sweep.texts import text, written
 
 
 def prune(
@@ -41,7 +42,7 @@ def prune(
     sparsity: float | None = None,
     recover: str | Mapping[str, Any] = kinds.NONE,
     quantize: str | Mapping[str, Any] = forms.NONE,
-    calibration: str = "pydoc",
+    calibration: str | Mapping[str, Any] = "pydoc",
     sequences: int = 16,
     length: int = 256,
     seed: int = 0,
@@ -59,7 +60,8 @@ def prune(
                  the unpruned model is held meanwhile
     quantize     a form, such as "int8", or its settings as on the command line: {"name": "int4", "method": "gptq"}. The
                  model then holds the values of the form in its own dtype, and `grids` of the result says which these are
-    calibration  as calibration.source on the command line; sequences of `length` tokens are drawn from it by `seed`
+    calibration  as calibration.source on the command line, or its settings: {"source": "self", "temperature": 0.8};
+                 `sequences` of `length` tokens are drawn from it by `seed`
     data_root    folder of data sets laid out as the hub names them, for calibration="wikitext2" or "c4" offline
     device       where a weight method works, one block at a time, while the rest of the model stays where it is
     further      the method's further settings, as on the command line: pattern="2:4", exclude=["*.0.*"], ...;
@@ -71,7 +73,8 @@ def prune(
         if sparsity is None and method != "dense":
             raise RequestError(f"sparsity is missing: give the fraction that method={method} is to remove")
         asked = _family(method) | further | ({} if criterion is None else {"criterion": criterion})
-        text_read = {"source": calibration, "sequences": sequences, "length": length, "sequential": sequential}
+        text_read = {"source": calibration} if isinstance(calibration, str) else dict(calibration)
+        text_read = {"sequences": sequences, "length": length, "sequential": sequential} | text_read
         cell = _cell(
             model,
             method=asked,
@@ -100,8 +103,9 @@ def _changed(
     quantises = cell.quantize.name != forms.NONE
     if quantises and not cell.method.removes_units:
         quantise.targets(model, cell.quantize)  # raises before anything is changed
-    tokens, rounding = text.for_cell(cell, tokenizer), quantise.while_pruning(cell, model)
-    drawn = text.recovery_tokens(cell, tokenizer)
+    write = functools.partial(written.write, model, tokenizer, sharing.unshared)
+    tokens, rounding = text.for_cell(cell, tokenizer, write), quantise.while_pruning(cell, model)
+    drawn = text.recovery_tokens(cell, tokenizer, write)
     dense = None if drawn is None else copy.deepcopy(model)
     pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
     if drawn is not None and dense is not None:

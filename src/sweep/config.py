@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
+from sweep import sources
 from sweep.formats.declared import FORMATS, SHRUNK, ExecutionName, Format, KernelName, Left
 from sweep.pruning import criteria, families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
@@ -17,6 +18,7 @@ from sweep.quantization.forms import Quantize
 from sweep.recovery import kinds
 from sweep.recovery.kinds import Recover
 from sweep.settings import Named, RequestError, build, byte_size, setting, told
+from sweep.sources import Source
 
 _LEAST_MEMORY = 2**30  # bytes
 
@@ -55,13 +57,17 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Calibration:
-    source: str  # "pydoc", "wikitext2", "c4", a text file, or, with a split, a data set as the hub names it
+    # "pydoc", "wikitext2", "c4", a text file, a data set as the hub names it with a split; "self", "random", or "mix"
+    source: str
     sequences: int = setting(16, minimum=1)
     length: int = setting(256, minimum=2)  # tokens a sequence
     sequential: bool = True  # weight methods: a block reads what the pruned blocks before it put out
     subset: str | None = None  # of a data set of the hub: what it calls a configuration
     split: str | None = None  # of a data set of the hub
     column: str | None = None  # of a data set of the hub, which holds its text; None = text
+    packed: bool = True  # documents one after the other; False: a sequence lies within one of them
+    temperature: float = setting(1.0, minimum=0.01)  # of source=self
+    sources: tuple[Source, ...] = ()  # of source=mix
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,8 @@ class Cell(Named):
         criterion = criteria.shown(getattr(self.method, "criterion", None))
         words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
         words += [str(getattr(self, stage.group)) for stage in self.stages() if stage.group != "method"]
-        words.append(f"seed {self.seed}" if self.seed else None)
+        read = self.calibration and self.calibration.source
+        words += [f"on {read}" if read and read != "pydoc" else None, f"seed {self.seed}" if self.seed else None]
         return " ".join([word for word in words if word] + [f"({self.model.name})"])
 
 
@@ -289,11 +296,16 @@ def _normalised(cell: Cell) -> Cell:
     seed = cell.seed if drawn or (readers and not whole) else 0
     if calibration is not None:
         if whole:
-            calibration = replace(calibration, sequences=Calibration.sequences, length=Calibration.length)
+            if calibration.source in (*sources.MADE, sources.MIX):
+                raise RequestError(
+                    f"method={method.family} counts the tokens of a whole text, and calibration.source="
+                    f"{calibration.source} has none: name a text, such as calibration=pydoc"
+                )
+            defaults = {name: getattr(Calibration, name) for name in ("sequences", "length", "packed")}
+            calibration = replace(calibration, **defaults)
         if not (families.reads_in_order(method) or forms.reads_text(cell.quantize)):
             calibration = replace(calibration, sequential=True)
-        if calibration.split is not None and calibration.column is None:
-            calibration = replace(calibration, column="text")
+        calibration = sources.normalised(calibration, "calibration")
     cell = replace(cell, calibration=calibration, seed=seed)
     if cell.execution.name == "auto":
         return replace(cell, execution=Execution("auto", saved=cell.execution.saved))
@@ -305,16 +317,18 @@ def _normalised(cell: Cell) -> Cell:
 def _checked_recovery(cell: Cell) -> Recover:
     """The recovery with its text told, where it is that of calibration. Raises RequestError where there is no text."""
     asked = kinds.normalised(cell.recover, cell.method)
-    if asked.name != kinds.NONE and round(cell.sparsity, 6) == 0:
+    if asked.name == kinds.NONE:
+        return asked
+    if round(cell.sparsity, 6) == 0:
         raise RequestError(
             f"recover={asked.name} mends what pruning has done, and sparsity=0 removes nothing: raise it"
         )
-    if asked.name == kinds.NONE or asked.text.source is not None:
-        return asked
+    if asked.text.source is not None:
+        return replace(asked, text=sources.normalised(asked.text, "recover.text"))
     if (given := cell.calibration) is None:
         raise RequestError(f"recover={asked.name} reads text, and there is none: set recover.text.source=pydoc")
-    same = replace(asked.text, source=given.source, subset=given.subset, split=given.split, column=given.column)
-    return replace(asked, text=same)
+    same = {name: getattr(given, name) for name in (*sources.PLACE, "packed", "sources")}
+    return replace(asked, text=sources.normalised(replace(asked.text, **same), "calibration"))
 
 
 def fits(asked: Efficiency, positions: int | None) -> bool:

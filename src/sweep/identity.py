@@ -34,10 +34,12 @@ FINGERPRINTED = {
     "calibration.subset": "by its text",
     "calibration.split": "by its text",
     "calibration.column": "by its text",
+    "calibration.sources": "by their texts, shares and temperatures",
     "recover.text.source": "by its text",
     "recover.text.subset": "by its text",
     "recover.text.split": "by its text",
     "recover.text.column": "by its text",
+    "recover.text.sources": "by their texts, shares and temperatures",
 }
 CRITERION = "method.criterion"  # a user's own function is hashed by its source, and not by where that lies
 
@@ -58,9 +60,9 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     if criterion is not None and criterion.source is not None:
         found[CRITERION] = criterion.source.fingerprint
     if cell.calibration is not None:
-        found["calibration"] = text.calibration_facts(cell.calibration, cell.data_root).fingerprint
+        found["calibration"] = text.calibration_fingerprint(cell.calibration, cell.data_root)
     if (recovery := text.of_recovery(cell)) is not None:
-        found["recovery"] = text.calibration_facts(recovery, cell.data_root).fingerprint
+        found["recovery"] = text.calibration_fingerprint(recovery, cell.data_root)
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sweep import config, identity, machine, saving, settings, store
-from sweep.config import Calibration, Cell, Options
+from sweep.config import Cell, Options
 from sweep.measuring import catalogue, perplexity
 from sweep.models import decoders, headers, origin
 from sweep.pruning import checks
@@ -122,10 +122,11 @@ def check_method(cell: Cell, shape: Mapping[str, Any]) -> None:
 
     shape  what the model's configuration says; what it does not say is told once the model is loaded
     """
+    positions = decoders.size(shape, "positions") or None
     if cell.calibration is not None:
-        _check_calibration(cell.calibration, cell.data_root, "calibration")
+        text.check(cell.calibration, cell.data_root, "calibration", positions)
     if (recovery := text.of_recovery(cell)) is not None:
-        _check_calibration(recovery, cell.data_root, "recover.text")
+        text.check(recovery, cell.data_root, "recover.text", positions)
     checks.check(cell, shape)
     fitting.check(cell, shape)
 
@@ -137,6 +138,7 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
     Raises RequestError.
     """
     from sweep.models import cut_tokenizer, loading, requirements
+    from sweep.texts import written
 
     loading.quiet()
     tokenizers = {model: loading.check(model, convert=convert) for model in dict.fromkeys(cell.model for cell in cells)}
@@ -144,18 +146,10 @@ def check_models(cells: Sequence[Cell], *, convert: bool = False) -> None:
         if (tokenizer := tokenizers[cell.model]) is not None:
             if cell.benchmarks.tasks:
                 requirements.check_tokenizer(tokenizer, cell.model.path or cell.model.name)
+            if text.is_written(cell):
+                written.beginning(tokenizer)
             if isinstance(cell.method, Vocab):
                 cut_tokenizer.unknown_id(tokenizer, origin.shape(cell.model).get("vocab_size") or len(tokenizer))
-
-
-def _check_calibration(asked: Calibration, data_root: str | None, key: str) -> None:
-    """Refuse a text that is not there, or that is too short whatever the tokenizer: a token is at least one byte."""
-    size = text.calibration_facts(asked, data_root).size
-    if size < asked.sequences * asked.length:
-        raise RequestError(
-            f"{key}.source={asked.source} has {size} bytes, which cannot give {asked.sequences} "
-            f"sequences of {asked.length} tokens: lower {key}.sequences or {key}.length"
-        )
 
 
 def _check_targets(cell: Cell) -> None:

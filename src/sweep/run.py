@@ -7,6 +7,7 @@ asking it. A new stage is one line in `WORK`.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sweep import cache, config, cost, execution, identity, machine, saving, turns, versions
-from sweep.config import Cell
+from sweep.config import Calibration, Cell
 from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
 from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality
@@ -31,7 +32,7 @@ from sweep.quantization import forms, quantise
 from sweep.recovery import recover
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
-from sweep.texts import text
+from sweep.texts import text, written
 
 Tables = dict[str, pd.DataFrame]
 
@@ -42,6 +43,7 @@ class Known:
 
     tokenizer: Any
     tokens: Tensor | None  # (sequences, length) calibration text
+    recovery: tuple[Tensor, Tensor] | None = None  # likewise, what recovery is trained on and what it is told by
     masks: Masks = field(default_factory=Masks)  # of weights that earlier stages have removed, and that stay so
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of matrices that earlier stages have quantised, by name
     memo: sharing.Memo = (
@@ -73,7 +75,7 @@ def _prune(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
 
 
 def _recover(cell: Cell, model: PreTrainedModel, known: Known) -> Done:
-    drawn = text.recovery_tokens(cell, known.tokenizer)
+    drawn = known.recovery
     assert drawn is not None
     dtype = str(model.dtype).removeprefix("torch.")
     return recover.recover(
@@ -122,7 +124,8 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     can_generate = efficiency.fits(model, cell.efficiency)
     before = Before.of(cell, model, tokenizer)
 
-    known = Known(tokenizer, text.for_cell(cell, tokenizer))
+    known, read = _texts(cell, model, tokenizer)
+    row |= read
     known, columns, tables = changed(cell, model, known)
     tokenizer = known.tokenizer
     if families.criterion_of(cell.method) != criterion:
@@ -151,6 +154,31 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
         row |= drafting.columns(row)
         row |= answering.correct_a_second(row, tables["samples"], [*asked])
     return row | {"cell_seconds": working_seconds() - started}, tables
+
+
+def _texts(cell: Cell, model: PreTrainedModel, tokenizer: Any) -> tuple[Known, dict[str, Any]]:
+    """(the texts that the stages read, what the row says of them); the model writes what it is to write itself."""
+    with cost.Bill(model, cell.device) as bill:
+
+        def write(asked: Calibration, seed: int) -> Tensor:
+            memo = SharedStatistics(cell, written.beginning(tokenizer), bill)
+            return written.write(model, tokenizer, memo, asked, seed)
+
+        known = Known(tokenizer, text.for_cell(cell, tokenizer, write), text.recovery_tokens(cell, tokenizer, write))
+    spent = bill.columns("calibration", 0)
+    columns: dict[str, Any] = {name: spent[name] for name in ("calibration_seconds", "calibration_cpu_seconds")}
+    for name, asked, tokens, before in (
+        ("calibration", cell.calibration, known.tokens, 0),
+        (
+            "recovery",
+            text.of_recovery(cell),
+            known.recovery and torch.cat(known.recovery),
+            text.read_before_recovery(cell),
+        ),
+    ):
+        if asked is not None and tokens is not None:
+            columns[f"{name}_sources"] = json.dumps(text.told(asked, tokens, cell.data_root, before))
+    return known, columns
 
 
 def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Known, dict[str, Any], Tables]:

@@ -238,4 +238,6 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return f"({_words(value)})"
+    return " ".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)

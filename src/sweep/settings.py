@@ -148,9 +148,15 @@ def _containers(settings: Any, wanted: Any, name: Any) -> dict[str, Any]:
     for f in fields(settings):
         value = getattr(settings, f.name)
         if wanted(f, value):
-            inner = _containers(value, wanted, name) if is_dataclass(value) else value
+            inner = _contained(value, wanted, name)
             found |= inner if f.metadata.get("part") else {name(f): inner}
     return found
+
+
+def _contained(value: Any, wanted: Any, name: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_contained(item, wanted, name) for item in value)
+    return _containers(value, wanted, name) if is_dataclass(value) else value
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> T:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from sweep.pruning.families import Dense, Method, Vocab
 from sweep.settings import Named, RequestError, setting
+from sweep.sources import Source
 
 NONE = "none"
 HELD_OUT = 8  # sequences on which the loss before and after is told, which are not trained on
@@ -83,6 +84,9 @@ class Text:
     subset: str | None = None
     split: str | None = None
     column: str | None = None
+    packed: bool = True
+    temperature: float = setting(1.0, minimum=0.01)
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import json
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ import pandas as pd
 from sweep import config
 from sweep.pruning import criteria, families
 from sweep.settings import flat_fields, renamed
+from sweep.sources import MIX, Source
 
 # Told by columns of their own, or no choice between methods.
 _NAMED = {"method.family", "method.criterion", "method.importance", "execution.name", "sparsity", "seed"} | {
@@ -34,17 +36,29 @@ _ASIDE = {
     "calibration.subset",
     "calibration.split",
     "calibration.column",
+    "calibration.sources",
     "recover.text.subset",
     "recover.text.split",
     "recover.text.column",
+    "recover.text.sources",
     "benchmarks.include_path",
     "benchmarks.num_fewshot",
     "benchmarks.fewshot_seed",
     "benchmarks.unsafe_code",
 }
 _SHOTS = ("benchmarks.num_fewshot", "benchmarks.fewshot_seed")  # part of what a task is
+
+
+def _defaults(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for f in flat_fields(kind):
+        if is_dataclass(f.default):
+            yield from _defaults(type(f.default), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.default
+
+
 _DEFAULTS: dict[str, dict[str, Any]] = {  # by group, or by a method's family
-    name: {f.name: f.default for f in flat_fields(kind)} for name, kind in (families.FAMILIES | config.GROUPS).items()
+    name: dict(_defaults(kind)) for name, kind in (families.FAMILIES | config.GROUPS).items()
 }
 _SCOPES = {criterion.name: criterion.within for criterion in criteria.declared("weight")}  # of the papers
 _NOW = {f"method.{was}": f"method.{now}" for was, now in renamed(families.Weight).items()}  # keys of older rows
@@ -68,8 +82,23 @@ def flat(text: str | None) -> dict[str, Any]:
         if isinstance(value, dict):
             stack += [(f"{where}.{key}" if where else key, inner) for key, inner in value.items()]
         else:
-            found[_NOW.get(where, where)] = ",".join(map(str, value)) if isinstance(value, list) else value
+            found[_NOW.get(where, where)] = ",".join(map(_item, value)) if isinstance(value, list) else value
     return found
+
+
+def _item(value: Any) -> str:
+    """One of a list; of a mix of texts one of these with its share, such as `25% self at 0.5`."""
+    if not isinstance(value, dict):
+        return str(value)
+    warmth = value["temperature"]
+    name = value["source"] if warmth == Source.temperature else f"{value['source']} at {warmth:g}"
+    return f"{100 * value['share']:g}% {name}"
+
+
+def _text(setting: dict[str, Any], group: str) -> Any:
+    """What the text of a group of settings is called."""
+    source = setting.get(f"{group}.source")
+    return setting.get(f"{group}.sources") if source == MIX else source
 
 
 def tasks(text: str) -> list[str]:
@@ -171,10 +200,10 @@ def _name_what_was_read(settings: list[dict[str, Any]], data: list[dict[str, str
             [s.get("perplexity.source") for s in settings],
             [next((d[k] for k in d if k.startswith("perplexity:")), None) for d in data],
         ),
-        ("calibration.source", [s.get("calibration.source") for s in settings], [d.get("calibration") for d in data]),
+        ("calibration.source", [_text(s, "calibration") for s in settings], [d.get("calibration") for d in data]),
         (
             "recover.text.source",
-            [s.get("recover.text.source") for s in settings],  # none is the calibration text, told by its own name
+            [_text(s, "recover.text") for s in settings],  # none is the calibration text, told by its own name
             [d.get("recovery") if s.get("recover.text.source") else None for s, d in zip(settings, data, strict=True)],
         ),
     ):
@@ -224,7 +253,7 @@ def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: i
     tasks = {
         name: mark
         for name, mark in data.items()
-        if name not in ("calibration", "method.criterion")
+        if name not in ("calibration", "recovery", "method.criterion")
         and not name.startswith("perplexity:")
         and not name.endswith(" of the drop")
     }

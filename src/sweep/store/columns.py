@@ -516,7 +516,25 @@ COLUMNS = _by_name(  # of the schema, in its order
         short="draft",
     ),
     Column("draft_length", _INT, MEASURED, "that number; 0 where none pays", unit="tokens"),
-    *(_cpu_seconds(stage.name) for stage in config.STAGES),
+    *(_cpu_seconds(name) for name in (*(stage.name for stage in config.STAGES), "calibration")),
+    Column(
+        "calibration_seconds",
+        _FLOAT,
+        MEASURED,
+        "having the texts that the stages read: tokenising them, or the model's writing them; what the cache held of that counts with what it took there",
+        unit="seconds",
+        better=LOW,
+    ),
+    *(
+        Column(
+            f"{stage}_sources",
+            _TEXT,
+            ORIGIN,
+            f"the sources of the {what}, `[{{source, fingerprint, tokens}}]` as JSON: of a text that exists the fingerprint of all of it, "
+            "of what is made that of the tokens, and how many tokens were drawn",
+        )
+        for stage, what in (("calibration", "calibration text"), ("recovery", "text that recovery reads"))
+    ),
 )
 MADE = _by_name(
     *_with_ends(

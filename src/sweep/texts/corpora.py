@@ -43,9 +43,14 @@ CALIBRATION = {
 }
 
 
-@functools.lru_cache
 def joined(corpus: Corpus, data_root: str | None, asked: str) -> str:
-    """The text of a corpus.
+    """The text of a corpus. Raises what `documents` raises."""
+    return corpus.join.join(documents(corpus, data_root, asked))
+
+
+@functools.lru_cache
+def documents(corpus: Corpus, data_root: str | None, asked: str) -> tuple[str, ...]:
+    """The documents of a corpus, in order.
 
     asked  the setting that asks for it, for messages
     Raises RequestError when the data are not found, or have no such column of text.
@@ -67,7 +72,7 @@ def joined(corpus: Corpus, data_root: str | None, asked: str) -> str:
     found = rows[: min(corpus.documents or len(rows), len(rows))][corpus.column]
     if not all(isinstance(document, str) for document in found):
         raise RequestError(f"{asked}: the column '{corpus.column}' of {corpus.dataset} holds no text")
-    return corpus.join.join(found)
+    return tuple(found)
 
 
 def missing(asked: str, data_root: str | None, error: Exception) -> str:
