@@ -197,6 +197,22 @@ def test_what_cannot_be_recovered_is_refused(loaded: tuple[PreTrainedModel, Any]
         )
 
 
+def test_what_local_recovery_cannot_do_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    dense, model = tiny_models.make("llama"), tiny_models.make("llama")
+    anatomy.all_matrices(dense)["model.layers.1.mlp.up_proj"][0, 0] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match=r"model.layers.1.mlp.up_proj: the recovered weights are not finite; raise"
+    ):
+        _local(model, dense)
+    strange = tiny_models.make("llama")
+    for block in anatomy.blocks(strange):  # rows are gone, and those that are left do not tell which
+        block.mlp.up_proj.weight.data = block.mlp.up_proj.weight.data[:-1] + 1
+        block.mlp.gate_proj.weight.data = block.mlp.gate_proj.weight.data[:-1] + 1
+        block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data[:, :-1]
+    _local(strange, tiny_models.make("llama"))
+    assert "recover=local left 8 matrices as they are: it cannot tell what they were" in caplog.text
+
+
 def test_a_broken_model_is_refused(loaded: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = loaded
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +20,10 @@ from transformers import PreTrainedModel
 import sweep
 import tiny_models
 from conftest import random_tokens, tiny_model
-from sweep import cache, plan, run
+from sweep import cache, isolate, plan, run
 from sweep.config import Benchmarks, Calibration, Cell, Efficiency, Execution, Model
 from sweep.execution import prepare
+from sweep.isolate import Limits
 from sweep.measuring import counting
 from sweep.models import anatomy, checkpoint, loading, surgery
 from sweep.models.adapted import Adapted
@@ -170,6 +175,9 @@ def test_a_loss_that_is_no_number_is_refused(recover: Run) -> None:
         RequestError, match=r"the loss is (nan|inf) at step \d of 6.*lower recover.learning_rate, which is"
     ):
         recover(model, tokens, training.next_token(tokens), budget=replace(BUDGET, learning_rate=1e20))
+    model = tiny_model("llama")
+    with pytest.raises(RequestError, match="a weight is no number after the last step.*lower recover.learning_rate"):
+        recover(model, tokens, training.next_token(tokens), budget=Budget(1, 1, math.inf, "constant", 0))
 
 
 def test_every_sequence_is_read_before_any_comes_again() -> None:
@@ -433,6 +441,40 @@ def test_a_killed_cell_goes_on_and_leaves_no_state(
     assert len(steps) == 1 and row["recovery_loss_after"] == whole["recovery_loss_after"]
     assert not list(states.iterdir())
     assert 1000 < row["recovery_seconds"] < 1100 and 2000 < row["recovery_cpu_seconds"] < 2100
+
+
+def _recovers(step: Callable[..., float], saved: Path, cell: Cell) -> Any:
+    """Of a child, whose first step of recovery does something else."""
+    training._backward = step
+    return run.run_cell(cell, str(saved))
+
+
+def _hangs(*_: Any) -> float:
+    time.sleep(600)
+    return 0.0
+
+
+def _grows(*_: Any) -> float:
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1) * 2**26))
+
+
+@pytest.mark.parametrize(
+    ("step", "limits", "status", "words"),
+    [
+        (_hangs, Limits(timeout=8), "timeout", "not finished after timeout=8 seconds"),
+        (_grows, Limits(memory=2 * 2**30), "out_of_memory", "ended at memory_limit=2.00 GiB"),
+    ],
+)
+def test_the_limits_of_a_cell_hold_in_its_recovery(
+    step: Callable[..., float], limits: Limits, status: str, words: str, cell: Cell, cache_folder: Path, tmp_path: Path
+) -> None:
+    known = {"cell": "00000000000000aa", "model": "tiny", "method": "weight"}
+    work = functools.partial(_recovers, step, tmp_path / "saved")
+    row = isolate.run(recovered(cell, "distill"), known, str(tmp_path / "results"), limits, work=work).row
+    assert row["status"] == status and words in row["error"] and f"in {step.__name__}" in row["error"]
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_recovery_that_diverges_saves_nothing(cell: Cell, cache_folder: Path, tmp_path: Path) -> None:
