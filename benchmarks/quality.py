@@ -2,8 +2,9 @@
 
 The embedded tasks, in seconds. And, with benchmark data, ARC-Easy scored by lm-eval's own HFLM at its best batch size and
 by sweep's scorer, piece by piece in turn, since the speed of a shared machine drifts: seconds, the median ratio of the
-pieces, both accuracies, and by how much the log-likelihoods differ. Then answers to gsm8k, likewise: seconds of the
-processor, and how many answers are equal. `gsm8k` shows other examples before each question, `gsm8k_cot` the same ones.
+pieces, both accuracies, and by how much the log-likelihoods differ. Then answers that are written, likewise: seconds of the
+processor, and how many answers are equal. Of the embedded tasks, and with data of `gsm8k`, which shows other examples before
+each question, and `gsm8k_cot`, which shows the same ones.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def arc_easy(model: Any, tokenizer: Any, data_root: str, questions: int, piece: 
     )
 
 
-def answers(model: Any, tokenizer: Any, data_root: str, name: str, questions: int, piece: int) -> str:
+def answers(model: Any, tokenizer: Any, data_root: str | None, name: str, questions: int, piece: int) -> str:
     task = catalogue.load(Benchmarks((name,)), data_root)["tasks"][name]
     task.set_fewshot_seed(Benchmarks.fewshot_seed)
     task.build_all_requests(limit=questions)
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--skip-embedded", action="store_true")
     parser.add_argument("--skip-choices", action="store_true")
-    parser.add_argument("--answers", nargs="*", default=["gsm8k", "gsm8k_cot"], help="tasks whose answers are written")
+    parser.add_argument("--answers", nargs="*", help="tasks whose answers are written, instead of all of them")
     parser.add_argument("--answered", type=int, default=64, help="questions of each of them")
     options = parser.parse_args()
     model, tokenizer = loading.load(EMBEDDED, options.dtype, "cuda" if torch.cuda.is_available() else "cpu")
@@ -147,7 +148,8 @@ def main() -> None:
         print(all_embedded(model, tokenizer))
     if options.data_root and not options.skip_choices:
         print(arc_easy(model, tokenizer, options.data_root, options.questions, options.piece))
-    for task in options.answers if options.data_root else ():
+    tasks = [*embedded.GENERATIVE, *(["gsm8k", "gsm8k_cot"] if options.data_root else [])]
+    for task in tasks if options.answers is None else options.answers:
         print(answers(model, tokenizer, options.data_root, task, options.answered, min(16, options.answered)))
 
 
