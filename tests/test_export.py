@@ -14,7 +14,8 @@ import sweep
 import tiny_models
 from conftest import tiny_model
 from sweep.export import __main__ as door
-from sweep.export import architectures, gguf_file, gguf_types, runtime
+from sweep.export import architectures, gguf_file, gguf_types, trying
+from sweep.models import runtimes
 from sweep.settings import RequestError
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -71,11 +72,15 @@ def saved(folder: Path, kind: str, cut: str = "dense", **beside: object) -> Path
 def test_every_matrix_of_the_model_stands_in_the_file(kind, cut, tmp_path):
     model, tokenizer = gguf_file.load(saved(tmp_path, kind, cut))
     file = tmp_path / "model.gguf"
+    loads = runtimes.loads_in(model, tokenizer)
+    assert ("transformers" in loads) == ("vLLM" in loads) == (not (tmp_path / "model/sweep.json").exists())
     try:
         gguf_file.write(model, tokenizer, file, "f16", "gpt-2")
     except RequestError as error:
+        assert "llama.cpp" not in loads
         assert kind in ("gemma", "qwen3") and "alike" in str(error)
         return
+    assert "llama.cpp" in loads
     read = gguf.GGUFReader(file)
     arch = read.fields["general.architecture"].contents()
     heads = read.fields[f"{arch}.attention.head_count"].contents()
@@ -108,7 +113,7 @@ def test_llama_cpp_computes_what_the_model_does(kind, cut, tmp_path):
     assert (
         found["apart"] <= (1e-3 if kind == "gemma" else 1e-4)
         and found["rounding"] == 0
-        and found["greedy"] == runtime.GREEDY
+        and found["greedy"] == trying.GREEDY
     )
     assert (tmp_path / "model.gguf").is_file()
 
@@ -123,12 +128,12 @@ def test_what_llama_cpp_rounds_moves_the_model_as_far(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_what_matrices_read_is_rounded_as_their_kind_says(kind):
     model, ids = model_of("llama"), [1, 2, 3, 4]
-    plain = runtime.logits(model, ids)
+    plain = trying.logits(model, ids)
     with gguf_types.reading(model, kind):
-        rounded = runtime.logits(model, ids)
+        rounded = trying.logits(model, ids)
     off = float((rounded - plain).abs().max() / plain.abs().max())
     assert {"f32": off == 0, "f16": 0 < off < 1e-2, "q8_0": 1e-4 < off < 0.2}[kind]
-    assert torch.equal(runtime.logits(model, ids), plain)
+    assert torch.equal(trying.logits(model, ids), plain)
 
 
 @needs_llama_cpp
@@ -141,7 +146,8 @@ def test_a_file_that_computes_something_else_is_no_file(tmp_path, monkeypatch):
 
 def test_a_type_without_a_declaration_is_refused():
     with pytest.raises(RequestError, match="models of type gpt2 cannot be written as GGUF by sweep, which knows llama"):
-        architectures.find(tiny_model("gpt2"))
+        runtimes.find(tiny_model("gpt2"))
+    assert "llama.cpp" not in runtimes.loads_in(tiny_model("gpt2"), None)
 
 
 def test_packed_matrices_are_refused_and_dense_ones_offered(tmp_path):
@@ -156,7 +162,7 @@ def test_packed_matrices_are_refused_and_dense_ones_offered(tmp_path):
 
 
 def test_without_llama_cpp_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trying.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match="sweep-pruning\\[gguf\\]"):
         door.main(["gguf", str(tmp_path), str(tmp_path / "model.gguf")])
     assert not list(tmp_path.iterdir())

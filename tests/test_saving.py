@@ -19,6 +19,7 @@ import sweep
 from conftest import random_tokens, tiny_model
 from sweep import plan, saving
 from sweep.config import Benchmarks, Cell, Efficiency, Execution, Model, Options
+from sweep.models import runtimes
 from sweep.pruning import methods
 from sweep.pruning.families import Weight
 from sweep.settings import RequestError
@@ -183,6 +184,22 @@ def test_the_card_states_method_sparsity_calibration_and_command() -> None:
     assert "the method reads no text" in saving.card(FACTS)
 
 
+def test_the_card_and_the_row_say_what_loads_the_model(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for scope, said in (
+        ("layer", "transformers, sweep, llama.cpp (`python -m sweep.export gguf`), vLLM |"),
+        ("global", "alike"),
+    ):
+        model = tiny_model("llama")
+        sweep.prune(model, tokenizer, method="neuron", sparsity=0.3, criterion="l2", scope=scope)
+        saving.save(model, tokenizer, tmp_path / scope)
+        assert f"| loads in | {runtimes.loads_in(model, tokenizer)[0]}" in (
+            card := (tmp_path / scope / "README.md").read_text()
+        )
+        assert said in card
+        plain = not (tmp_path / scope / "sweep.json").exists()
+        assert ("transformers" in runtimes.loads_in(model, tokenizer)) == plain == (scope == "layer")
+
+
 def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path, tiny_checkpoint: Path) -> None:
     tiny = ["model=local", f"model.path={tiny_checkpoint}", *QUICK, "benchmarks=pydoc", "execution.saved=packed"]
     run("+method=weight", "sparsity=0.5", *tiny, cwd=tmp_path)  # a row without a model is not enough below
@@ -193,6 +210,7 @@ def test_the_command_line_saves_each_cell_and_measures_its_files(tmp_path: Path,
     assert saved == sorted(rows.index[rows.method == "weight"])
     for cell in saved:
         folder = tmp_path / "models" / cell
+        assert rows.loads_in[cell] == "sweep" and "| loads in | sweep;" in (folder / "README.md").read_text()
         assert rows.stored_bytes[cell] == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
         assert "sparsity=0.25,0.5" not in (folder / "README.md").read_text()  # the cell's own command
     (tmp_path / "models" / saved[0] / "notes.txt").write_text("mine")  # what is done is left alone

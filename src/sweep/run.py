@@ -25,7 +25,7 @@ from sweep.locks import working_seconds
 from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality
 from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
-from sweep.models import loading, requirements
+from sweep.models import loading, requirements, runtimes
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
 from sweep.quantization import forms, quantise
@@ -133,6 +133,8 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
         raise RequestError(f"method.criterion={name}: its file changed while the cell ran: run the command again")
     row |= columns | before.units_gone(cell, model)
     saves_plain = cell.execution.saved == "plain"
+    if saves_plain:
+        row |= _loads_in(model, tokenizer)
     if save_model is not None and saves_plain:
         _save(cell, model, tokenizer, before, save_model, command)
     model, row["kernel"] = execution.prepare(model, cell.execution, known.grids)
@@ -141,6 +143,8 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     row |= counting.coded(held, known.grids, model.dtype.itemsize, forms.scale_bits(cell.quantize))
     row |= counting.size(held) | counting.removed(before.stock, held, before.targets)
     tables["layers"] = counting.matrices(before.stock, held)
+    if not saves_plain and cell.execution.format.saves:
+        row |= _loads_in(model, tokenizer)
     if save_model is not None and not saves_plain:
         _save(cell, model, tokenizer, before, save_model, command)
 
@@ -240,6 +244,11 @@ def _save(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before, fo
     removed = counting.removed(before.stock, counting.stock(model), before.targets)
     facts |= {name: removed[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
     saving.save(model, tokenizer, folder, facts)
+
+
+def _loads_in(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
+    """As a column: what loads the checkpoint of the model as it is now."""
+    return {"loads_in": ", ".join(runtimes.loads_in(model, tokenizer))}
 
 
 def _memory(cell: Cell, model: PreTrainedModel, *, generates: bool) -> dict[str, Any]:

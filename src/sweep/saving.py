@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,11 @@ def save(
     """
     facts = facts or {}
     path = check_place(folder, facts.get("cell"))
-    from sweep.models import checkpoint, transformers_private  # bring torch, which a look at a folder does not need
+    from sweep.models import (
+        checkpoint,
+        runtimes,
+        transformers_private,
+    )  # bring torch, which a look at a folder does not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(path)
@@ -55,6 +59,7 @@ def save(
     try:
         transformers_private.forget_quantiser(model)
         checkpoint.write(model, tokenizer, half)
+        facts = {**facts, "loads_in": runtimes.loads_in(model, tokenizer)}
         (half / "README.md").write_text(card(facts), encoding="utf-8")
         (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))
         half.chmod(0o755)  # mkdtemp makes it the owner's alone
@@ -181,7 +186,7 @@ def _files(path: Path) -> dict[str, Any]:
 def card(facts: Mapping[str, Any]) -> str:
     """The model card, from `model`, `method` (a mapping of settings), `sparsity`, `sparsity_achieved`,
     `sparsity_all_parameters`, `dtype`, `seed`, `calibration` (a mapping, or None), `execution` (a mapping) and `command`,
-    each where known."""
+    `loads_in` (the names of `models.runtimes.loads_in`), each where known."""
     import torch
     import transformers
 
@@ -203,6 +208,7 @@ def card(facts: Mapping[str, Any]) -> str:
         else "none: the method reads no text"
         if "calibration" in facts
         else None,
+        "loads in": _loads(facts.get("loads_in")),
         "written by": f"sweep {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
@@ -225,6 +231,19 @@ def card(facts: Mapping[str, Any]) -> str:
     if facts.get("command"):
         lines += ["", "Made by", "", "```sh", str(facts["command"]), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _loads(names: Sequence[str] | None) -> str | None:
+    """In words: llama.cpp by a file of its own; where blocks that are alike would be loaded by more, what makes them so."""
+    if names is None:
+        return None
+    said = ", ".join(f"{name} (`python -m sweep.export gguf`)" if name == "llama.cpp" else name for name in names)
+    if "transformers" in names:
+        return said
+    return (
+        f"{said}; transformers, llama.cpp and vLLM load plain matrices (`execution.saved=plain`) in blocks that are alike "
+        "(`method.scope=layer`, and `method.multiple_of=32` for widths that quantised files hold)"
+    )
 
 
 def _done(facts: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,4 @@
-"""A decoder as llama.cpp has it: which of its architectures holds the model, and the model's sizes and tensors there.
-
-llama.cpp reads widths and heads block by block for few architectures alone: `deci`, which is Llama with blocks of any
-shape, and `openelm`, which also norms queries and keys (`hparams.n_head(il)` in its src/models). A model whose blocks are
-alike goes into the architecture of its own type.
+"""A decoder as llama.cpp has it: the model's sizes and tensors in the architecture that holds it (`models.runtimes`).
 
 What an architecture is not told, such as another activation, is not looked for here alone: the file is tried.
 """
@@ -10,101 +6,18 @@ What an architecture is not told, such as another activation, is not looked for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sweep.models import anatomy, layers
+from sweep.models import anatomy, layers, runtimes
+from sweep.models.runtimes import ARCHITECTURES, Shape
 from sweep.settings import RequestError
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """Which architectures of GGUF hold a type of transformers."""
-
-    even: str  # whose blocks are alike
-    uneven: str | None = None  # whose blocks may differ; None where llama.cpp has none
-    norm_offset: float = 0.0  # what the type adds to the weights of its norms when it runs
-
-
-# By the `model_type` of transformers' configurations.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", "deci"),
-    "mistral": Architecture("llama", "deci"),
-    "qwen2": Architecture("qwen2", "deci"),
-    "qwen3": Architecture("qwen3", "openelm"),
-    "gemma": Architecture("gemma", norm_offset=1.0),
-}
 _NEIGHBOURS = ("llama", "deci")  # rotate neighbouring entries of a head, where transformers rotates its halves
-_FACTORS = ("llama", "deci")  # read a factor for each frequency
 _PADDED = 32  # neurons of an FFN that does nothing, one block of the quantised forms
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a decoder, of each block where they may differ; 0 = the block has no such sublayer."""
-
-    heads: tuple[int, ...]
-    groups: tuple[int, ...]  # key-value heads
-    neurons: tuple[int, ...]
-    head_dim: int
-
-    @property
-    def is_even(self) -> bool:
-        return all(len(set(sizes)) == 1 for sizes in (self.heads, self.groups, self.neurons))
-
-
-def shape(model: PreTrainedModel) -> Shape:
-    """Counted in the matrices. Raises RequestError for a type or a block that llama.cpp is not told of here."""
-    config, state = layers.configuration(model), model.state_dict()
-    find(model)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    blocks = [f"{name}." for name in anatomy.block_names(model)]
-    heads = [_size(state, f"{block}self_attn.o_proj.weight", 1) // head_dim for block in blocks]
-    groups = [_size(state, f"{block}self_attn.k_proj.weight", 0) // head_dim for block in blocks]
-    neurons = [_size(state, f"{block}mlp.down_proj.weight", 1) for block in blocks]
-    return Shape(tuple(heads), tuple(groups), tuple(neurons), head_dim)
-
-
-def _size(state: dict[str, Tensor], name: str, dimension: int) -> int:
-    return state[name].shape[dimension] if name in state else 0
-
-
-def find(model: PreTrainedModel) -> Architecture:
-    """Raises RequestError where none is declared for the model's type."""
-    kind = layers.configuration(model).model_type
-    if kind not in ARCHITECTURES:
-        raise RequestError(
-            f"models of type {kind} cannot be written as GGUF by sweep, which knows {', '.join(ARCHITECTURES)}: convert the "
-            "checkpoint with llama.cpp's own convert_hf_to_gguf.py, which needs a folder that transformers loads"
-        )
-    return ARCHITECTURES[kind]
-
-
-def chosen(model: PreTrainedModel, found: Shape) -> str:
-    """The architecture that holds the model. Raises RequestError where its blocks differ and none holds that."""
-    known, kind = find(model), layers.configuration(model).model_type
-    if found.is_even and found.heads[0] and found.neurons[0]:
-        return known.even
-    alike = "prune it to blocks that are alike: method.scope=layer, or method=layer"
-    if known.uneven is None:
-        raise RequestError(
-            f"the blocks of this model differ in their heads or neurons, and llama.cpp has no architecture for {kind} with "
-            f"such blocks: {alike}"
-        )
-    if known.uneven == "openelm" and (not tied(model) or 0 in found.heads):
-        what = "lack attention" if 0 in found.heads else "differ, and its head is not its embedding"
-        raise RequestError(f"blocks of this model {what}, which llama.cpp cannot hold for {kind}: {alike}")
-    return known.uneven
-
-
-def tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is None or head.weight is model.get_input_embeddings().weight
 
 
 def describe(writer: gguf.GGUFWriter, model: PreTrainedModel, found: Shape) -> None:
@@ -122,15 +35,11 @@ def describe(writer: gguf.GGUFWriter, model: PreTrainedModel, found: Shape) -> N
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(found.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = _rope(config)
+    rope = runtimes.rope(config, writer.arch)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise RequestError(
-            f"rotary embeddings of the kind {rope} cannot be written as GGUF by sweep: convert the model"
-        )
 
 
 def _written(found: Shape, arch: str) -> tuple[list[int], list[int], list[int]]:
@@ -150,11 +59,6 @@ def _context(config: PreTrainedConfig) -> int:
     return min(length, int(window)) if window and slides else length
 
 
-def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    found = dict(getattr(config, "rope_parameters", None) or {})
-    return {"rope_type": "default", "rope_theta": getattr(config, "rope_theta", 1e4), **found}
-
-
 @torch.no_grad()
 def tensors(model: PreTrainedModel, arch: str, found: Shape) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file by its name there, in float32, made one at a time.
@@ -162,8 +66,8 @@ def tensors(model: PreTrainedModel, arch: str, found: Shape) -> Iterator[tuple[s
     Raises RequestError for a tensor that the architecture has no name for.
     """
     names = gguf.get_tensor_name_map(_number(arch), len(found.heads))
-    offset, head = find(model).norm_offset, model.get_output_embeddings()
-    again = {f"{name}.weight" for name, module in model.named_modules() if module is head and tied(model)}
+    offset, head = runtimes.find(model).norm_offset, model.get_output_embeddings()
+    again = {f"{name}.weight" for name, module in model.named_modules() if module is head and runtimes.tied(model)}
     for block, prefix in enumerate(anatomy.block_names(model)):
         yield from _zeros(block, found, hidden=model.get_input_embeddings().weight.shape[1])
         if arch == "openelm":
@@ -186,7 +90,7 @@ def tensors(model: PreTrainedModel, arch: str, found: Shape) -> Iterator[tuple[s
                 f"llama.cpp's {arch} has no place for the tensor {name}: the model cannot be written as GGUF"
             )
         yield told, value
-    if _rope(layers.configuration(model))["rope_type"] == "llama3":
+    if runtimes.rope(layers.configuration(model), arch)["rope_type"] == "llama3":
         yield from _factors(model, arch, found)
 
 
@@ -220,8 +124,6 @@ def _zeros(block: int, found: Shape, hidden: int) -> Iterator[tuple[str, Tensor]
 
 def _factors(model: PreTrainedModel, arch: str, found: Shape) -> Iterator[tuple[str, Tensor]]:
     """By what each frequency of the rotary embedding is divided, as the model itself has it."""
-    if arch not in _FACTORS:
-        raise RequestError(f"llama.cpp's architecture {arch} cannot hold the frequencies of this rotary embedding")
-    theta = float(_rope(layers.configuration(model))["rope_theta"])
+    theta = float(runtimes.rope(layers.configuration(model), arch)["rope_theta"])
     plain = theta ** -(torch.arange(0, found.head_dim, 2, dtype=torch.float32) / found.head_dim)
     yield "rope_freqs.weight", plain / anatomy.decoder(model).rotary_emb.inv_freq.float().cpu()  # type: ignore[union-attr, operator]

@@ -15,9 +15,9 @@ from pathlib import Path
 import gguf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep.export import architectures, gguf_types, gguf_vocabulary, runtime
+from sweep.export import architectures, gguf_types, gguf_vocabulary, trying
 from sweep.formats.packing import packed
-from sweep.models import checkpoint, loading
+from sweep.models import checkpoint, loading, runtimes
 from sweep.settings import RequestError
 
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = export(arguments.checkpoint, arguments.file, arguments.type)
     print(
         f"{arguments.file}: llama.cpp loads it; its logits are {found['apart']:.1g} of the largest from the model's, which "
-        f"rounding what matrices read moves by {found['rounding']:.1g}; {found['greedy']:.0f} of {runtime.GREEDY} greedy tokens "
+        f"rounding what matrices read moves by {found['rounding']:.1g}; {found['greedy']:.0f} of {trying.GREEDY} greedy tokens "
         "are the same"
     )
 
@@ -42,7 +42,7 @@ def export(folder: str | Path, file: str | Path, kind: str = "f16") -> dict[str,
 
     Raises RequestError for what llama.cpp cannot hold, and where it computes something else: then nothing is written.
     """
-    runtime.check_installed()
+    trying.check_installed()
     place = Path(file).expanduser()
     if not place.parent.is_dir() or place.is_dir():
         raise RequestError(f"{file} cannot be written: {place.parent} is no folder, or there is a folder of that name")
@@ -51,7 +51,7 @@ def export(folder: str | Path, file: str | Path, kind: str = "f16") -> dict[str,
     half = place.with_name(f".{place.name}.tmp")
     try:
         write(model, tokenizer, half, kind, splitting)
-        found = runtime.compare(half, model, tokenizer, kind)
+        found = trying.compare(half, model, tokenizer, kind)
         half.replace(place)
     finally:
         half.unlink(missing_ok=True)
@@ -77,8 +77,8 @@ def write(
 
     splitting  the tokenizer's way of splitting text, as llama.cpp calls it; None for one that has none, or for no tokenizer
     """
-    found = architectures.shape(model)
-    arch = architectures.chosen(model, found)
+    found = runtimes.shape(model)
+    arch = runtimes.chosen(model, found)
     gguf_types.round_weights(model, kind)
     with _writer(file, arch) as writer:
         architectures.describe(writer, model, found)
@@ -100,7 +100,7 @@ def _splitting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> st
             file = Path(folder) / f"{name}.gguf"
             with _writer(file, "llama") as writer:
                 gguf_vocabulary.describe(writer, tokenizer, _rows(model), name)
-            if runtime.reads(file, tokenizer):
+            if trying.reads(file, tokenizer):
                 return name
             file.unlink()
     raise RequestError(

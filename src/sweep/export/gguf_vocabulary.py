@@ -7,18 +7,15 @@ these are tokens; sweep's own tokenizer has one token for all that went.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from sweep.models import cut_tokenizer
-from sweep.settings import RequestError
+from sweep.models import cut_tokenizer, runtimes
 
 # One name for each way of splitting text before merging that llama.cpp has, from its src/llama-vocab.cpp, the commonest
-# first. Which is a tokenizer's own is found by trying: see `runtime.reads`.
+# first. Which is a tokenizer's own is found by trying: see `trying.reads`.
 SPLITTINGS = (
     *("llama-bpe", "qwen2", "smollm", "gpt-2", "default", "tekken", "gpt-4o", "qwen35", "deepseek-llm", "deepseek-v3"),
     *("deepseek-coder", "falcon", "starcoder", "command-r", "olmo", "dbrx", "stablelm2", "smaug-bpe", "chatglm-bpe"),
@@ -60,7 +57,7 @@ SAMPLE = (
 
 def splits(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether text is split before it is merged, in one of `SPLITTINGS`."""
-    return not _model(tokenizer).get("byte_fallback")
+    return not runtimes.merging(tokenizer).get("byte_fallback")
 
 
 def describe(
@@ -75,7 +72,7 @@ def describe(
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
-    whole, model = cut_tokenizer.original(tokenizer), _model(tokenizer)
+    whole, model = cut_tokenizer.original(tokenizer), runtimes.merging(tokenizer)
     tokens, kinds = _tokens(tokenizer, rows, bytes_named=bool(model.get("byte_fallback")))
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if splits(tokenizer):
@@ -101,17 +98,6 @@ def describe(
     writer.add_add_eos_token(with_special != plain and with_special[-1:] == [whole.eos_token_id])
     if isinstance(template := getattr(whole, "chat_template", None), str):
         writer.add_chat_template(template)
-
-
-def _model(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
-    backend = getattr(cut_tokenizer.original(tokenizer), "backend_tokenizer", None)
-    model = {} if backend is None else json.loads(backend.to_str())["model"]
-    if model.get("type") != "BPE":
-        raise RequestError(
-            f"the tokenizer ({type(tokenizer).__name__}) is of the kind {model.get('type', 'that is written in Python')}, "
-            "and sweep writes those that merge pairs (BPE) as GGUF: convert the checkpoint with llama.cpp's own script"
-        )
-    return model
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int, *, bytes_named: bool) -> tuple[list[str], list[int]]:

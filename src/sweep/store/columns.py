@@ -535,6 +535,13 @@ COLUMNS = _by_name(  # of the schema, in its order
         )
         for stage, what in (("calibration", "calibration text"), ("recovery", "text that recovery reads"))
     ),
+    Column(
+        "loads_in",
+        _TEXT,
+        COUNTED,
+        "what loads the checkpoint that `save_model` writes of it, by rules: transformers, sweep, llama.cpp (by `python -m "
+        "sweep.export gguf`), vLLM; none where no checkpoint holds its form",
+    ),
 )
 MADE = _by_name(
     *_with_ends(
