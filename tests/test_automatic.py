@@ -76,7 +76,7 @@ def test_what_is_chosen_can_run_and_nothing_that_can_is_smaller(device: str, com
         (Left("bfloat16"), "cpu", "dense"),
         (Left("float16", 0.5), "cpu", "dense"),  # no kernel multiplies it
         (Left("bfloat16", 0.5), "cuda", "dense"),
-        (Left("bfloat16", 0.5, "2:4"), "cuda", "semi_structured"),
+        (Left("bfloat16", 0.5, "2:4"), "cuda", "dense"),  # torch's product of it takes longer
         (Left("float32", 0.5, "2:4"), "cuda", "dense"),
         (Left("bfloat16", 0.5, "4:8"), "cuda", "dense"),
         (Left("bfloat16", 0.5, "2:4"), "cpu", "bitmap"),

@@ -573,7 +573,8 @@ def test_semi_structured_takes_matrices_of_the_pattern_alone() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="semi_structured runs on CUDA alone, and there is none here")
 def test_semi_structured_has_the_same_logits_and_half_the_bytes() -> None:
-    config = AutoConfig.for_model("qwen2", **FAMILIES["qwen2"] | {"hidden_size": 128, "intermediate_size": 256})
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # torch packs matrices from 16 by 16 on
+    config = AutoConfig.for_model("qwen2", **FAMILIES["qwen2"] | wide)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to("cuda")
     methods.prune(model, Weight("weight", pattern="2:4"), 0.5, None)
     matrices = {name: anatomy.weight(layer).clone() for name, layer in anatomy.linears(model).items()}
