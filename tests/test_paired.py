@@ -50,6 +50,20 @@ def losses(seed: int, shift: float, documents: int = 60) -> tuple[pd.DataFrame, 
     )  # type: ignore[return-value]
 
 
+def test_the_mean_difference_of_pairs_is_that_of_their_differences() -> None:
+    outcomes = {}
+    for seed, shift in enumerate((0.1, 0.3)):
+        before, after = losses(0, shift)  # the same documents, of the same lengths
+        outcomes |= {f"before{seed}": before, f"after{seed}": after}
+    pairs = [("before0", "after0"), ("before1", "after1")]
+    each = [paired.difference(outcomes[one], outcomes[other], "loss") for one, other in pairs]
+    found = paired.mean_difference(outcomes, pairs, "loss")
+    assert found["difference"] == pytest.approx((each[0]["difference"] + each[1]["difference"]) / 2)
+    assert found["low"] < found["difference"] < found["high"]
+    alone = paired.mean_difference(outcomes, pairs[:1], "loss")
+    assert {name: each[0][name] for name in alone} == pytest.approx(alone)
+
+
 def test_documents_are_paired_so_that_a_small_difference_shows() -> None:
     before, after = losses(0, 0.2)
     found = paired.difference(before, after, "loss")
