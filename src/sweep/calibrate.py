@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +37,19 @@ def exact_device(device: torch.device | str) -> torch.device:
     return torch.device("cpu") if device.type in _NO_FLOAT64 else device
 
 
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # arguments and keyword arguments
+
+
 @dataclass
 class Text:
     """Calibration text on its way through the model: what the next block reads, batch by batch.
 
     hidden  (batch, length, hidden size) each
-    calls   what the model passes to each block beside it: calls[batch][block] = (arguments, keyword arguments)
+    calls   what the model passes to each block beside it: calls[batch][block]
     """
 
     hidden: list[Tensor]
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    calls: list[list[Call]]
     kinds: list[int | None]  # into how long a tuple each block puts what comes out; None = into none
 
 
@@ -104,20 +107,23 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> Text:
     (masks of sliding windows, rotary embeddings, positions) is what it would be. Whether a text that goes from block to
     block so comes to what the model makes of it is tried on a short one first. Raises NotStreamed where it does not.
     """
-    blocks = list(anatomy.blocks(model))
-    if len(anatomy.all_blocks(model)) != len(blocks):
-        raise _not_streamed(model, "it has several lists of blocks")
-    kinds = _tried(model, blocks, tokens[:1, :_TRIED])
-    return _entered(model, blocks, kinds, tokens)
+    return entered(model, kinds_of(model, tokens[:1, :_TRIED]), ({"input_ids": batch} for batch in tokens.split(BATCH)))
 
 
 @watching.aside()
-def _tried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> list[int | None]:
-    """In which form each block puts out its hidden state: see `_as`. Raises NotStreamed unless each reads what the one before
-    it puts out, and nothing else of the text."""
-    read, kinds = _reads(model, blocks, tokens)
+@torch.no_grad()
+def kinds_of(model: PreTrainedModel, tokens: Tensor) -> list[int | None]:
+    """Of each block, into how long a tuple it puts its hidden state: see `_as`.
+
+    tokens  (1, length) a short text, on which it is tried
+    Raises NotStreamed unless each block reads what the one before it puts out, and nothing else of the text.
+    """
+    blocks = list(anatomy.blocks(model))
+    if len(anatomy.all_blocks(model)) != len(blocks):
+        raise _not_streamed(model, "it has several lists of blocks")
+    read, found = _reads(model, blocks, tokens)
     try:
-        trial = _entered(model, blocks, kinds, tokens)
+        trial = entered(model, found, [{"input_ids": tokens}])
         for index, block in enumerate(blocks):
             if not _alike(trial.hidden[0], read[index]):
                 raise _not_streamed(model, f"block {index} reads more than what the block before it puts out")
@@ -128,7 +134,7 @@ def _tried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) 
         if isinstance(error, NotStreamed):
             raise
         raise _not_streamed(model, str(error)) from error
-    return kinds
+    return found
 
 
 def _not_streamed(model: PreTrainedModel, why: str) -> NotStreamed:
@@ -184,8 +190,10 @@ def _reads(
     return read, kinds
 
 
-def _entered(model: PreTrainedModel, blocks: Sequence[nn.Module], kinds: Sequence[int | None], tokens: Tensor) -> Text:
-    text = Text([], [], list(kinds))
+@torch.no_grad()
+def entered(model: PreTrainedModel, kinds: Sequence[int | None], batches: Iterable[Mapping[str, Tensor]]) -> Text:
+    """What `enter` gives, where the blocks' kinds are known, of batches of all that the model is called with."""
+    text, blocks = Text([], [], list(kinds)), list(anatomy.blocks(model))
 
     def noting(index: int) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -203,9 +211,10 @@ def _entered(model: PreTrainedModel, blocks: Sequence[nn.Module], kinds: Sequenc
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
             anatomy.replace_forward(restore, block, noting(index))
-        for batch in tokens.split(BATCH):
+        for batch in batches:
+            there = model.get_input_embeddings().weight.device
             try:
-                model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+                model(**{name: value.to(there) for name, value in batch.items()}, use_cache=False)
             except Noted:
                 continue
     return text
@@ -229,29 +238,51 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 @torch.no_grad()
 def through(text: Text, index: int, block: nn.Module, *, advance: bool) -> None:
-    """Run the text through block `index`; with `advance`, what comes out is what the next block reads.
-
-    The block may lie on another device than the text: each batch goes there and comes back.
-    """
-    device = next(block.parameters()).device
+    """Run the text through block `index`; with `advance`, what comes out is what the next block reads."""
     for number, hidden in enumerate(text.hidden):
-        args, kwargs = _to(text.calls[number][index], device)
         try:
-            out = block(hidden.to(device), *args, **kwargs)
+            out = put_out(block, hidden, text.calls[number][index])
         except Noted:
             continue
         if advance:
-            text.hidden[number] = (out[0] if isinstance(out, tuple | list) else out).to(hidden.device)
+            text.hidden[number] = out
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+def put_out(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """What a block makes of a hidden state. It may lie on another device: the state goes there and comes back."""
+    device = next(block.parameters()).device
+    args, kwargs = each(call, lambda tensor: tensor.to(device))
+    out = block(hidden.to(device), *args, **kwargs)
+    return (out[0] if isinstance(out, tuple | list) else out).to(hidden.device)
+
+
+def each(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """What blocks are told, with every tensor in it changed, or everything of another kind."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(each(item, change, kind) for item in value)
     if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
+        return {name: each(item, change, kind) for name, item in value.items()}
     return value
+
+
+@contextmanager
+def leaving(model: PreTrainedModel, kinds: Sequence[int | None], hidden: Tensor) -> Iterator[None]:
+    """While open, no block runs, and the last puts out this hidden state: what a batch has become on its way."""
+    blocks = list(anatomy.blocks(model))
+
+    def at(index: int) -> Callable[..., Any]:
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            read = _split(args, kwargs)[0]
+            return _as(kinds[index], hidden.to(read.device) if index == len(blocks) - 1 else read)
+
+        return hand_on
+
+    with ExitStack() as restore:
+        for index, block in enumerate(blocks):
+            anatomy.replace_forward(restore, block, at(index))
+        yield
 
 
 def inputs_of(
@@ -466,34 +497,18 @@ def by_input(
 @torch.no_grad()
 def head_inputs(model: PreTrainedModel, text: Text, *, hessian: bool) -> Inputs:
     """What the head reads of text that has gone through all blocks."""
-    blocks, head = list(anatomy.blocks(model)), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     width, device = anatomy.weight(head).shape[1], anatomy.weight(head).device
     inputs = Inputs.none(width, device, hessian=hessian)
 
-    def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.add(args[0])
+    def observe(_: int, x: Tensor) -> None:
+        inputs.add(x)
         raise Noted  # its product, a score for every word, is not needed
 
-    with ExitStack() as restore:
-        waiting = iter(text.hidden)
-        for index, block in enumerate(blocks):
-            last = index == len(blocks) - 1
-            anatomy.replace_forward(
-                restore,
-                block,
-                lambda *args, last=last, kind=text.kinds[index], **kwargs: _as(
-                    kind,
-                    next(waiting).to(args[0].device if args else kwargs["hidden_states"].device)
-                    if last
-                    else _split(args, kwargs)[0],
-                ),
-            )
-        restore.callback(head.register_forward_pre_hook(observe).remove)
+    with inputs_observed([head], observe):
         for hidden in text.hidden:
-            try:
+            with leaving(model, text.kinds, hidden), suppress(Noted):
                 model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=device), use_cache=False)
-            except Noted:
-                continue
     return inputs
 
 

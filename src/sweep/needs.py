@@ -1,8 +1,8 @@
 """What memory a cell needs, told from its configuration alone: parameters, bytes, and the peak of each of its stages.
 
 The shapes of its tensors stand in the headers of its files, or follow from its configuration; what a stage holds beside them
-follows from what These are estimates, within a fifth of what was measured of Llamas, for one purpose: a cell that cannot fit is refused
-before anything is loaded, with the setting that would make it fit.
+follows from what it reads and keeps. These are estimates, within a fifth of what was measured of Llamas, for one purpose: a
+cell that cannot fit is refused before anything is loaded, with the setting that would make it fit.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from sweep import cache, config, cost, execution, identity, machine, saving, tur
 from sweep.config import Calibration, Cell
 from sweep.formats.grid import Grid
 from sweep.locks import working_seconds
-from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality
+from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality, reading
 from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
 from sweep.models import loading, requirements, runtimes
@@ -270,8 +270,12 @@ def _quality(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(columns, the value of every evaluated example); `asked` receives the requests whose answers were written."""
     distributions = divergence.of_dense(cell)
-    columns, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions, asked)
-    found, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, cell.benchmarks.batch_size)
+    reads = bool(cell.benchmarks.tasks or cell.perplexity.source)
+    read, columns = reading.of(model) if reads else (reading.whole, {})
+    found, samples = quality.evaluate(model, tokenizer, cell.benchmarks, cell.data_root, distributions, asked, read)
+    columns |= found
+    batch_size = cell.benchmarks.batch_size
+    found, windows = perplexity.measure(model, tokenizer, cell.perplexity, cell.data_root, batch_size, read)
     columns |= found
     if cell.method.family in ("dense", "vocab"):  # the others leave the rows of all tokens as they are
         columns |= quality.rows_by_band(before.token_rows, before.tokenizer, tokenizer)

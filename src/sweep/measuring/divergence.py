@@ -67,11 +67,12 @@ def of_dense(cell: Cell) -> Distributions | None:
 def _measure(cell: Cell, folder: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from sweep.measuring import scorer
+    from sweep.measuring import reading, scorer
     from sweep.models import loading
 
     model, tokenizer = loading.load(cell.model, cell.dtype, cell.device)
-    lm = scorer.Scorer(model, tokenizer, cell.benchmarks.batch_size, cell.benchmarks.max_length)
+    read, _ = reading.of(model)
+    lm = scorer.Scorer(model, tokenizer, cell.benchmarks.batch_size, cell.benchmarks.max_length, read)
     lm.top = TOP
     pages = [document["page"] for document in embedded.pydoc_documents()][: cell.benchmarks.limit]
     lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (page,), i) for i, page in enumerate(pages)])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from sweep.config import Model, Perplexity
 from sweep.measuring import positions, words
@@ -24,6 +25,8 @@ from sweep.texts import corpora, text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sweep.measuring.reading import Reading
 
 _C4_WINDOWS = 256  # as SparseGPT and Wanda take them
 
@@ -65,27 +68,20 @@ def measure(
     settings: Perplexity,
     data_root: str | None,
     batch_size: int,
+    read: Reading | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(columns of the row, the mean loss of every window as samples); both empty where none is asked for.
 
+    read  how the model reads the windows; None = each batch of them from end to end
     Raises RequestError when the text fills no window. A loss that is no number is recorded, with a warning.
     """
     if settings.source is None:
         return {}, pd.DataFrame()
-    from sweep.measuring import scorer
+    from sweep.measuring import reading, scorer
     from sweep.models import token_ids
 
-    stream = token_ids.stream(tokenizer, joined(settings.source, data_root))
-    count = len(stream) // settings.seqlen
-    if settings.source == "c4":
-        count = min(count, _C4_WINDOWS)
-    if not count:
-        raise RequestError(
-            f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
-            f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text"
-        )
-    count = min(count, settings.windows or count)
-    windows = np.array(stream[: count * settings.seqlen]).reshape(count, settings.seqlen)
+    windows = _windows(settings, tokenizer, data_root)
+    count = len(windows)
     told = ~np.isin(windows[:, 1:], token_ids.special(tokenizer))
     rows = token_ids.Rows.of(tokenizer, token_ids.embedded(model))
     scored = scorer.score(
@@ -94,6 +90,7 @@ def measure(
         batch_size * scorer.TOKENS_PER_ROW,
         widest=0,
         rows=rows,
+        read=read or reading.whole,
     )
     losses = np.array(
         [-scores.log_probs[here].mean(dtype=np.float64) for scores, here in zip(scored, told, strict=True)]
@@ -117,3 +114,21 @@ def measure(
             corpora.EVALUATED[settings.source].join if settings.source in corpora.EVALUATED else ""
         ),
     }, samples
+
+
+def _windows(settings: Perplexity, tokenizer: PreTrainedTokenizerBase, data_root: str | None) -> NDArray[np.int64]:
+    """(windows, seqlen) the tokens of the text. Raises RequestError where they fill no window."""
+    from sweep.models import token_ids
+
+    assert settings.source is not None
+    stream = token_ids.stream(tokenizer, joined(settings.source, data_root))
+    count = len(stream) // settings.seqlen
+    if settings.source == "c4":
+        count = min(count, _C4_WINDOWS)
+    if not count:
+        raise RequestError(
+            f"perplexity.source={settings.source} has {len(stream)} tokens, which fill no window of "
+            f"perplexity.seqlen={settings.seqlen}: lower it, or give a longer text"
+        )
+    count = min(count, settings.windows or count)
+    return np.array(stream[: count * settings.seqlen]).reshape(count, settings.seqlen)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sweep.measuring.divergence import Distributions
+    from sweep.measuring.reading import Reading
 
 _SPREAD = ("perplexity", "weighted_perplexity", "bits_per_byte")  # lm-eval's aggregations of log-likelihoods
 _ROWS_AT_ONCE = 8192  # of an embedding, in float32
@@ -39,12 +40,14 @@ def evaluate(
     data_root: str | None,
     dense: Distributions | None = None,
     asked: dict[str, list[tuple[Any, ...]]] | None = None,
+    read: Reading | None = None,
 ) -> tuple[dict[str, Any], Samples]:
     """(columns of the row, the outcome of every example).
 
     Columns are `task/metric` and `task/metric_stderr`, with `,FILTER` behind where a task filters answers by a named
     filter, and `higher_is_better`, what lm-eval says of its metrics. NaN and infinite metrics are kept, with a warning.
     asked  receives, of each task whose answers are written, the arguments of its documents' first requests
+    read   how the model reads what is scored; None = each batch of it from end to end
     Raises RequestError when a task's data cannot be found.
     """
     if not settings.tasks:
@@ -52,6 +55,7 @@ def evaluate(
     import lm_eval
     import torch
 
+    from sweep.measuring import reading
     from sweep.measuring.scorer import Scorer
 
     tasks = catalogue.load(settings, data_root)
@@ -59,7 +63,7 @@ def evaluate(
         task.set_config(key="num_fewshot", value=catalogue.shots(task, settings))
         task.set_fewshot_seed(settings.fewshot_seed)
     torch.manual_seed(1234)  # of answers that are drawn; lm-eval's own
-    lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length)
+    lm = Scorer(model, tokenizer, settings.batch_size, settings.max_length, read or reading.whole)
     if dense is not None:
         lm.ids = dense.ids
     with lm_eval_private.alone_and_silent(), lm_eval_private.overflow_is_infinite():
@@ -83,14 +87,18 @@ def evaluate(
         metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
         for example, outcome in zip(examples, outcomes, strict=True):
             rows += [(name, str(example["doc_id"]), metric, value) for metric, value in outcome.items()]
+    _warn_of_no_numbers(metrics)
+    return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
+
+
+def _warn_of_no_numbers(metrics: Mapping[str, float | None]) -> None:
     strange = [
         f"{column} is {number}"
         for column, number in metrics.items()
         if number is not None and not math.isfinite(number) and not re.search("_stderr$|_band_", column)
     ]
     if strange:
-        warnings.warn(", ".join(strange), stacklevel=2)
-    return metrics | {"higher_is_better": json.dumps(better, sort_keys=True)}, _frame(rows)
+        warnings.warn(", ".join(strange), stacklevel=3)
 
 
 def _as_reported(results: Mapping[str, Any]) -> tuple[dict[str, float | None], dict[str, bool]]:

@@ -16,6 +16,7 @@ Shapes: B rows (trees) in a batch, L tokens in the longest, K scored positions, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -31,10 +32,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models import utils as requested
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sweep.measuring import generation
+from sweep.measuring import generation, reading
+from sweep.measuring.reading import Reading
 from sweep.models import cut_tokenizer, token_ids
 from sweep.models.logits import Tail
 from sweep.models.token_ids import Rows
@@ -148,6 +149,7 @@ def score(
     top: int = 0,
     ids: Sequence[np.ndarray] | None = None,
     alternatives: list[Alternatives] | None = None,
+    read: Reading = reading.whole,
 ) -> list[Scores]:
     """The scores of each request, in order.
 
@@ -156,9 +158,10 @@ def score(
     rows    of a vocabulary that may have been pruned; None = it was not
     top     also the likeliest so many tokens at each scored position, appended to `alternatives` request by request
     ids     also these tokens, (T, k) for each request, appended to `alternatives`
+    read    how the model reads the batches
     """
     tail = Tail(model)
-    widest = widest_tree(model) if widest is None else widest
+    widest = widest_tree(model, read) if widest is None else widest
     inputs = [tuple(tokens[:-1]) for tokens, _ in requests]
     ends: dict[tuple[int, ...], list[int]] = {}  # requests by input
     for i, tokens in enumerate(inputs):
@@ -166,7 +169,8 @@ def score(
     found: dict[int, Scores] = {}
     beside: dict[int, Alternatives] = {}
     planned = list(batches(forest(inputs, widest), budget))
-    for batch in tqdm(planned, desc="evaluating", unit="batch", leave=False):
+    given = [functools.partial(_arguments, batch, model) for batch in planned]
+    for batch, states in zip(planned, read(tail, given), strict=True):
         wanted = [
             (row, node, requests[i][0][len(path) - count + 1 + j], i)
             for row, tree in enumerate(batch)
@@ -183,7 +187,7 @@ def score(
         cuts = np.flatnonzero(np.diff(owner)) + 1
         owners = [int(i) for i in owner[[0, *cuts]]]
         asked = None if ids is None else torch.from_numpy(np.concatenate([ids[i] for i in owners]))
-        scores, others = _read(tail, _states(tail, batch, positions), at, targets, rows, top, asked)
+        scores, others = _read(tail, _at(states, positions), at, targets, rows, top, asked)
         for i, a, b in zip(owners, np.split(scores.log_probs, cuts), np.split(scores.greedy, cuts), strict=True):
             found[i] = Scores(a, b)
         if others is not None:
@@ -227,11 +231,10 @@ def _read(
     return Scores(log_probs.numpy(), greedy.numpy()), others
 
 
-def _states(tail: Tail, batch: Sequence[Tree], positions: Sequence[tuple[int, int]]) -> Tensor:
-    """What the model's head gets, (K, d), at these (row, node) positions."""
-    device = tail.model.device
-    rows, nodes = (torch.tensor(places, device=device) for places in zip(*positions, strict=True))
-    return tail.states(**_arguments(batch, tail.model))[rows, nodes]
+def _at(states: Tensor, positions: Sequence[tuple[int, int]]) -> Tensor:
+    """(K, d) of the states (B, L, d) those at these (row, node) positions."""
+    rows, nodes = (torch.tensor(places, device=states.device) for places in zip(*positions, strict=True))
+    return states[rows, nodes]
 
 
 def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -261,7 +264,7 @@ def _arguments(batch: Sequence[Tree], model: PreTrainedModel) -> dict[str, Tenso
 
 
 @torch.inference_mode()
-def widest_tree(model: PreTrainedModel) -> int:
+def widest_tree(model: PreTrainedModel, read: Reading = reading.whole) -> int:
     """Tokens of the widest tree whose tokens the model gives what it gives each path alone; 0 when it reads no trees.
 
     It must take a mask and positions from outside, and within the tree look at all earlier tokens. Whether it does is
@@ -289,8 +292,9 @@ def widest_tree(model: PreTrainedModel) -> int:
         for batch in (trees, chains)
     ]
     tail = Tail(model)
+    given = [functools.partial(_arguments, batch, model) for batch in (trees, chains)]
     together, apart = (
-        tail.logits(_states(tail, batch, end)).float() for batch, end in zip((trees, chains), ends, strict=True)
+        tail.logits(_at(states, end)).float() for states, end in zip(read(tail, given), ends, strict=True)
     )
     gaps = (together - apart).norm(dim=-1) / apart.norm(dim=-1)
     alike = gaps.median() < 0.5 * torch.finfo(model.dtype).eps ** 0.5
@@ -310,11 +314,19 @@ class Scorer(HFLM):
     answers  every answer so far, by its request's arguments: a prompt may have been answered several times
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, max_length: int | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        batch_size: int,
+        max_length: int | None,
+        read: Reading = reading.whole,
+    ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
         )
         self.budget = batch_size * TOKENS_PER_ROW
+        self.read = read
         self.whole = cut_tokenizer.original(tokenizer)  # all ids here are its
         self.rows = token_ids.Rows.of(tokenizer, token_ids.embedded(model))
         self.prefix = int(self.whole.eos_token_id if self.whole.bos_token_id is None else self.whole.bos_token_id)
@@ -374,7 +386,7 @@ class Scorer(HFLM):
                     f"scored: {continuation[:80]!r}"
                 )
             asked.append((self.rows((context + ids)[-(self.max_length + 1) :]).tolist(), len(ids)))
-        found = score(self.model, asked, self.budget, rows=self.rows)
+        found = score(self.model, asked, self.budget, rows=self.rows, read=self.read)
         own = slice(len(encoded) - len(arguments), None)
         for argument, (_, ids), scores in zip(arguments, encoded[own], found[own], strict=True):
             self.texts[argument] = self._text(ids, scores)
@@ -455,7 +467,7 @@ class Scorer(HFLM):
         """The scores of windows of texts; where `wanted`, what is asked of their positions goes into `alternatives`."""
         requests = [window for _, window in windows]
         if not wanted:
-            return score(self.model, requests, self.budget, rows=self.rows)
+            return score(self.model, requests, self.budget, rows=self.rows, read=self.read)
         ids, done = [], dict.fromkeys([i for i, _ in windows], 0)
         for i, (_, count) in windows:
             ids.append(self.rows(self.ids[texts[i]][done[i] : done[i] + count]) if self.ids else np.zeros(0))
@@ -469,6 +481,7 @@ class Scorer(HFLM):
             top=self.top,
             ids=ids if self.ids else None,
             alternatives=found,
+            read=self.read,
         )
         for i in done:
             mine = [others for (j, _), others in zip(windows, found, strict=True) if j == i]

@@ -491,6 +491,16 @@ COLUMNS = _by_name(  # of the schema, in its order
         "what ran the models while they were timed: `eager`, as transformers does, or `compiled`, with a cache of fixed size",
     ),
     Column("engine_fallback", _TEXT, ORIGIN, "why it was not the engine that efficiency.engine asked for; else null"),
+    Column(
+        "evaluated_by",
+        _TEXT,
+        ORIGIN,
+        "how the model read what was scored: `batches`, each from end to end, or all `blocks` one after the other, so that "
+        "weights that do not lie in memory are read once a benchmark; the numbers are the same",
+    ),
+    Column(
+        "evaluated_by_fallback", _TEXT, ORIGIN, "why it was not by blocks where weights do not lie in memory; else null"
+    ),
     Column("recovery", _TEXT, ASKED, "how what pruning has left was trained after it; `none` where it was not"),
     Column("recovery_tokens", _INT, COUNTED, "tokens that recovery read, each as often as it was read"),
     Column("recovery_steps", _INT, COUNTED, "steps of recovery: of the optimiser, or of the solver over all matrices"),
