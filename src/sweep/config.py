@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from sweep import sources
 from sweep.formats.declared import FORMATS, SHRUNK, ExecutionName, Format, KernelName, Left
-from sweep.pruning import criteria, families
+from sweep.pruning import families
 from sweep.pruning.families import FAMILIES, SHRINKING, Dense, Method
 from sweep.quantization import forms
 from sweep.quantization.forms import Quantize
@@ -157,7 +157,7 @@ class Cell(Named):
 
     def label(self) -> str:
         """The words by which a person recognises the cell in a list."""
-        criterion = criteria.shown(getattr(self.method, "criterion", None))
+        criterion = families.criterion_shown(self.method)
         words = [self.method.family, criterion, f"{self.sparsity:g}" if criterion else None]
         words += [str(getattr(self, stage.group)) for stage in self.stages() if stage.group != "method"]
         read = self.calibration and self.calibration.source

@@ -10,7 +10,7 @@ from sweep import versions
 from sweep.config import Cell
 from sweep.measuring import catalogue, perplexity
 from sweep.models import origin
-from sweep.pruning import families
+from sweep.pruning import families, recipe
 from sweep.settings import stated
 from sweep.texts import text
 
@@ -29,6 +29,7 @@ FINGERPRINTED = {
     "benchmarks.fewshot_seed": "with each task that shows examples",
     "benchmarks.unsafe_code": "a permission; what runs without it runs the same with it",
     "perplexity.source": "by its text",
+    "method.replay": "by what the recipe holds",
     "execution.saved": "how a saved model is stored: what is measured is the same",
     "calibration.source": "by its text",
     "calibration.subset": "by its text",
@@ -59,6 +60,8 @@ def data_fingerprints(cell: Cell) -> dict[str, str]:
     criterion = families.criterion_of(cell.method)
     if criterion is not None and criterion.source is not None:
         found[CRITERION] = criterion.source.fingerprint
+    if (file := getattr(cell.method, "replay", None)) is not None:
+        found["method.replay"] = recipe.fingerprint(file)
     if cell.calibration is not None:
         found["calibration"] = text.calibration_fingerprint(cell.calibration, cell.data_root)
     if (recovery := text.of_recovery(cell)) is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from sweep import identity, machine, versions
 from sweep.config import Cell
 from sweep.models import origin
-from sweep.pruning import criteria
+from sweep.pruning import families
 from sweep.settings import plain
 
 
@@ -19,7 +19,7 @@ def columns(cell: Cell, command: str) -> dict[str, Any]:
         "cell": identity.cell_name(cell),
         "model": cell.model.name,
         "method": cell.method.family,
-        "criterion": criteria.shown(getattr(cell.method, "criterion", None)),
+        "criterion": families.criterion_shown(cell.method),
         "sparsity": cell.sparsity,
         "seed": cell.seed,
         "recovery": cell.recover.name,

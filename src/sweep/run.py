@@ -25,16 +25,17 @@ from sweep.locks import working_seconds
 from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality, reading
 from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
-from sweep.models import loading, requirements, runtimes
+from sweep.models import loading, origin, requirements, runtimes
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
+from sweep.pruning.recipe import Recipe
 from sweep.quantization import forms, quantise
 from sweep.recovery import recover
 from sweep.settings import RequestError, plain
 from sweep.shared_statistics import SharedStatistics
 from sweep.texts import text, written
 
-Tables = dict[str, pd.DataFrame]
+Tables = dict[str, pd.DataFrame | bytes]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Known:
     recovery: tuple[Tensor, Tensor] | None = None  # likewise, what recovery is trained on and what it is told by
     masks: Masks = field(default_factory=Masks)  # of weights that earlier stages have removed, and that stay so
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of matrices that earlier stages have quantised, by name
+    recipe: Recipe | None = None  # of what earlier stages have removed
     memo: sharing.Memo = (
         sharing.unshared
     )  # where statistics of the model come from, while it is the one that was loaded
@@ -63,6 +65,8 @@ class Done(Protocol):
     def masks(self) -> Masks | None: ...  # of the weights that it has removed; None where it has removed none
     @property
     def grids(self) -> Mapping[str, Grid]: ...  # of the matrices that it has quantised
+    @property
+    def recipe(self) -> Recipe | None: ...  # with which it would remove the same again; None where it has removed none
     @property
     def columns(self) -> Mapping[str, Any]: ...  # of the row
     @property
@@ -136,17 +140,19 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     if saves_plain:
         row |= _loads_in(model, tokenizer)
     if save_model is not None and saves_plain:
-        _save(cell, model, tokenizer, before, save_model, command)
+        _save(cell, model, known, before, save_model, command)
     model, row["kernel"] = execution.prepare(model, cell.execution, known.grids)
 
     held = counting.stock(model)
     row |= counting.coded(held, known.grids, model.dtype.itemsize, forms.scale_bits(cell.quantize))
     row |= counting.size(held) | counting.removed(before.stock, held, before.targets)
     tables["layers"] = counting.matrices(before.stock, held)
+    if cell.method.removes_units and (removed := _recipe(cell, known.recipe)) is not None:
+        tables["recipes"] = removed  # of weights it is as large as an eighth of a byte a weight: in checkpoints alone
     if not saves_plain and cell.execution.format.saves:
         row |= _loads_in(model, tokenizer)
     if save_model is not None and not saves_plain:
-        _save(cell, model, tokenizer, before, save_model, command)
+        _save(cell, model, known, before, save_model, command)
 
     row |= _memory(cell, model, generates=can_generate)
     asked: dict[str, Any] = {}
@@ -207,6 +213,7 @@ def changed(cell: Cell, model: PreTrainedModel, known: Known) -> tuple[Known, di
             tokenizer=done.tokenizer or known.tokenizer,
             masks=done.masks or known.masks,
             grids={**known.grids, **done.grids},
+            recipe=done.recipe or known.recipe,
         )
     return known, columns, tables
 
@@ -235,7 +242,7 @@ class Before:
         return {"sparsity_units": (self.units - methods.count_units(model, cell.method)[0]) / self.removable}
 
 
-def _save(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before, folder: str, command: str | None) -> None:
+def _save(cell: Cell, model: PreTrainedModel, known: Known, before: Before, folder: str, command: str | None) -> None:
     """Save the model as it is now, with a card that says how it came about."""
     asked = plain(cell)
     facts = {name: asked[name] for name in ("method", "sparsity", "dtype", "seed", "calibration", "execution")}
@@ -243,7 +250,15 @@ def _save(cell: Cell, model: PreTrainedModel, tokenizer: Any, before: Before, fo
     facts |= {"model": cell.model.name, "command": command, "cell": identity.cell_name(cell)}
     removed = counting.removed(before.stock, counting.stock(model), before.targets)
     facts |= {name: removed[name] for name in ("sparsity_achieved", "sparsity_all_parameters")}
-    saving.save(model, tokenizer, folder, facts)
+    saving.save(model, known.tokenizer, folder, facts, _recipe(cell, known.recipe))
+
+
+def _recipe(cell: Cell, of: Recipe | None) -> bytes | None:
+    """The file of what was removed, which says of which model."""
+    if of is None:
+        return None
+    name, fingerprint = cell.model.name, origin.fingerprint(cell.model)
+    return of.to_bytes({"model": name, "fingerprint": fingerprint, "cell": identity.cell_name(cell)})
 
 
 def _loads_in(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:

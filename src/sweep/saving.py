@@ -23,6 +23,7 @@ from sweep import __version__, cache, store
 from sweep.config import Execution, Model
 from sweep.formats.declared import DENSE
 from sweep.models import origin
+from sweep.pruning import recipe
 from sweep.settings import RequestError
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     facts: Mapping[str, Any] | None = None,
+    removed: bytes | None = None,
 ) -> None:
     """Write model, tokenizer and card to `folder`, in place of the same cell's earlier model.
 
-    facts  what the card states: see `card`; and `cell`, the name of the cell, where it is of one
+    facts    what the card states: see `card`; and `cell`, the name of the cell, where it is of one
+    removed  the recipe of what was removed, which `method.replay` reads, or None
     Raises RequestError when the folder holds anything else.
     """
     facts = facts or {}
@@ -61,6 +64,8 @@ def save(
         checkpoint.write(model, tokenizer, half)
         facts = {**facts, "loads_in": runtimes.loads_in(model, tokenizer)}
         (half / "README.md").write_text(card(facts), encoding="utf-8")
+        if removed is not None:
+            (half / recipe.FILE).write_bytes(removed)
         (half / _SAVED).write_text(json.dumps({"cell": facts.get("cell"), "files": _files(half)}))
         half.chmod(0o755)  # mkdtemp makes it the owner's alone
         if path.exists():
@@ -151,7 +156,9 @@ def guarded(model: Model, results: str) -> dict[str, Path]:
     if model.source == "gguf":
         found["the file that the model comes from"] = origin.gguf_file(model)
     if "://" not in results:
-        found |= {f"the results' folder {name}": Path(results) / name for name in (*store.TABLES, *_RESULTS)}
+        found |= {
+            f"the results' folder {name}": Path(results) / name for name in (*store.TABLES, store.RECIPES, *_RESULTS)
+        }
     return found
 
 

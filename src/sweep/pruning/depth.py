@@ -71,14 +71,7 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) 
     """
     criterion = criteria.find(method.criterion, method.of)
     generator = torch.Generator().manual_seed(given.seed)
-    if (times := anatomy.most_runs(model)) > 1:
-        raise RequestError(
-            f"method=layer: a text goes {times} times through blocks of {type(model).__name__}, so that what is left of them "
-            "would be counted anew in each round: use +method=weight"
-        )
-    before = units(model, method)
-    if not before:
-        raise RequestError(f"method.unit={method.unit}: no block of {type(model).__name__} has one, use another unit")
+    before = _found(model, method)
     every = [(unit.block, unit.place) for unit in before]
     sizes = {number: _size(model, unit) for number, unit in zip(every, before, strict=True)}
     candidates = [number for number in every if method.blocks is None or number[0] in method.blocks]
@@ -107,10 +100,7 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) 
         left = [number for place, number in enumerate(left) if place not in gone]
     targets = sum(sizes[number] for number in candidates)
     removed = targets - sum(sizes[number] for number in candidates if number in left)
-    if _whole(model) != whole - removed:
-        raise RuntimeError(
-            f"the blocks that are left have {_whole(model)} parameters, and {whole - removed} are expected"
-        )
+    _check_left(model, whole - removed)
     lost = np.array([number for number in every if number not in set(left)], dtype=np.int64).reshape(-1, 2)
     return Pruned(
         targets=targets,
@@ -120,6 +110,39 @@ def prune(model: PreTrainedModel, method: Layer, sparsity: float, given: Given) 
         gone=lost[:, 0] if method.unit == "block" else lost,
         measured=drop.latest(tables),
     )
+
+
+def replay(model: PreTrainedModel, method: Layer, gone: np.ndarray) -> Pruned:
+    """Remove the units of these numbers in place.
+
+    gone  (n,) of blocks; of sublayers (n, 2), block and place of each
+    """
+    before = _found(model, method)
+    lost = {(int(block), 0) for block in gone} if method.unit == "block" else {tuple(pair) for pair in gone.tolist()}
+    may_go = [unit for unit in before if method.blocks is None or unit.block in method.blocks]
+    places = {place for place, unit in enumerate(before) if (unit.block, unit.place) in lost}
+    targets, removed = sum(_size(model, unit) for unit in may_go), sum(_size(model, before[place]) for place in places)
+    whole = _whole(model)
+    _remove(model, method, before, places)
+    _check_left(model, whole - removed)
+    return Pruned(targets=targets, removed=removed, units=len(may_go), gone=gone)
+
+
+def _found(model: PreTrainedModel, method: Layer) -> list[Unit]:
+    """The units of a model that can lose some. Raises RequestError."""
+    if (times := anatomy.most_runs(model)) > 1:
+        raise RequestError(
+            f"method=layer: a text goes {times} times through blocks of {type(model).__name__}, so that what is left of them "
+            "would be counted anew in each round: use +method=weight"
+        )
+    if not (found := units(model, method)):
+        raise RequestError(f"method.unit={method.unit}: no block of {type(model).__name__} has one, use another unit")
+    return found
+
+
+def _check_left(model: PreTrainedModel, expected: int) -> None:
+    if _whole(model) != expected:
+        raise RuntimeError(f"the blocks that are left have {_whole(model)} parameters, and {expected} are expected")
 
 
 def _keep(

@@ -55,18 +55,8 @@ def prune(model: PreTrainedModel, method: Expert, sparsity: float, given: Given)
         scores = [_score(criterion, m, s, generator) for m, s in zip(mixtures, seen, strict=True)]
     keeps = choose(mixtures, scores, method, sparsity)
     unreached = _unreached(mixtures, seen)
-    expected = sum(m.weights * int(keep.sum()) // m.number for m, keep in zip(mixtures, keeps, strict=True))
-    for mixture, keep, sums in zip(mixtures, keeps, seen, strict=True):
-        if criterion.compensates:
-            surgery.replace_experts(mixture, keep, sums["output_sum"] / sums["counts"].clamp_min(1)[:, None])
-        else:
-            surgery.remove_experts(mixture, keep)
-    remaining = sum(mixture.weights for mixture in mixtures)
-    if remaining != expected:
-        raise RuntimeError(f"removal of experts left {remaining} weights, {expected} expected")
-    before, now = set(sizes) | {m.number for m in every if m not in mixtures}, {m.number for m in every}
-    if len(before) == len(now) == 1 and not criterion.compensates:
-        experts.describe(model, *before, *now)
+    means = [s["output_sum"] / s["counts"].clamp_min(1)[:, None] for s in seen] if criterion.compensates else None
+    remaining = _remove(model, every, mixtures, keeps, means)
     return Pruned(
         targets=weights,
         removed=weights - remaining,
@@ -83,6 +73,57 @@ def prune(model: PreTrainedModel, method: Expert, sparsity: float, given: Given)
         measured=measured,
         unreached=unreached,
     )
+
+
+def replay(model: PreTrainedModel, method: Expert, gone: np.ndarray) -> Pruned:
+    """Remove the experts of these numbers in place, with their logits.
+
+    gone  (n, 2) block and number of each
+    Raises RequestError where that leaves a block fewer experts than a token of this model takes.
+    """
+    every = experts.find(model)
+    mixtures = chosen(every, method)
+    weights, units = sum(m.weights for m in mixtures), sum(mixture.number for mixture in mixtures)
+    keeps = [torch.ones(mixture.number, dtype=torch.bool) for mixture in mixtures]
+    for mixture, keep in zip(mixtures, keeps, strict=True):
+        keep[gone[gone[:, 0] == mixture.block, 1]] = False
+        if keep.sum() < mixture.least:
+            raise RequestError(
+                f"method.replay leaves block {mixture.block} {int(keep.sum())} of {mixture.number} experts, and a token takes "
+                f"{mixture.taken}, so that {mixture.least} are needed: use a recipe of a lower sparsity"
+            )
+    try_all(mixtures, leaves_mean=False)
+    remaining = _remove(model, every, mixtures, keeps)
+    return Pruned(targets=weights, removed=weights - remaining, units=units, gone=gone)
+
+
+def _remove(
+    model: PreTrainedModel,
+    every: list[Mixture],
+    mixtures: list[Mixture],
+    keeps: list[Tensor],
+    means: list[Tensor] | None = None,
+) -> int:
+    """Remove what is not kept, and return how many weights are left of the experts.
+
+    every  mixtures of the model, of which some lose experts
+    means  of each mixture, (E, hidden), what stands in the place of an expert that goes; None = nothing, its logit goes too
+    Raises RuntimeError when another number of weights is left than the choice leaves.
+    """
+    before = {mixture.number for mixture in every}
+    expected = sum(m.weights * int(keep.sum()) // m.number for m, keep in zip(mixtures, keeps, strict=True))
+    for number, (mixture, keep) in enumerate(zip(mixtures, keeps, strict=True)):
+        if means is not None:
+            surgery.replace_experts(mixture, keep, means[number])
+        else:
+            surgery.remove_experts(mixture, keep)
+    remaining = sum(mixture.weights for mixture in mixtures)
+    if remaining != expected:
+        raise RuntimeError(f"removal of experts left {remaining} weights, {expected} expected")
+    now = {mixture.number for mixture in every}
+    if len(before) == len(now) == 1 and means is None:
+        experts.describe(model, *before, *now)
+    return remaining
 
 
 def chosen(mixtures: list[Mixture], method: Expert) -> list[Mixture]:

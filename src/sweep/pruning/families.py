@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
-from sweep.pruning import criteria
+from sweep.pruning import criteria, recipe
 from sweep.pruning.criteria import Criterion
-from sweep.settings import Named, RequestError, part, setting
+from sweep.settings import Named, RequestError, build, part, setting
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Weight(Named):
     outlier_range: float = setting(0.08, minimum=0)  # of allocation=owl: blocks' sparsities differ by twice this
     among_smallest: float = setting(1.0, minimum=0)  # of a matrix: only so many, smallest in magnitude, may go
     skip_lowest: float = setting(0.0, minimum=0)  # of a matrix: so many, lowest in score among these, stay
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
 Metric = Literal["loss", "perplexity", "accuracy", "precision", "recall", "f1"]
@@ -68,6 +69,7 @@ class Neuron(Named):
     group: int = setting(1, minimum=1)  # neurons that criterion=drop measures and removes together
     sparsity_of: Literal["parameters", "units"] = "parameters"
     blocks: tuple[int, ...] | None = None  # blocks that are pruned, from 0; None = all
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Head(Named):
     repair: bool = False
     sparsity_of: Literal["parameters", "units"] = "parameters"
     blocks: tuple[int, ...] | None = None
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Layer(Named):
     steps: int = setting(1, minimum=1)
     sparsity_of: Literal["parameters", "units"] = "parameters"
     blocks: tuple[int, ...] | None = None
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Vocab(Named):
     removes_units: ClassVar[bool] = True
     family: Literal["vocab"] = "vocab"
     criterion: str = setting("frequency", names=criteria.Names("token"), alias="importance")
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,11 @@ class Expert(Named):
     drop: Drop = part(Drop())
     scope: Literal["global", "layer"] = "layer"
     blocks: tuple[int, ...] | None = None
+    replay: str | None = None  # FILE of a recipe: what it says went goes, and nothing is chosen
 
 
-Method = Dense | Weight | Neuron | Head | Layer | Vocab | Expert
+Pruning = Weight | Neuron | Head | Layer | Vocab | Expert
+Method = Dense | Pruning
 
 FAMILIES: dict[str, type[Method]] = {
     kind().family: kind for kind in (Dense, Weight, Neuron, Head, Layer, Vocab, Expert)
@@ -128,8 +135,16 @@ SHRINKING = {name for name, kind in FAMILIES.items() if kind.removes_units}  # f
 
 
 def criterion_of(method: Method) -> Criterion | None:
-    """What declares the criterion of a method; None for the dense one, which has none."""
-    return None if isinstance(method, Dense) else criteria.find(method.criterion, method.of)
+    """What declares the criterion by which a method chooses; None for one that chooses nothing: dense, or of a recipe."""
+    return None if isinstance(method, Dense) or method.replay else criteria.find(method.criterion, method.of)
+
+
+def criterion_shown(method: Method) -> str | None:
+    """What the criterion is called in rows; of a recipe, which brings no corrected weights, as its replay."""
+    if isinstance(method, Dense):
+        return None
+    name = criteria.shown(method.criterion)
+    return f"replay of {name}" if method.replay else name
 
 
 def normalised(method: Method, sparsity: float) -> Method:
@@ -138,6 +153,8 @@ def normalised(method: Method, sparsity: float) -> Method:
     Raises RequestError for settings that contradict each other.
     """
     match method:
+        case Weight() | Neuron() | Head() | Layer() | Vocab() | Expert() if method.replay:
+            return _as_in_recipe(method, method.replay, sparsity)
         case Weight():
             return checked_weight(method, sparsity)
         case Neuron() if not measures_drops(method):
@@ -145,6 +162,31 @@ def normalised(method: Method, sparsity: float) -> Method:
         case Head() | Layer() | Expert() if not measures_drops(method):
             return replace(method, drop=Drop())
     return method
+
+
+def _as_in_recipe(method: Pruning, file: str, sparsity: float) -> Pruning:
+    """The settings with which a recipe was made, and the file. Raises RequestError where others were asked for."""
+    made = recipe.told(file)
+    told = dict(made["method"])
+    if told.get("family") != method.family:
+        raise RequestError(
+            f"method.replay={file} is of method={told.get('family')}, not of method={method.family}: name that"
+        )
+    if told["criterion"] not in criteria.Names(method.of):  # a package's, which is not installed here
+        told["criterion"] = method.criterion
+    theirs = replace(build(type(method), told, "method"), replay=file)
+    for f in fields(method):
+        ours, made_with = getattr(method, f.name), getattr(theirs, f.name)
+        if ours not in (f.default, made_with):
+            raise RequestError(
+                f"method.{f.name}={ours} contradicts method.replay={file}, made with {made_with}: leave it out"
+            )
+    if round(made["sparsity"], 6) != round(sparsity, 6):
+        raise RequestError(
+            f"method.replay={file} was made at sparsity={made['sparsity']:g}, and what it removes is another fraction than "
+            f"sparsity={sparsity:g}: set sparsity={made['sparsity']:g}"
+        )
+    return theirs
 
 
 def measures_drops(method: Method) -> bool:

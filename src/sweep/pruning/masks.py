@@ -30,6 +30,18 @@ class Masks(Mapping[str, Tensor]):
             masks[name] = weight != 0
         return masks
 
+    @classmethod
+    def of_packed(cls, packed: Mapping[str, tuple[np.ndarray, tuple[int, ...]]]) -> Masks:
+        """Of bits as `packed` gives them."""
+        masks = cls()
+        masks._packed = {name: (bits, torch.Size(shape)) for name, (bits, shape) in packed.items()}
+        return masks
+
+    @property
+    def packed(self) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+        """Of each matrix the bits, by numpy.packbits, and its shape."""
+        return {name: (bits, tuple(shape)) for name, (bits, shape) in self._packed.items()}
+
     def with_zeros(self, model: PreTrainedModel) -> Masks:
         """These, applied already, and of every other matrix that has zeros: what is zero is not kept, whoever zeroed it."""
         return Masks.of({name: weight for name, weight in matrices(model).items() if name in self or not weight.all()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweep.config import Cell
 from sweep.models import anatomy, token_ids
 from sweep.models import experts as mixtures
-from sweep.pruning import depth, experts, sharing, units, vocabulary, weights
+from sweep.pruning import depth, experts, recipe, sharing, units, vocabulary, weights
 from sweep.pruning.families import Dense, Expert, Head, Layer, Method, Neuron, Vocab, Weight
+from sweep.pruning.masks import Masks
 from sweep.pruning.pruned import Given, Pruned
+from sweep.pruning.recipe import Recipe
+from sweep.settings import plain
 from sweep.solver import Rounding, no_rounding
 
 
@@ -29,6 +32,7 @@ class Family:
     prune: Callable[[PreTrainedModel, Any, float, Given], Pruned]
     targets: Callable[[PreTrainedModel, Any], Iterable[Tensor]]  # what an unpruned model may lose
     units: Callable[[PreTrainedModel, Any], Sequence[int]] = lambda model, method: ()  # how many each block has
+    replay: Callable[[PreTrainedModel, Any, Recipe, Given], Pruned] | None = None  # removes what a recipe says
 
 
 def prune(
@@ -54,12 +58,24 @@ def prune(
     device     where a weight method works, one block at a time; None = where the model lies
     rounding   what quantises matrices in the pass that prunes them, for a criterion that reads it
     Raises RuntimeError when the removed count is not the requested one, RequestError when the text has a token that the
-    model has no row for.
+    model has no row for, and for a recipe of a model of another shape.
     """
     if tokens is not None and tokenizer is not None:
         token_ids.refuse(tokens[tokens >= token_ids.embedded(model)].cpu().numpy(), tokenizer)
     given = Given(tokens, seed, tokenizer, sequential, memo, device, rounding)
-    return WORK[type(method)].prune(model, method, sparsity, given)
+    family = WORK[type(method)]
+    if isinstance(method, Dense):
+        return family.prune(model, method, sparsity, given)
+    shapes, counts = _shapes(model, method), tuple(family.units(model, method))
+    if method.replay is None:
+        pruned = family.prune(model, method, sparsity, given)
+    else:
+        asked = recipe.read(method.replay)
+        asked.check(shapes, counts)
+        assert family.replay is not None
+        pruned = family.replay(model, method, asked, given)
+    settings = {name: value for name, value in plain(method).items() if name != "replay"}
+    return replace(pruned, recipe=Recipe(settings, sparsity, seed, shapes, counts, pruned.gone, pruned.masks.packed))
 
 
 def prune_as(
@@ -85,6 +101,12 @@ def prune_as(
         device=device,
         rounding=rounding,
     )
+
+
+def _shapes(model: PreTrainedModel, method: Method) -> dict[str, recipe.Shape]:
+    """Of what the method may remove, by name."""
+    tensors = anatomy.tensors(model)
+    return {name: tuple(tensors[name].shape) for name in sorted(targets(model, method))}
 
 
 def targets(model: PreTrainedModel, method: Method) -> frozenset[str]:
@@ -183,12 +205,35 @@ def _experts_of_blocks(model: PreTrainedModel, method: Expert) -> list[int]:
     return [numbers.get(block, 0) for block in range(len(anatomy.blocks(model)))]
 
 
+def _weights_again(model: PreTrainedModel, method: Weight, asked: Recipe, given: Given) -> Pruned:
+    return weights.replay(model, method, Masks.of_packed(asked.masks))
+
+
+def _units_again(model: PreTrainedModel, method: Neuron | Head, asked: Recipe, given: Given) -> Pruned:
+    return units.replay(model, method, asked.gone)
+
+
+def _layers_again(model: PreTrainedModel, method: Layer, asked: Recipe, given: Given) -> Pruned:
+    return depth.replay(model, method, asked.gone)
+
+
+def _experts_again(model: PreTrainedModel, method: Expert, asked: Recipe, given: Given) -> Pruned:
+    return experts.replay(model, method, asked.gone)
+
+
+def _tokens_again(model: PreTrainedModel, method: Vocab, asked: Recipe, given: Given) -> Pruned:
+    assert given.tokenizer is not None
+    return vocabulary.replay(model, given.tokenizer, asked.gone, given.seed)
+
+
 WORK: dict[type, Family] = {
     Dense: Family(_nothing, _matrices),
-    Weight: Family(_weights, lambda model, method: weights.targets(model, method).values()),
-    Neuron: Family(_units, _of_parts, units.counts),
-    Head: Family(_units, _of_parts, units.counts),
-    Layer: Family(depth.prune, _of_blocks, _of_each_block),
-    Expert: Family(experts.prune, _of_experts, _experts_of_blocks),
-    Vocab: Family(_tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)]),  # of no block
+    Weight: Family(_weights, lambda model, method: weights.targets(model, method).values(), replay=_weights_again),
+    Neuron: Family(_units, _of_parts, units.counts, _units_again),
+    Head: Family(_units, _of_parts, units.counts, _units_again),
+    Layer: Family(depth.prune, _of_blocks, _of_each_block, _layers_again),
+    Expert: Family(experts.prune, _of_experts, _experts_of_blocks, _experts_again),
+    Vocab: Family(  # of no block
+        _tokens, _rows, lambda model, method: [len(model.get_input_embeddings().weight)], _tokens_again
+    ),
 }

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from sweep.formats.grid import Grid
 from sweep.pruning import sharing
 from sweep.pruning.masks import Masks
+from sweep.pruning.recipe import Recipe
 from sweep.solver import Rounding, no_rounding
 
 
@@ -50,6 +51,7 @@ class Pruned:
     measured: pd.DataFrame | None = None  # criterion=drop: block and unit as numbered before, importance, measured
     unreached: int | None = None  # experts that no calibration token took
     damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal
+    recipe: Recipe | None = None  # with which `method.replay` removes the same again
 
     @property
     def sparsity(self) -> float:

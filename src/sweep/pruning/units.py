@@ -195,18 +195,41 @@ def prune(
         compensation = [s["activations"] if criterion.compensates else None for s in seen]
         cut(model, now, keeps, compensation, tokens if method.repair else None)
         now = [part.cut(keep) for part, keep in zip(now, keeps, strict=True)]
-    surgery.describe_shape(model, [part.of for part in before], [part.of for part in now])
-    remaining = sum(p.weights for p in now)
-    if remaining != expected:
-        raise RuntimeError(f"removal of units left {remaining} weights, {expected} expected")
+    removed = _finished(model, before, now, weights, expected)
     return Pruned(
         targets=weights,
-        removed=weights - remaining,
+        removed=removed,
         calibration_tokens=0 if tokens is None else tokens.numel(),
         units=units,
         gone=_gone([part.block for part in before], every, numbers),
         measured=drop.latest(tables),
     )
+
+
+def replay(model: PreTrainedModel, method: Neuron | Head, gone: np.ndarray) -> Pruned:
+    """Remove the units of these numbers in place.
+
+    gone  (n, 2) block and number of each
+    """
+    before = parts(model, method)
+    weights, units = sum(p.weights for p in before), sum(p.units for p in before)
+    of_block = {block: gone[gone[:, 0] == block, 1] for block in {part.block for part in before}}
+    pairs = zip(before, _numbered(before), strict=True)
+    keeps = [~torch.from_numpy(np.isin(numbers.numpy(), of_block[part.block])) for part, numbers in pairs]
+    expected = weights - sum(int((~keep).sum()) * p.weights_a_unit for p, keep in zip(before, keeps, strict=True))
+    cut(model, before, keeps, [None] * len(before), None)
+    now = [part.cut(keep) for part, keep in zip(before, keeps, strict=True)]
+    removed = _finished(model, before, now, weights, expected)
+    return Pruned(targets=weights, removed=removed, units=units, gone=gone)
+
+
+def _finished(model: PreTrainedModel, before: Sequence[Part], now: Sequence[Part], weights: int, expected: int) -> int:
+    """Have the configuration say what the parts are now; how many of the weights they lost. Raises RuntimeError."""
+    surgery.describe_shape(model, [part.of for part in before], [part.of for part in now])
+    remaining = sum(p.weights for p in now)
+    if remaining != expected:
+        raise RuntimeError(f"removal of units left {remaining} weights, {expected} expected")
+    return weights - remaining
 
 
 def _numbered(parts: Sequence[Part]) -> list[Tensor]:

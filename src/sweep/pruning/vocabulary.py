@@ -9,6 +9,7 @@ it stands for wherever a text is scored (scorer.py), so that losses can be compa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,7 @@ def prune(
     special tokens, and for a model that does something else than before with the tokens that stay.
     """
     size = model.get_input_embeddings().weight.shape[0]
-    unknown = cut_tokenizer.unknown_id(tokenizer, size)
-    protected = {i for i in (unknown, *tokenizer.all_special_ids) if i < size}
+    protected = _protected(tokenizer, size)
     gone = select.count(size, sparsity)
     if gone > size - len(protected):
         raise RequestError(
@@ -56,14 +56,39 @@ def prune(
         given["zipf"] = _zipf(tokenizer, size)
     scores = scoring.scored(criterion, given, (size,), "the tokens").double()
     scores[sorted(protected)] = torch.inf
-    kept = select.lowest(scores, gone).nonzero().squeeze(1)
+    pruned = _cut(model, tokenizer, select.lowest(scores, gone).nonzero().squeeze(1), seed)
+    return replace(pruned, calibration_tokens=0 if tokens is None else tokens.numel())
+
+
+def replay(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gone: np.ndarray, seed: int) -> Pruned:
+    """Remove the rows of these tokens, (n,), in place.
+
+    Raises RequestError where this tokenizer has special ones among them, and as `prune` does for what a model cannot lose.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if special := sorted(_protected(tokenizer, size) & set(gone.tolist())):
+        raise RequestError(
+            f"method.replay removes the tokens {special[:5]}, which are special ones of this tokenizer: use a recipe of a "
+            "model with the same tokenizer"
+        )
+    return _cut(model, tokenizer, torch.from_numpy(np.setdiff1d(np.arange(size), gone)), seed)
+
+
+def _protected(tokenizer: PreTrainedTokenizerBase, size: int) -> set[int]:
+    """The tokens that stay: what stands for the removed ones, and special ones."""
+    return {i for i in (cut_tokenizer.unknown_id(tokenizer, size), *tokenizer.all_special_ids) if i < size}
+
+
+def _cut(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Tensor, seed: int) -> Pruned:
+    """Remove all tokens but these."""
+    size = model.get_input_embeddings().weight.shape[0]
+    gone = size - len(kept)
     parameters = sum(p.numel() for p in model.parameters())
     _remove(model, kept, seed)
     removed = parameters - sum(p.numel() for p in model.parameters())
     return Pruned(
         targets=removed * size // gone if gone else size * model.get_input_embeddings().weight.shape[1],
         removed=removed,
-        calibration_tokens=0 if tokens is None else tokens.numel(),
         units=size,
         gone=np.setdiff1d(np.arange(size), kept.numpy()),
         tokenizer=cut_tokenizer.remapped(tokenizer, kept.tolist(), size),

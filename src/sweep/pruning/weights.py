@@ -141,6 +141,13 @@ def prune(
     )
 
 
+def replay(model: PreTrainedModel, method: Weight, masks: Masks) -> Pruned:
+    """Zero what masks of this model's matrices do not keep, in place."""
+    size = sum(weight.numel() for weight in targets(model, method).values())
+    masks.apply(model)
+    return Pruned(targets=size, removed=masks.count(), masks=masks)
+
+
 def targets(model: PreTrainedModel, method: Weight) -> Weights:
     """The matrices that a weight method prunes. Raises RequestError for what the model does not have or cannot meet."""
     kept = _everything(model, method)

@@ -99,7 +99,7 @@ def jointly(asked: Quantize, method: Method) -> bool:
 
 
 def _prunes_by_column(method: Method) -> bool:
-    return isinstance(method, Weight) and method.criterion == "sparsegpt"
+    return isinstance(method, Weight) and method.criterion == "sparsegpt" and not method.replay
 
 
 def reads_text(asked: Quantize) -> bool:

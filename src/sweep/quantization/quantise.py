@@ -46,6 +46,7 @@ class Quantised:
     damping: float | None = None  # the largest added to a Hessian, as a share of the mean of its diagonal
     tokenizer: None = None
     masks: None = None
+    recipe: None = None
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property

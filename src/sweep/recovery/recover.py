@@ -45,6 +45,7 @@ class Recovered:
     calibration_tokens: int = 0  # recovery has a text of its own
     tokenizer: None = None
     masks: None = None
+    recipe: None = None
     grids: Mapping[str, Grid] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from sweep.store.columns import COLUMNS, SCHEMA_VERSION
 from sweep.store.rows import (
+    RECIPES,
     TABLES,
     UNREADABLE,
     Where,
@@ -24,6 +25,7 @@ from sweep.store.rows import (
 
 __all__ = [
     "COLUMNS",
+    "RECIPES",
     "SCHEMA_VERSION",
     "TABLES",
     "UNREADABLE",

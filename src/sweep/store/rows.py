@@ -6,6 +6,7 @@
     latency/CELL.parquet        every timed repeat
     layers/CELL.parquet         one row a matrix of a block: its weights, and how many of them are zero or gone
     units/CELL.parquet          one row a unit whose drop was asked for: its importance, and whether it was measured
+    recipes/CELL.sweep          which units were removed: what method.replay=FILE reads
 
 Files appear whole, and the row is written last: where it stands, the rest stands too. pandas takes the columns of a
 folder from its first file, so `cells/0-schema.parquet`, which has no rows and sorts first, carries every column that
@@ -42,6 +43,7 @@ from sweep.store.storage import Folder
 log = logging.getLogger(__name__)
 
 TABLES = ("samples", "latency", "layers", "units")
+RECIPES = "recipes"
 UNREADABLE = "unreadable"  # the status of a cell whose file is no row of ours
 _SCHEMA_FILE = "0-schema.parquet"  # sorts before all others
 _COMPACT = "0-table-"
@@ -132,26 +134,28 @@ def merge(into: Where, *others: Where) -> dict[str, tuple[int, int]]:
     return taken
 
 
-def _tables(folder: Folder, cell: str) -> dict[str, pa.Table]:
-    """The tables of one cell."""
-    found = {}
+def _tables(folder: Folder, cell: str) -> dict[str, pa.Table | bytes]:
+    """The tables of one cell, and its recipe."""
+    found: dict[str, pa.Table | bytes] = {}
     for name in TABLES:
         with contextlib.suppress(FileNotFoundError):
             found[name] = pq.read_table(pa.BufferReader(folder.get(f"{name}/{cell}.parquet")))
+    with contextlib.suppress(FileNotFoundError):
+        found[RECIPES] = folder.get(f"{RECIPES}/{cell}.sweep")
     return found
 
 
 def write(
     results: Where,
     row: Mapping[str, Any],
-    tables: Mapping[str, pd.DataFrame | pa.Table],
+    tables: Mapping[str, pd.DataFrame | pa.Table | bytes],
     *,
     if_newer: bool = False,
 ) -> dict[str, Any] | None:
     """Write one cell: its tables first, its row last. A row of the same cell is replaced.
 
     row       `cell` and `status` at least; columns that it lacks are null; further columns are task metrics
-    tables    by name, of TABLES
+    tables    by name, of TABLES; and as RECIPES the content of a recipe
     if_newer  replace only an older row, or one that is not ok by one that is
     returns   None; or, with nothing changed, the row that stands there and is not to be replaced: one of status ok by
               one that is not, or with if_newer one that is as good and as new
@@ -170,11 +174,13 @@ def write(
         standing = read_row(results, cell) if if_newer or row["status"] != "ok" else None
         if standing is not None and (_rank(standing) >= _rank(row) if if_newer else standing["status"] == "ok"):
             return standing
-        for name in TABLES:
+        for name in (*TABLES, RECIPES):
+            file = f"{name}/{cell}.{'sweep' if name == RECIPES else 'parquet'}"
             if name in tables:
-                folder.put(f"{name}/{cell}.parquet", _bytes(_arrow(tables[name])))
+                beside = tables[name]
+                folder.put(file, beside if isinstance(beside, bytes) else _bytes(_arrow(beside)))
             else:
-                folder.remove(f"{name}/{cell}.parquet")  # of an earlier run of the cell
+                folder.remove(file)  # of an earlier run of the cell
         folder.put(f"cells/{cell}.parquet", _bytes(content))
     _drop_from_compact(folder, cell)
     return None
