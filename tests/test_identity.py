@@ -20,6 +20,7 @@ from sweep.config import GROUPS, Benchmarks, Calibration, Cell, Efficiency, Exec
 from sweep.models import origin
 from sweep.pruning import families
 from sweep.pruning.families import FAMILIES, Weight
+from sweep.pruning.recipe import Recipe
 from sweep.recovery.kinds import Recover, Text
 from sweep.sources import Source
 from sweep.texts import corpora, text
@@ -131,6 +132,10 @@ MOVED = [
 ]
 
 
+def _full(place: str, name: str) -> str:
+    return f"{place.split()[0]}.{name}".removeprefix("cell.")
+
+
 def value_of(group: object, name: str) -> Any:
     """A setting, of the group or of one of its parts."""
     holder = next(h for h in parts_of(group) if name in {f.name for f in dataclasses.fields(h)})
@@ -170,7 +175,7 @@ def moved_value(group: Any, name: str, hint: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [pair for pair in MOVED if ".".join(pair).removeprefix("cell.") not in identity.FINGERPRINTED]
+    ("place", "name"), [(place, name) for place, name in MOVED if _full(place, name) not in identity.FINGERPRINTED]
 )
 def test_every_setting_that_is_moved_alone_gives_a_new_name(cell: Cell, place: str, name: str) -> None:
     before, after, _ = moved(cell, place, name)
@@ -205,6 +210,9 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
     )
     mixed = replace(cell, calibration=Calibration("mix", sources=mix))
     mended_by_mix = replace(cell, recover=Recover("local", text=Text("mix", 4, sources=mix)))
+    for place in (".", "elsewhere"):
+        Recipe({"family": "weight", "criterion": "wanda"}, 0.5, 0, {}, ()).write(tmp_path / place / "recipe.sweep")
+    replayed = replace(cell, method=Weight(replay=str(tmp_path / "recipe.sweep")))
     others: dict[str, tuple[Cell, Any]] = {
         "model.name": (cell, "another"),
         "model.path": (cell, str(tmp_path / "elsewhere" / "moved")),
@@ -217,6 +225,7 @@ def test_where_things_lie_and_what_they_are_called_gives_no_new_name(
         "benchmarks.num_fewshot": (cell, 0),
         "benchmarks.fewshot_seed": (cell, 7),
         "benchmarks.unsafe_code": (cell, True),
+        "method.replay": (replayed, str(tmp_path / "elsewhere" / "recipe.sweep")),
         "execution.saved": (cell, "plain"),
         "perplexity.source": (cell, str(tmp_path / "elsewhere" / "evaluation.txt")),
         "calibration.source": (cell, str(tmp_path / "elsewhere" / "calibration.txt")),

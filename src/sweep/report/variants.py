@@ -29,9 +29,12 @@ _NAMED = {"method.family", "method.criterion", "method.importance", "execution.n
     f"{stage.group}.name" for stage in config.STAGES
 }
 # No number depends on them beyond what fingerprints and the names below say.
+# A function of one's own and a recipe are told by what is in them, wherever that lies.
+_FILES = {"method.criterion": "method.source", "method.replay": "method.recipe"}
 _ASIDE = {
     "data_root",
     "execution.saved",
+    "method.replay",
     "calibration",
     "calibration.subset",
     "calibration.split",
@@ -163,9 +166,7 @@ def with_variant(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     chosen = [
         {k: v for k, v in s.items() if _is_choice(k) and not _is_default(k, s, of)}
-        | (
-            {"method.source": d["method.criterion"][:8]} if "method.criterion" in d else {}
-        )  # of a function of one's own
+        | {name: d[of_file][:8] for of_file, name in _FILES.items() if of_file in d}
         | {f"stages.{name}": v for name, v in json.loads(stages if isinstance(stages, str) else "{}").items()}
         for s, d, stages, of in zip(settings, data, _column(rows, "stage_versions"), version, strict=True)
     ]
@@ -253,7 +254,7 @@ def _tasks_fingerprint(setting: dict[str, Any], data: dict[str, str], version: i
     tasks = {
         name: mark
         for name, mark in data.items()
-        if name not in ("calibration", "recovery", "method.criterion")
+        if name not in ("calibration", "recovery", *_FILES)
         and not name.startswith("perplexity:")
         and not name.endswith(" of the drop")
     }
