@@ -26,6 +26,7 @@ class Scaled:
     calibration_tokens: int = 7
     tokenizer: Any = None
     masks: Masks = field(default_factory=Masks)
+    recipe: None = None
     grids: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=lambda: {"damping": 0.5})
     tables: dict[str, pd.DataFrame] = field(default_factory=lambda: {"scales": pd.DataFrame({"scale": [0.0]})})
