@@ -241,6 +241,25 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     assert f"It is there under each of its answer filters. Among them: {STRICT}, {FLEXIBLE}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("study", ["calibration", "recovery", "weight_criteria"])
+def test_no_two_cells_of_a_study_are_the_same_line_at_the_end_of_a_sweep(study: str) -> None:
+    rows = [
+        {name: value for name, value in row.items() if value == value}  # as a sweep reads them: without NaN
+        for row in store.load(Path(__file__).parents[1] / "experiments" / study / "results").to_dict("records")
+    ]
+    head, _, *lines = runner.listing(rows).splitlines()
+    recipes = [line[: head.index("status")].rstrip() for line in lines]
+    assert len(set(recipes)) == len(recipes) == len(rows)
+    assert recipes[0].startswith("dense")
+    seeds = [recipe.rsplit(maxsplit=1) for recipe in recipes if not recipe.startswith("dense")]
+    together = [recipe for place, (recipe, _) in enumerate(seeds) if place == 0 or seeds[place - 1][0] != recipe]
+    assert len(set(together)) == len(together), "seeds of one recipe stand apart"
+
+
+def test_no_rows_are_no_table() -> None:
+    assert runner.listing([]) == ""
+
+
 def test_samples_from_before_filters_were_named_are_read_as_far_as_they_are_clear(tmp_path: Path) -> None:
     both = written(tmp_path / "both", filtered(), ("exact_match", "exact_match"))
     with pytest.raises(

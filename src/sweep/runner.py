@@ -226,13 +226,24 @@ def headline(row: dict[str, Any]) -> str:
 
 
 def listing(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as a table of a few columns."""
-    lines = []
+    """Rows as a table of a few columns, among them what else tells rows of one method and sparsity apart."""
+    import pandas as pd  # with what a report needs, which a plan does not
+
+    from sweep.report import variants
+
+    rows = [*rows]
+    if not rows:
+        return ""
     told = ["method", "criterion", "sparsity"]
     later = config.STAGES[1:]
     told += [s.column for s in later if any(found.get(s.column) not in (None, s.nothing) for found in rows)]
-    for found in rows:
-        line = {name: found.get(name) for name in (*told, "seed", "status")}
+    named = variants.with_variant(pd.DataFrame(rows))
+    words = named[[name for name in ("variant", "setting") if named[name].any()]].to_dict("records")
+    lines = []
+    for found, settings in zip(rows, words, strict=True):
+        line = (
+            {name: found.get(name) for name in told} | settings | {name: found.get(name) for name in ("seed", "status")}
+        )
         if found["status"] == "ok":
             line |= {
                 "MB": found["weights_bytes"] / 1e6,
@@ -241,8 +252,14 @@ def listing(rows: Iterable[dict[str, Any]]) -> str:
                 **_metrics(found),
             }
         lines.append(line)
-    lines.sort(key=lambda line: (line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"]))
+    lines.sort(key=_place)
     return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
+
+
+def _place(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Dense first, then by recipe, seeds of one recipe beside each other."""
+    later = [str(line.get(name, "")) for name in (*(stage.column for stage in config.STAGES[1:]), "variant", "setting")]
+    return line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"], *later, line["seed"]
 
 
 def _comes_to(rows: Collection[dict[str, Any]]) -> str:
