@@ -187,7 +187,7 @@ def test_the_card_states_method_sparsity_calibration_and_command() -> None:
 def test_the_card_and_the_row_say_what_loads_the_model(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for scope, said in (
         ("layer", "transformers, sweep, llama.cpp (`python -m sweep.export gguf`), vLLM |"),
-        ("global", "alike"),
+        ("global", "sweep, llama.cpp (`python -m sweep.export gguf`); transformers and vLLM load plain matrices"),
     ):
         model = tiny_model("llama")
         sweep.prune(model, tokenizer, method="neuron", sparsity=0.3, criterion="l2", scope=scope)

@@ -238,12 +238,11 @@ def listing(rows: Iterable[dict[str, Any]]) -> str:
     later = config.STAGES[1:]
     told += [s.column for s in later if any(found.get(s.column) not in (None, s.nothing) for found in rows)]
     named = variants.with_variant(pd.DataFrame(rows))
-    words = named[[name for name in ("variant", "setting") if named[name].any()]].to_dict("records")
+    words = [name for name in ("variant", "setting") if named[name].any()]
     lines = []
-    for found, settings in zip(rows, words, strict=True):
-        line = (
-            {name: found.get(name) for name in told} | settings | {name: found.get(name) for name in ("seed", "status")}
-        )
+    for at, found in enumerate(rows):
+        line = {name: found.get(name) for name in told} | {name: named[name].iloc[at] for name in words}
+        line |= {name: found.get(name) for name in ("seed", "status")}
         if found["status"] == "ok":
             line |= {
                 "MB": found["weights_bytes"] / 1e6,

@@ -247,8 +247,9 @@ def _loads(names: Sequence[str] | None) -> str | None:
     said = ", ".join(f"{name} (`python -m sweep.export gguf`)" if name == "llama.cpp" else name for name in names)
     if "transformers" in names:
         return said
+    more = [name for name in ("transformers", "llama.cpp", "vLLM") if name not in names]
     return (
-        f"{said}; transformers, llama.cpp and vLLM load plain matrices (`execution.saved=plain`) in blocks that are alike "
+        f"{said}; {', '.join(more[:-1])} and {more[-1]} load plain matrices (`execution.saved=plain`) in blocks that are alike "
         "(`method.scope=layer`, and `method.multiple_of=32` for widths that quantised files hold)"
     )
 
