@@ -66,10 +66,12 @@ def measured(results: Path) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, dense: pd.Series) -> plt.Figure:
-    """Left: perplexity against the bytes that the weights are held in. Right: against the measured speed-up of decoding."""
+    """Above: perplexity against the bytes that the weights are held in. Below: against the measured speed-up of decoding."""
     figure, panels = plt.subplots(2, 1, figsize=(6.9, 7.6), layout="constrained")
     shown = table[table.perplexity < WORST]
     own = (dense.weights_bytes / 1e6, 1.0)
+    panels[0].set(xlabel="bytes of the weights as held (MB)", xlim=(own[0] + 8, shown.MB.min() - 40))  # room for words
+    panels[1].set(xlabel="decode speed-up over dense bfloat16 (measured in turns)")
     for axis, along, x in zip(panels, ("MB", "decode"), own, strict=True):
         for kind, line in shown.groupby("kind"):
             bars = None
@@ -90,13 +92,11 @@ def draw(table: pd.DataFrame, dense: pd.Series) -> plt.Figure:
         axis.set_yticks([13, 14, 15, 16, 18, 20, 25], labels=["13", "14", "15", "16", "18", "20", "25"])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
+        ordered = shown.sort_values("MB") if along == "MB" else shown  # in which there is room for all words
         words = [
-            drawing.Beside(row[along], row.perplexity, row.recipe, COLOURS[row.kind]) for _, row in shown.iterrows()
+            drawing.Beside(row[along], row.perplexity, row.recipe, COLOURS[row.kind]) for _, row in ordered.iterrows()
         ]
         drawing.write_beside(axis, words, np.column_stack([shown[along], shown.perplexity]))
-    panels[0].set(xlabel="bytes of the weights as held (MB)")
-    panels[0].invert_xaxis()
-    panels[1].set(xlabel="decode speed-up over dense bfloat16 (measured in turns)")
     panels[0].legend(frameon=False, loc="upper left")
     return figure
 
