@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import statistics
 import tempfile
@@ -143,8 +144,12 @@ def turns(runners: list[Runner], ids: list[int], tokens: int, prefills: int) -> 
     for at in range(prefills):
         turn("prefill", at, lambda runner: runner.prefill(ids[:PROMPT]))
     for at, token in enumerate(ids[PROMPT : PROMPT + tokens]):
-        turn("decode", at, lambda runner, token=token: runner.decode(token))
+        turn("decode", at, functools.partial(_decode, token=token))
     return seconds
+
+
+def _decode(runner: Runner, token: int) -> None:
+    runner.decode(token)
 
 
 def models(dense: PreTrainedModel, tokenizer: object) -> dict[str, PreTrainedModel]:
@@ -158,7 +163,7 @@ def models(dense: PreTrainedModel, tokenizer: object) -> dict[str, PreTrainedMod
         model = copy.deepcopy(dense)
         method = "sparsegpt" if sparsity else "dense"
         done = sweep.prune(model, tokenizer, method=method, sparsity=sparsity or None, quantize=quantize)
-        found[form], _ = execution.prepare(model, config.Execution(form), done.grids)
+        found[form], _ = execution.prepare(model, config.Execution(form), done.grids)  # type: ignore[arg-type]
     return found
 
 

@@ -149,7 +149,7 @@ def main() -> None:
         ),
     ]
     written = [
-        f"{head}\n\n{tabulate(table, headers='keys', tablefmt='github', showindex=False, floatfmt='.3f')}\n"  # type: ignore[arg-type]
+        f"{head}\n\n{tabulate(table, headers='keys', tablefmt='github', showindex=False, floatfmt='.3f')}\n"
         for head, table in tables
     ]
     (HERE / "table.md").write_text("\n".join(written))
