@@ -133,7 +133,7 @@ def test_a_study_of_zeroed_weights_says_how_it_runs_them(study: str) -> None:
     """So that its cells keep their names whatever the default is."""
     if (store.load(RECORDED[study]).method == "weight").any():
         stated = yaml.safe_load((ROOT / "conf" / "experiment" / f"{study}.yaml").read_text())["defaults"]
-        assert {"override /execution": "dense"} in stated
+        assert any("override /execution" in entry for entry in stated)
 
 
 def test_the_list_of_studies_to_be_recorded_anew_names_studies() -> None:
