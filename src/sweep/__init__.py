@@ -13,6 +13,7 @@ _FOUND_IN = {  # each resolves on first use, so that `import sweep` stays instan
     "compare": "sweep.report.paired",
     "language_model": "sweep.models.wrappers",
     "load_model": "sweep.models.checkpoint",
+    "offloaded": "sweep.api",
     "prune": "sweep.api",
     "save": "sweep.api",
 }

@@ -5,16 +5,19 @@ pruned = sweep.prune(model, tokenizer, method="neuron", sparsity=0.3)
 sweep.save(model, pruned.tokenizer or tokenizer, folder)
 model, tokenizer = sweep.load_model(folder)
 
+with sweep.offloaded():  # a model larger than memory
+    model, tokenizer = sweep.load_model(folder)
+    pruned = sweep.prune(model, tokenizer, method="wanda", sparsity=0.5)
+
 A folder that `sweep.save` writes is loaded by transformers too, where its format can say what the model has become: its
 blocks are equally wide and its vocabulary is whole.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweep import config, plan, saving, settings
-from sweep.models import checkpoint, cut_tokenizer
+from sweep import cache, config, plan, saving, settings
+from sweep.models import checkpoint, cut_tokenizer, scratch
 from sweep.pruning import criteria, families, methods, sharing
 from sweep.pruning.families import Weight
 from sweep.pruning.pruned import Pruned
@@ -106,7 +109,7 @@ def _changed(
     write = functools.partial(written.write, model, tokenizer, sharing.unshared)
     tokens, rounding = text.for_cell(cell, tokenizer, write), quantise.while_pruning(cell, model)
     drawn = text.recovery_tokens(cell, tokenizer, write)
-    dense = None if drawn is None else copy.deepcopy(model)
+    dense = None if drawn is None else scratch.copied(model)
     pruned = methods.prune_as(cell, model, tokenizer, tokens, device=device, rounding=rounding)
     if drawn is not None and dense is not None:
         recovery.recover(model, cell.recover, lambda: dense, *drawn, pruned.masks, seed=cell.seed)
@@ -119,6 +122,7 @@ def _changed(
 def _cell(model: PreTrainedModel, **asked: Any) -> config.Cell:
     """The cell that measures nothing of a model in memory."""
     unmeasured = {"benchmarks": {"tasks": []}, "efficiency": {"repeats": 0}, "execution": {}}
+    unmeasured["offload"] = "disk" if scratch.current() else "none"
     return config.parse({"model": {"name": type(model).__name__, "source": "local"}, **unmeasured, **asked})[0]
 
 
@@ -133,6 +137,17 @@ def _family(method: str) -> dict[str, str]:
     raise RequestError(
         f"method must be one of {', '.join(known)}; got {method!r}.{settings.did_you_mean(method, known)}"
     )
+
+
+@contextmanager
+def offloaded(folder: str | Path | None = None) -> Iterator[None]:
+    """Within it, models that are loaded, and what pruning makes of them, lie on the disk and not in memory.
+
+    folder  on whose disk, by default that of sweep's cache; what lies there has no name, and goes with the model
+    Every number is the same to the bit. Raises RequestError, within, where the disk has no room.
+    """
+    with scratch.opened(cache.folder() if folder is None else Path(folder).expanduser()):
+        yield
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

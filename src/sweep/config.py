@@ -137,6 +137,7 @@ class Cell(Named):
     data_root: str | None = None
     quantize: Quantize = field(default=Quantize())
     recover: Recover = field(default=Recover())
+    offload: Literal["none", "disk"] = "none"  # disk: weights lie in mapped files, and in memory is what is worked on
 
     def dense(self) -> Cell:
         """The unpruned model measured with this cell's settings: what the cell is compared with."""
@@ -280,6 +281,12 @@ def _normalised(cell: Cell) -> Cell:
     cell = replace(cell, recover=_checked_recovery(cell))
     recovers = cell.recover.name != kinds.NONE
     cell = replace(cell, quantize=forms.normalised(cell.quantize, method, recovers=recovers))
+    if cell.offload == "disk" and recovers and kinds.KINDS[cell.recover.name].descends:
+        able = [name for name, kind in kinds.KINDS.items() if not kind.descends]
+        raise RequestError(
+            f"offload=disk holds a part of the model in memory at a time, and recover={cell.recover.name} trains all of it "
+            f"at once: use recover={' or '.join(able)}"
+        )
     used = cell.stages()
     if not used:
         return replace(cell, sparsity=0.0, seed=0, calibration=None, execution=Execution())

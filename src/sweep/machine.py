@@ -112,6 +112,10 @@ def resolve(cell: Cell, placement: Placement = Placement()) -> Cell:
 
 
 def _decided(cell: Cell, device: str, threads: int | None) -> Cell:
+    if cell.offload == "disk" and device != "cpu":
+        raise RequestError(
+            f"offload=disk maps weights into the memory of the CPU, and device is {device}: set device=cpu"
+        )
     dtype = _dtype(cell.dtype, device)
     return replace(cell, device=device, dtype=dtype, threads=threads, execution=_execution(cell, device, dtype))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from sweep.recovery.kinds import Recover
 from sweep.settings import RequestError
 
 LIBRARIES = 550e6  # bytes of a process that has loaded what a cell runs on
+_MAPPED = 2**30  # bytes of weights that are resident at most where they lie on the disk: see models/scratch.py
 _CUDA = 500e6  # bytes that CUDA itself takes of a device
 _FLOAT = 4
 _BATCH = 4  # sequences that calibration takes through the model at a time
@@ -133,16 +135,17 @@ def needs(cell: Cell, of: Size, *, saves: bool = False) -> list[Need]:
     saves  the model is written to a folder, and read again
     """
     item = _STORED_TYPES[cell.dtype]
-    whole = of.parameters * item
+    whole = of.parameters * item if cell.offload == "none" else min(of.parameters * item, _MAPPED)
     beside: dict[str, float] = {"load": 0}
     for stage in cell.stages():
         beside[stage.name] = _STAGES[stage.name](cell, of, item)
     if saves and cell.stages():
-        beside["save"] = whole
+        beside["save"] = 0 if cell.offload == "disk" else whole
     if cell.benchmarks.tasks or cell.perplexity.source:
         beside["evaluate"] = _evaluation(cell, of, item)
     if cell.efficiency.repeats:
-        beside["time"] = (whole if cell.stages() else 0) + _generation(cell.efficiency, of, item)
+        another = whole if cell.stages() and cell.offload == "none" else 0
+        beside["time"] = another + _generation(cell.efficiency, of, item)
     base = LIBRARIES if cell.device == "cpu" else _CUDA
     return [Need(name, int(base + whole + _KEPT * more), cell.device) for name, more in beside.items()]
 
@@ -177,7 +180,8 @@ def _pruning(cell: Cell, of: Size, item: int) -> float:
     beside = _text(cell, of, item)
     reads = set(criterion.reads) | ({"hessian"} if criterion.corrects_after else set())
     if isinstance(method, Weight):
-        beside += _SCORES * _FLOAT * of.matrix + of.parameters / 8  # the masks, a bit a weight
+        masks = 0 if cell.offload == "disk" else of.parameters / 8  # a bit a weight
+        beside += _SCORES * _FLOAT * of.matrix + masks
         if "gradient_norm" in reads and cell.calibration is not None:
             together = cell.calibration.sequential and not reads & {"input_norm", "hessian"}
             held = of.parameters * item / 2 if together else of.parameters * _FLOAT
@@ -195,7 +199,8 @@ def _recovery(cell: Cell, of: Size, item: int) -> float:
     tokens = asked.text.length * (asked.text.sequences or kinds.KINDS[asked.name].sequences or 0)
     if asked.name == "local":  # the dense model beside it, both texts, and what the dense matrices of a block read
         texts = 2 * tokens * of.hidden * (item + _FLOAT) + tokens * sum(of.reads) * _FLOAT
-        return of.parameters * item + texts + _FLOAT * (3 * max(of.reads, default=0) ** 2 + _SCORES * of.matrix)
+        dense = 0 if cell.offload == "disk" else of.parameters * item
+        return dense + texts + _FLOAT * (3 * max(of.reads, default=0) ** 2 + _SCORES * of.matrix)
     in_float32 = of.parameters * _FLOAT if item < _FLOAT else 0
     if asked.name == "lora":  # adapters, small beside all else
         return in_float32 + _graph(asked.text.length, of, _FLOAT)
@@ -239,14 +244,29 @@ def of_machine(memory_limit: int | None, device: str) -> Machine:
     return Machine(machine.memory(memory_limit), there)
 
 
+def on_disk(cell: Cell, of: Size, *, saves: bool = False) -> int:
+    """Bytes of the disk that a cell takes at most whose weights lie there: its model, the dense one beside it, what it saves."""
+    if cell.offload == "none":
+        return 0
+    beside = cell.recover.name != kinds.NONE or cell.efficiency.repeats > 0
+    models = 1 + (beside + saves if cell.stages() else 0)
+    return models * of.parameters * _STORED_TYPES[cell.dtype]
+
+
 def check(cell: Cell, here: Machine, *, saves: bool = False) -> list[Need]:
     """The cell's needs; none where its model's size is not known yet.
 
-    Raises RequestError where a stage cannot fit, with the settings that would let it, as far as there are some.
+    Raises RequestError where a stage cannot fit, with the settings that would let it, as far as there are some; and where
+    the disk has no room for what is to lie there.
     """
     of = size(cell.model)
     if of is None:
         return []
+    if (lies := on_disk(cell, of, saves=saves)) > (free := shutil.disk_usage(cache.folder()).free):
+        raise RequestError(
+            f"{cell.label()}: offload=disk takes {gib(lies)} of the disk of {cache.folder()}, which has {gib(free)}: set "
+            "SWEEP_CACHE to a folder of another disk"
+        )
     found = needs(cell, of, saves=saves)
     worst = _worst(found)
     available = here.of(worst.device)
@@ -280,7 +300,10 @@ def _ways(cell: Cell) -> list[tuple[str, Cell]]:
     plain = [("recover=none", replace(cell, recover=Recover()))] if cell.recover.name != kinds.NONE else []
     timed = [("efficiency=none", untimed)] if cell.efficiency.repeats else []
     both = [("dtype=bfloat16 efficiency=none", replace(untimed, dtype="bfloat16"))] if narrow and timed else []
-    return [*timed, *narrow, *both, *plain, *fewer]
+    descends = cell.recover.name != kinds.NONE and kinds.KINDS[cell.recover.name].descends
+    in_memory = cell.device != "cpu" or descends  # what offload=disk refuses
+    mapped = [] if in_memory else [("offload=disk", replace(cell, offload="disk"))]
+    return [*timed, *narrow, *both, *plain, *fewer, *mapped]
 
 
 def told(cells: Sequence[Cell], memory_limit: int | None, *, saves: bool = False, elsewhere: bool = False) -> list[str]:
@@ -303,12 +326,14 @@ def told(cells: Sequence[Cell], memory_limit: int | None, *, saves: bool = False
         )
         of_model = [cell for cell in cells if (cell.model, cell.dtype) == model]
         found = {cell.label(): check(cell, machines[cell.device], saves=saves) for cell in of_model}
-        lines += [f"  {label}: {_words(stages)}" for label, stages in found.items()]
+        disk = {cell.label(): on_disk(cell, of, saves=saves) for cell in of_model}
+        lines += [f"  {label}: {_words(stages, disk[label])}" for label, stages in found.items()]
     return lines
 
 
-def _words(found: Sequence[Need]) -> str:
-    return f"{', '.join(map(str, found))}, on {found[0].device}"
+def _words(found: Sequence[Need], disk: int) -> str:
+    lies = f", and {gib(disk)} on the disk of {cache.folder()}" if disk else ""
+    return f"{', '.join(map(str, found))}, on {found[0].device}{lies}"
 
 
 def gib(count: float) -> str:

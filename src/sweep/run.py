@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from sweep.locks import working_seconds
 from sweep.measuring import answering, counting, divergence, drafting, efficiency, energy, perplexity, quality, reading
 from sweep.measuring.answering import Requests
 from sweep.measuring.counting import Stock
-from sweep.models import loading, origin, requirements, runtimes
+from sweep.models import loading, origin, requirements, runtimes, scratch
 from sweep.pruning import families, methods, sharing
 from sweep.pruning.masks import Masks
 from sweep.pruning.recipe import Recipe
@@ -113,6 +114,11 @@ def run_cell(cell: Cell, save_model: str | None = None, command: str | None = No
     command     what makes this cell, for the model's card
     Raises whatever goes wrong; no row is written here.
     """
+    with scratch.opened(cache.folder()) if cell.offload == "disk" else nullcontext():
+        return _run(cell, save_model, command)
+
+
+def _run(cell: Cell, save_model: str | None, command: str | None) -> tuple[dict[str, Any], Tables]:
     _quiet()
     torch.manual_seed(cell.seed)
     if cell.threads:

@@ -43,6 +43,7 @@ from sweep.models import (
     origin,
     placing,
     pretrained,
+    scratch,
     transformers_private,
     trial,
 )
@@ -54,6 +55,7 @@ DIFFERS = 10  # of one that tells what the model is beyond its configuration, or
 _STORED: dict[str, Stored] = {form.name: form.stored for form in FORMATS.values() if form.stored}
 _READ = sorted({FORMAT, DIFFERS, *(entry.version for entry in _STORED.values())})
 _TOKENIZER = "tokenizer"  # folder
+_SHARD = "1GB"  # of a file of a model that lies on the disk: while one is written, nothing of it is let go
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,8 @@ def is_plain(model: PreTrainedModel) -> bool:
     """Whether transformers builds this model from the configuration and tensors of these shapes alone."""
     if packed(model) or _answers(model):
         return False
-    built = transformers_private.built(type(model), model.config, model.dtype)
+    with scratch.paused():
+        built = transformers_private.built(type(model), model.config, model.dtype)
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (built, model)]
     return shapes[0] == shapes[1] and not differences.buffers(built, model) and not differences.between(built, model)
 
@@ -101,11 +104,12 @@ def _save(
     """Write the model's files: with `sweep.json`, and with tensors beside those of its state, or as transformers does."""
     (folder / FILE).unlink(missing_ok=True)  # of a model that was saved there before
     # with it, under the names that the modules have here; of the class, since its own may lead here: save_pretrained_as_sweep
+    size: dict[str, Any] = {"max_shard_size": _SHARD} if scratch.current() else {}
     if facts is None:
-        type(model).save_pretrained(model, folder)
+        type(model).save_pretrained(model, folder, **size)
         return
     state = None if not beside else {**model.state_dict(), **beside}
-    type(model).save_pretrained(model, folder, save_original_format=False, state_dict=state)
+    type(model).save_pretrained(model, folder, save_original_format=False, state_dict=state, **size)
     (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -121,7 +125,8 @@ def _told_of(
         if entry := _STORED.get(layer.format.name):
             facts["format"] = max(facts["format"], entry.version)
             facts.setdefault(entry.key, {})[name] = layer.facts()
-    built = transformers_private.built(type(model), model.config, model.dtype)
+    with scratch.paused():
+        built = transformers_private.built(type(model), model.config, model.dtype)
     beyond, buffers = differences.between(built, model), differences.buffers(built, model)
     facts["shapes"] = differences.shapes(built, model)  # which the differences have changed by now, as reading does
     more = {"differences": beyond, "stand_ins": placing.facts(model), "answers": _answers(model)}
@@ -145,7 +150,8 @@ def _unlike(model: PreTrainedModel, folder: Path) -> str:
     """
     try:
         options: dict[str, Any] = {"trust_remote_code": True} if model.is_remote_code() else {}
-        again, _ = load_model(folder, **options)
+        with scratch.paused():  # read where it lies, and not copied to lie beside it
+            again, _ = load_model(folder, **options)
         transformers_private.run_alike(again, model)
         if beyond := differences.between(again, model):
             return f"its modules are others ({str(beyond)[:200]})"
@@ -260,7 +266,7 @@ def _load_own(
     for part, answers in facts.get("answers", {}).items():
         layers.answer_with(getattr(config, part) if part else config, answers)
     stored = config.dtype or torch.float32
-    with torch.device(place), no_init_weights():
+    with scratch.paused(), torch.device(place), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else dtype, **options)
     model.tie_weights()
     try:
@@ -271,9 +277,12 @@ def _load_own(
     matrices = _packed_layers(weights, facts, model.dtype)
     placing.put_read(model, matrices, facts.get("stand_ins", {}))
     own = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in matrices}
-    for name, tensor in weights.items():  # each a copy, since what is read lies in the file still
+    copied = scratch.current() is None  # what is read lies in the file still; there, it is copied where it is set
+    for name, tensor in weights.items():
         kept = dtype == "auto" or tensor.dtype != stored  # such as a router's, which are wider than the rest
-        weights[name] = tensor.to(tensor.dtype if kept else own[name].dtype if name in own else model.dtype, copy=True)
+        weights[name] = tensor.to(
+            tensor.dtype if kept else own[name].dtype if name in own else model.dtype, copy=copied
+        )
     told = {
         "missing_keys": own.keys() - weights.keys() - getattr(model, "all_tied_weights_keys", {}).keys(),
         "unexpected_keys": differences.set_tensors(model, weights),

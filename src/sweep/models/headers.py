@@ -47,6 +47,8 @@ _OTHERS = {
 class Tensor(NamedTuple):
     dtype: str  # as safetensors writes it: F32, BF16, I8, …
     shape: tuple[int, ...]
+    start: int  # byte of the file
+    end: int
 
 
 def check(model: Model) -> None:
@@ -176,8 +178,12 @@ def tensors(file: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{size} bytes, less than its header")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        end = _LENGTH + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        found = {name: Tensor(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        data = _LENGTH + length
+        found = {
+            name: Tensor(entry["dtype"], tuple(entry["shape"]), *(data + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        end = max((tensor.end for tensor in found.values()), default=data)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RequestError(f"{file} is damaged: {error}; fetch it again") from error
     if end != size:

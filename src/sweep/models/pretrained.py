@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sweep.models import headers, origin
+from sweep.models import headers, origin, scratch
 from sweep.models.headers import some
 from sweep.settings import RequestError
 
@@ -74,6 +75,9 @@ _UNREADABLE = (
 # What headers of safetensors call the types that weights may have; pickles name theirs in torch's words.
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+# What of a repository of the hub is fetched to be read from the disk.
+_READ = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.tiktoken", "*.jinja"]
+
 Told = Mapping[str, Collection[Any]]  # what transformers says of a checkpoint's tensors: output_loading_info
 
 
@@ -85,10 +89,14 @@ def load(place: Path | str, dtype: torch.dtype | str, **options: Any) -> PreTrai
     another shape.
     """
     config = None
+    if not isinstance(place, Path) and scratch.current():
+        place = Path(snapshot_download(place, revision=options.get("revision"), allow_patterns=_READ))
     if isinstance(place, Path):
         headers.check_folder(place)
-        if _renamed(tensors(place, "meta"), place) is not None:
-            model, told = _from_tensors(place, _renamed(tensors(place), place) or {}, dtype=dtype, **options)
+        stored = tensors(place, "meta")
+        if scratch.current() or _renamed(stored, place) is not None:
+            stored = tensors(place)
+            model, told = _from_tensors(place, _renamed(stored, place) or stored, dtype=dtype, **options)
             refuse(told, str(place))
             return model
     elif config := origin.hub_config(place, options.get("revision")):
@@ -185,6 +193,11 @@ def _each(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
     for file in headers.weight_files(folder):
         try:
             if file.suffix != ".safetensors":
+                if scratch.current():
+                    raise RequestError(
+                        f"offload=disk reads weights where they lie, which {file} does not let it: save the model as "
+                        "safetensors"
+                    )
                 mapped = zipfile.is_zipfile(file)  # which the format of torch before 1.6 cannot be
                 found = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
                 if other := [name for name, value in found.items() if not isinstance(value, Tensor)]:
@@ -193,6 +206,8 @@ def _each(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
                 yield from found.items()
             elif device == "meta":
                 yield from ((n, torch.empty(t.shape, device="meta")) for n, t in headers.tensors(file).items())
+            elif held := scratch.current():
+                yield from held.tensors(file).items()
             else:
                 with safe_open(file, "pt") as opened:
                     yield from ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - no mapping

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sweep.models import anatomy, surgery
+from sweep.models import anatomy, scratch, surgery
 
 
 class Masks(Mapping[str, Tensor]):
@@ -47,7 +47,7 @@ class Masks(Mapping[str, Tensor]):
         return Masks.of({name: weight for name, weight in matrices(model).items() if name in self or not weight.all()})
 
     def __setitem__(self, name: str, keep: Tensor) -> None:
-        self._packed[name] = np.packbits(keep.cpu().numpy()), keep.shape
+        self._packed[name] = scratch.kept(np.packbits(keep.cpu().numpy())), keep.shape
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape = self._packed[name]

@@ -28,6 +28,11 @@ class Kind:
     sequences: int | None = None  # of text, by default; None = as many as its steps take
     learning_rate: float | None = None  # by default, of those that descend
 
+    @property
+    def descends(self) -> bool:
+        """Whether the whole model is trained at once, along gradients."""
+        return self.learning_rate is not None
+
 
 _DESCENT = {"steps", "batch", "passes", "learning_rate", "temperature"}
 KINDS: dict[str, Kind] = {
