@@ -72,13 +72,21 @@ def test_what_cannot_fit_is_refused_with_the_setting_that_would(
     monkeypatch.setattr(needs, "size", lambda model: EIGHT)
     wanda = cell(method=Weight("weight", "wanda"))
     assert needs.check(wanda, Machine(40 * GIB)) and needs.check(wanda, Machine(None))
-    said = r"weight wanda 0.5 \(tiny\): 8,030,000,000 parameters as bfloat16 are 14.96 GiB, and time .* set efficiency=none$"
+    said = r"weight wanda 0.5 \(tiny\): 8,030,000,000 parameters as bfloat16 are 14.96 GiB, and time .* set efficiency=none, or offload=disk$"
     with pytest.raises(RequestError, match=said):
         needs.check(wanda, Machine(20 * GIB))
-    with pytest.raises(RequestError, match="as float32 are 29.91 GiB.*on cpu.*set dtype=bfloat16 efficiency=none"):
+    with pytest.raises(
+        RequestError, match="as float32 are 29.91 GiB.*on cpu.*set dtype=bfloat16 efficiency=none, or offload=disk"
+    ):
         needs.check(replace(wanda, dtype="float32"), Machine(20 * GIB))
     with pytest.raises(RequestError, match="give it a machine with more memory"):
-        needs.check(wanda, Machine(8 * GIB))
+        needs.check(wanda, Machine(GIB))
+    on_disk = replace(wanda, offload="disk")
+    assert max(need.memory for need in needs.check(on_disk, Machine(3 * GIB))) < 3 * GIB
+    assert needs.on_disk(on_disk, EIGHT) == 2 * 2 * EIGHT.parameters  # beside it the dense one, with which it is timed
+    assert needs.on_disk(on_disk, EIGHT, saves=True) == 3 * 2 * EIGHT.parameters and not needs.on_disk(wanda, EIGHT)
+    with pytest.raises(RequestError, match="recovery is expected to take .* set recover=none$"):
+        needs.check(replace(wanda, recover=Recover("distill", text=Text("pydoc"))), Machine(40 * GIB))
     with pytest.raises(RequestError, match="on cuda, where there are 20.00 GiB: set efficiency=none"):
         needs.check(replace(wanda, device="cuda"), Machine(None, 20 * GIB))
 

@@ -34,3 +34,13 @@ def test_nan_and_impossible_counts_are_refused() -> None:
         select.lowest(torch.tensor([1.0, float("nan"), 2.0]), 1)
     with pytest.raises(ValueError, match="cannot remove 4 of 3 entries"):
         select.lowest(torch.ones(3), 4)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 20, 21, 33, 70])
+def test_rows_that_are_ranked_in_parts_lose_the_same(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(0, 4, (7, 10), generator=torch.Generator().manual_seed(removed)).float()  # full of ties
+    whole = select.lowest_by_row(scores, removed)
+    for at_once in (1, 20, 35):
+        monkeypatch.setattr(select, "_AT_ONCE", at_once)
+        assert torch.equal(select.lowest_by_row(scores, removed), whole)
+    assert whole.numel() - int(whole.sum()) == removed

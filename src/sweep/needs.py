@@ -25,7 +25,7 @@ from sweep.recovery.kinds import Recover
 from sweep.settings import RequestError
 
 LIBRARIES = 550e6  # bytes of a process that has loaded what a cell runs on
-_MAPPED = 2**30  # bytes of weights that are resident at most where they lie on the disk: see models/scratch.py
+_MAPPED = 2**29  # bytes of weights that are resident at most where they lie on the disk: see models/scratch.py
 _CUDA = 500e6  # bytes that CUDA itself takes of a device
 _FLOAT = 4
 _BATCH = 4  # sequences that calibration takes through the model at a time

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from sweep.models import headers
 from sweep.settings import RequestError
 
-RESIDENT = 2**29  # bytes of mapped files beyond which what is mapped is dropped
+RESIDENT = 2**28  # bytes of mapped files beyond which what is mapped is dropped
 SMALLEST = 2**16  # bytes of a tensor that is worth a file
 _LOOK = 0.01  # seconds between looks: a core reads some 100 MB meanwhile
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
@@ -63,7 +63,7 @@ class Scratch:
 
     def another(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor of the CPU that lies in a file. Raises RequestError where the disk has no room."""
-        mapped = torch.empty(0, dtype=tensor.dtype).set_(self._made(tensor.nbytes), 0, tensor.shape)
+        mapped = _bytes(self._made(tensor.nbytes)).view(tensor.dtype).view(tensor.shape)
         return mapped.copy_(tensor.detach())
 
     def tensors(self, file: Path) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ class Scratch:
         Raises RequestError for a file that is damaged or cut.
         """
         found = headers.tensors(file)
-        whole = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, file.stat().st_size))
         _libc.mprotect(whole.data_ptr(), whole.nbytes(), mmap.PROT_READ)
         self._add(whole)
         return {name: _view(whole, told) for name, told in found.items()}
@@ -91,7 +91,7 @@ class Scratch:
             os.posix_fallocate(
                 handle, 0, nbytes
             )  # a mapped file that finds no room when it is written ends the process
-            storage = torch.UntypedStorage.from_file(name, True, nbytes)
+            storage = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, True, nbytes))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -175,9 +175,13 @@ def kept(array: np.ndarray) -> np.ndarray:
     return array if scratch is None else scratch.held(torch.from_numpy(array)).numpy()
 
 
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
 def _view(whole: torch.UntypedStorage, of: headers.Tensor) -> Tensor:
     dtype = _DTYPES[of.dtype]
-    raw = torch.empty(0, dtype=torch.uint8).set_(whole, of.start, (of.end - of.start,))
+    raw = _bytes(whole)[of.start : of.end]
     if of.start % dtype.itemsize:  # which no writer of today leaves
         raw = raw.clone()
     return raw.view(dtype).view(of.shape)

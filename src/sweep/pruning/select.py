@@ -9,11 +9,13 @@ Matrices are (out, in). n:m is as in the literature: of each m neighbours along 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_AT_ONCE = 1 << 22  # entries of whole rows that are ranked together: what counts their ties takes 16 bytes each
 _HALF = 1 << 16  # a float32 is placed by its upper 16 bits, then by its lower 16
 
 
@@ -55,16 +57,22 @@ def lowest_by_row(scores: Tensor, removed: int) -> Tensor:
     _refuse_nan(scores)
     each, more = divmod(removed, rows)
     keep = torch.ones_like(scores, dtype=torch.bool)
-    for part, number in ((slice(0, more), each + 1), (slice(more, rows), each)):
-        if number == 0 or scores[part].numel() == 0:
-            continue
-        threshold = _kth_lowest(scores[part], number)
-        keep[part] = scores[part] > threshold
-        surplus = columns - number - keep[part].sum(1, keepdim=True)  # ties at the threshold that stay
-        if surplus.any():
-            ties = scores[part] == threshold
-            from_the_end = ties.flip(1).cumsum(1).flip(1)
-            keep[part] |= ties & (from_the_end <= surplus)
+    at_once = max(1, _AT_ONCE // max(columns, 1))
+    for begin, end in pairwise(sorted({*range(0, rows, at_once), more, rows})):
+        number = each + (begin < more)
+        if number:
+            keep[begin:end] = _lowest_of_each(scores[begin:end], number)
+    return keep
+
+
+def _lowest_of_each(scores: Tensor, number: int) -> Tensor:
+    """Keep-mask that removes the `number` lowest of each row."""
+    threshold = _kth_lowest(scores, number)
+    keep = scores > threshold
+    surplus = scores.shape[1] - number - keep.sum(1, keepdim=True)  # ties at the threshold that stay
+    if surplus.any():
+        ties = scores == threshold
+        keep |= ties & (ties.flip(1).cumsum(1).flip(1) <= surplus)  # counted from the end
     return keep
 
 
