@@ -16,7 +16,7 @@ help:
 	@echo "make benchmark  set up, time what a user waits for"
 	@echo "make reference  set up, measure known perplexities of dense models again (needs the model hub for most)"
 	@echo "make setup      only set up $(VENV)"
-	@echo "make setup-launchers   set up what else the tests of the launchers need: joblib, Ray, a Slurm of one machine"
+	@echo "make setup-launchers   set up what else tests need: joblib, Ray, a Slurm of one machine, trackers"
 
 setup: $(READY)
 
@@ -39,8 +39,8 @@ setup-launchers: $(ENGINES)
 	@.ci/slurm install || true
 
 $(ENGINES): $(READY)
-	@echo "== installing the engines that share a sweep out, in the versions of constraints.txt"
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,slurm,ray]"
+	@echo "== installing the engines that share a sweep out and the trackers that rows go to, in the versions of constraints.txt"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,slurm,ray,wandb,mlflow]"
 	@touch $@
 
 sweep: setup

@@ -118,7 +118,9 @@ def main() -> None:
     start = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the cell's process, with all that it mapped
+    peak = (
+        1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    )  # of the cell's process, with all that it mapped
     row = store.load(results).sort_values("started_at").iloc[-1]
     ends = 2 * (parameters - given.blocks * (4 * WIDTH**2 + 3 * WIDTH * FFN + 2 * WIDTH))
     bar = ends + 2 * 2 * (4 * WIDTH**2 + 3 * WIDTH * FFN) + SEQUENCES * LENGTH * WIDTH * 2 + 500e6

@@ -104,6 +104,29 @@ def holds(folder: str | Path, cell: str) -> bool:
     return (path / "config.json").is_file() and _saved(path).get("cell") in (cell, None)
 
 
+def cell_of(folder: str | Path) -> str:
+    """The name of the cell whose model a folder holds. Raises RequestError where no cell has saved it."""
+    cell = _saved(Path(folder).expanduser()).get("cell")
+    if cell is None:
+        raise RequestError(
+            f"{folder} is no checkpoint that a cell of a sweep has saved: run one with save_model={folder}"
+        )
+    return str(cell)
+
+
+def rewrite(folder: Path, texts: Mapping[Path, str]) -> None:
+    """Write text files of a checkpoint anew, which stays one that `save` has written.
+
+    texts  by path in the folder
+    Raises RequestError where somebody else has changed the folder since.
+    """
+    saved = _saved(check_place(folder, cell_of(folder)))
+    for file, words in texts.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(words, encoding="utf-8")
+    (folder / _SAVED).write_text(json.dumps({**saved, "files": _files(folder)}))
+
+
 def check_place(folder: str | Path, cell: str | None = None, guarded: Mapping[str, Path] | None = None) -> Path:
     """The folder to save to, links followed. Refuses one where anything would be lost but an earlier model of `cell`.
 

@@ -20,6 +20,13 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "gguf": Command("sweep.export.gguf_file", "a checkpoint as a file for llama.cpp, tried there before it counts"),
+    "csv": Command("sweep.export.table", "the rows of results folders as one flat file"),
+    "wandb": Command("sweep.export.trackers", "a run a cell in Weights & Biases, offline unless WANDB_API_KEY is set"),
+    "mlflow": Command(
+        "sweep.export.trackers", "a run a cell in MLflow, in ./mlflow.db unless MLFLOW_TRACKING_URI is set"
+    ),
+    "trackio": Command("sweep.export.trackers", "a run a cell in Trackio, on this machine"),
+    "card": Command("sweep.export.model_card", "a row as evaluation results in the card of a saved checkpoint"),
 }
 
 

@@ -259,6 +259,16 @@ def _declared(path: str, key: str) -> Any:
     return lm_eval_private.read_yaml(Path(path)).get(key) or []
 
 
+def hub_dataset(task: str) -> tuple[str, str] | None:
+    """(its name on the hub, what it calls this part of it) of the data set of lm-eval's task; None where the hub has none."""
+    if task in embedded.EMBEDDED or task not in (known := index()):
+        return None
+    (file, *others) = _leaves(task, known)
+    place = _declared(file, "dataset_path")
+    is_of_the_hub = isinstance(place, str) and place.count("/") == 1 and not others
+    return (place, str(_declared(file, "dataset_name") or "default")) if is_of_the_hub else None
+
+
 def index() -> Known:
     """Every task, group and tag of the installed lm-eval."""
 
