@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--repeats", type=int, default=11)
     given = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 64  # more models are compiled in this process than in a cell's
     print(f"torch {torch.__version__}, {machine.cpu_name()}, {given.sparsity:.0%} of the weights zero")
     for name in given.models:
         for threads in given.threads:

@@ -81,3 +81,11 @@ def test_the_engine_is_part_of_a_cell_that_is_timed_alone() -> None:
     assert untimed[0] == untimed[1]
     limits = [config.parse(asked(efficiency={"compile_seconds": seconds}))[0] for seconds in (9, 600)]
     assert limits[0] == limits[1]  # where nothing is compiled
+
+
+@pytest.mark.slow
+def test_a_limit_that_torch_would_pass_over_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_COMPILED", 1)  # and there are two shapes
+    model = tiny_model("llama")
+    _, _, columns = engine.engines(model, model, SETTINGS, random_tokens(1, 8))
+    assert columns["engine"] == "eager" and "limit" in str(columns["engine_fallback"])

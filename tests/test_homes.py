@@ -138,7 +138,7 @@ def test_a_task_of_the_hub_names_its_data_set() -> None:
 def test_what_cannot_be_sent_is_refused(
     results: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RequestError, match="give the folder that a sweep has written"):
+    with pytest.raises(RequestError, match="or run one first, such as: python -m sweep"):
         door.main(["csv", str(tmp_path / "nothing"), "a.csv"])
     (tmp_path / "empty" / "cells").mkdir(parents=True)
     with pytest.raises(RequestError, match="there is no row yet: run a sweep first"):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sweep import store
-from sweep.report import variants
+from sweep.report import asked, variants
 from sweep.settings import RequestError
 from sweep.store import columns
 
@@ -31,13 +30,10 @@ class Run:
 
 def read(folders: Sequence[str]) -> pd.DataFrame:
     """The rows of all folders, one a cell. Raises RequestError where there is no folder, or no row in it."""
-    try:
-        found = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
-    except FileNotFoundError as error:
-        raise RequestError(f"{error}: give the folder that a sweep has written, results=FOLDER") from error
+    found = asked.read(folders)
     if found.empty:
         raise RequestError(f"{', '.join(folders)}: there is no row yet: run a sweep first")
-    return found.drop_duplicates("cell")
+    return found
 
 
 def of(rows: pd.DataFrame) -> Iterator[Run]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, StaticCache
 from sweep import cache
 from sweep.config import Efficiency
 
+_COMPILED = 64  # times that one process may compile, for all its models and shapes
 _WARM = 3  # calls of each shape before a clock runs: compiled in the first, CUDA graphs recorded in the next
 
 
@@ -61,7 +62,9 @@ def compiled(model: PreTrainedModel, prompt: Tensor, output_tokens: int) -> Engi
         return model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1:]
 
     step = torch.compile(read, dynamic=False, options=how)
-    with torch.inference_mode():
+    # one function, compiled for each shape of each model: beyond a limit torch would go on in Python without a word
+    limits = torch._dynamo.config.patch(recompile_limit=_COMPILED, fail_on_recompile_limit_hit=True)
+    with torch.inference_mode(), limits:
         plain = read(prompt)  # also makes the cache, whose tensors must not be made while it is compiled
         if not all(getattr(layer, "is_compileable", False) for layer in past.layers):
             raise RuntimeError("it keeps a state that is no cache of fixed size")

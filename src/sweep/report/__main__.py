@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sweep import messages
-from sweep.report import asked, drawing, figures, published, rendering
+from sweep.report import asked, drawing, figures, published, rendering, watching
 from sweep.settings import RequestError, did_you_mean
 
 
@@ -20,9 +20,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.against:
             sys.exit(_compare(options))
-        files = rendering.report(options.results, out, _wanted(options))
+        wanted = _wanted(options)
+        if options.watch:
+            watching.watch(options.results, lambda: _render(options, out, wanted))
+        else:
+            _render(options, out, wanted)
     except RequestError as error:
         sys.exit(messages.complain(error))
+
+
+def _render(options: argparse.Namespace, out: Path, wanted: rendering.Wanted) -> None:
+    files = rendering.report(options.results, out, wanted)
     print((out / "overview.txt").read_text())
     print(f"\n{len(files)} files in {out}" + ("" if options.no_html else f"; open {out / 'report.html'} in a browser"))
 
@@ -78,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-ms", type=float, help="likewise: what decoding a token may take, in milliseconds")
     add("--max-bytes", help="likewise: the peak memory, such as 800MB")
     add("--no-html", action="store_true", help="leave out report.html")
+    add("--watch", action="store_true", help="make the report again as rows arrive, until Ctrl-C")
     add("--against", type=Path, metavar="CSV", help="print our numbers beside published ones, and write nothing")
     return parser
 
