@@ -540,3 +540,43 @@ def test_an_answer_is_drawn_against_a_token(tmp_path: Path) -> None:
     )
     made = {path.name for path in rendering.report([place], tmp_path / "report", rendering.Wanted(formats=("png",)))}
     assert {"lost-by-kind.png", "sums-answer-against-token.png"} <= made
+
+
+def test_of_many_recipes_the_best_are_named_and_the_others_grey(tmp_path: Path) -> None:
+    many = tuple(("weight", f"criterion{i:02}", "dense") for i in range(drawing.MOST_NAMED + 5))
+    rows = frames.rows(seeds=1, sparsities=(0.5,), methods=many)
+    for figure, is_loss in (
+        (plot.sparsity_figure(rows, "pydoc/token_perplexity"), True),
+        (plot.sparsity_figure(rows, "capitals/acc"), False),
+    ):
+        (legend,) = figure.legends
+        said = [text.get_text() for text in legend.get_texts()]
+        named = [word for word in said if word.startswith("weight criterion")]
+        assert len(named) == drawing.MOST_NAMED and "5 others, which the table has" in said
+        metric = "pydoc/token_perplexity" if is_loss else "capitals/acc"
+        ranked = rows[rows.method == "weight"].sort_values(metric, ascending=is_loss).criterion[: drawing.MOST_NAMED]
+        assert {word.removeprefix("weight ") for word in named} == set(ranked)
+
+
+def test_settings_that_change_together_are_said_once() -> None:
+    rows = frames.rows(seeds=1, sparsities=(0.5,), methods=(("weight", "magnitude", "dense"),))
+    pruned = rows[rows.method == "weight"]
+    changed = [
+        {"recover.steps": 8, "recover.text.sequences": 8},
+        {"recover.steps": 32, "recover.text.sequences": 32},
+        {"recover.steps": 32, "recover.text.sequences": 32, "recover.batch": 2},
+    ]
+    frame = pd.concat([pruned.assign(config=json.dumps(_nested(each))) for each in changed], ignore_index=True)
+    words = variants.with_variant(pd.concat([rows[rows.method == "dense"], frame], ignore_index=True)).variant
+    assert words[1:].tolist() == ["recover.steps=8", "recover.steps=32", "recover.batch=2, recover.steps=32"]
+
+
+def _nested(settings: dict[str, object]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        inner = found
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return found

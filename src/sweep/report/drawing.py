@@ -30,6 +30,8 @@ from sweep.report.names import series
 WIDTHS = {"column": 3.35, "page": 6.9}  # inches; one and two columns of the usual conference styles
 FORMATS = ("png", "svg", "pdf")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
+MOST_NAMED = 12  # methods of a figure that have a colour and a line of its legend
+OTHERS = ("0.72", ".", ":")  # colour, mark and line of all beyond these
 _MARKS = "os^Dv<>PXp"
 _LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 OVER: dict[str, Any] = {
@@ -129,19 +131,31 @@ def panels(width: str, count: int, height: float = 2.1, left: float = 0.62) -> t
     return figure, made
 
 
-def styles_of(points: pd.DataFrame) -> Mapping[str, tuple[str, str, object]]:
-    """Colour, mark and line of each method, by its place in the sorted names."""
-    names = sorted(set(series(points[~points.baseline])))
-    return {
+def styles_of(points: pd.DataFrame, *, y_is_loss: bool = False) -> Mapping[str, tuple[str, str, object]]:
+    """Colour, mark and line of each method, by its place in the sorted names.
+
+    Of more than `MOST_NAMED` those have their own that are not off the frontier, where points say so, and then those of the
+    best `y`; all others are `OTHERS`.
+    """
+    pruned = points[~points.baseline]
+    by_name = pruned.assign(_name=series(pruned)).groupby("_name")
+    names = sorted(by_name.groups)
+    if len(names) > MOST_NAMED and "y" in points:
+        rank = pd.DataFrame({"off": True, "y": by_name.y.min() if y_is_loss else -by_name.y.max()})
+        if "standing" in points:
+            rank["off"] = by_name.standing.agg(lambda standing: (standing == frontier.OFF).all())
+        names = sorted(rank.sort_values(["off", "y"], kind="stable").index[:MOST_NAMED])
+    own = {
         name: (COLOURS[i % len(COLOURS)], _MARKS[i % len(_MARKS)], _LINES[i % len(_LINES)])
-        for i, name in enumerate(names)
+        for i, name in enumerate(names[:MOST_NAMED])
     }
+    return dict.fromkeys(by_name.groups, OTHERS) | own
 
 
-def draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
-    """Every method's marks, intervals and, where joined, line."""
+def draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool, y_is_loss: bool = False) -> None:
+    """Every method's marks, intervals and, where joined, line; below those that have a style of their own, the others."""
     pruned = points[~points.baseline].sort_values(["sparsity", "x"])
-    styles, names = styles_of(points), series(pruned).to_numpy(dtype=object)
+    styles, names = styles_of(points, y_is_loss=y_is_loss), series(pruned).to_numpy(dtype=object)
     x, y, standing = (pruned[column].to_numpy() for column in ("x", "y", "standing"))
     bars = [
         (bar, strokes)
@@ -149,7 +163,7 @@ def draw_series(axes: Axes, points: pd.DataFrame, *, joined: bool) -> None:
         for kind, strokes in OVER.items()
         if (bar := _bars(pruned, along, kind)) is not None
     ]
-    for name in sorted(set(names)):
+    for name in sorted(set(names), key=lambda name: (styles[name] is not OTHERS, name)):
         colour, mark, dashes = styles[name]
         own = names == name
         for bar, strokes in bars:
@@ -300,9 +314,17 @@ def plain(value: float, _: object = None) -> str:
 
 
 def legend(axes: Axes, extra: Mapping[str, Line2D] | None = None) -> None:
-    """Above the axes, where no point can be, in as many lines as it takes: the figure grows, the axes stay."""
+    """Above the axes, where no point can be, in as many lines as it takes: the figure grows, the axes stay.
+
+    What is drawn as `OTHERS` is one entry.
+    """
     handles, names = axes.get_legend_handles_labels()
-    entries = dict(zip(names, handles, strict=True)) | dict(extra or {})
+    entries: dict[str, Any] = dict(zip(names, handles, strict=True))
+    grey = [name for name, handle in entries.items() if getattr(handle, "get_color", str)() == OTHERS[0]]
+    if grey:
+        one = {f"{len(grey)} others, which the table has": entries[grey[0]]}
+        entries = {name: handle for name, handle in entries.items() if name not in grey} | one
+    entries |= dict(extra or {})
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     inches, height = figure.get_size_inches()

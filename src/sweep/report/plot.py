@@ -58,12 +58,7 @@ def overview_figure(found: Overview, width: str = "page") -> Figure:
 
 def _draw_overview(axes: Axes, found: Overview, gain: Gain | None) -> None:
     """One panel: the frontier, each recipe's marks and bars, and at the edges what is beyond them."""
-    of_x = ["sparsity"] * 3 if gain is None else [gain.name + end for end in ("", "_low", "_high")]
-    points = found.points.assign(
-        **{f"x{end}": found.points[name] for end, name in zip(("", "_low", "_high"), of_x, strict=True)},
-        **{f"y{end}": 100 * found.points[f"kept{end}"] for end in ("", "_low", "_high")},
-    )
-    points = points[np.isfinite(points.x) & np.isfinite(points.y)]
+    points = _placed(found, gain)
     low, high, floor, top = _near_dense(points, gain)
     axes.set(xlim=(low, high), ylim=(floor, top))
     axes.axhline(100.0, color="0.55", linewidth=0.8, linestyle="--", zorder=0)
@@ -75,24 +70,40 @@ def _draw_overview(axes: Axes, found: Overview, gain: Gain | None) -> None:
     styles, dense = drawing.styles_of(points), points[points.baseline].head(1)
     words = []
     for name, line in points[~points.baseline].groupby("name", sort=True):
-        colour, mark, _ = styles[str(name)]
+        colour, mark, _ = style = styles[str(name)]
+        has_own = style is not drawing.OTHERS
         line = line.sort_values("sparsity")
-        axes.plot([*dense.x, *line.x], [*dense.y, *line.y], color=colour, linewidth=0.7, alpha=0.5, zorder=2)
+        if has_own:
+            axes.plot([*dense.x, *line.x], [*dense.y, *line.y], color=colour, linewidth=0.7, alpha=0.5, zorder=2)
         bars: dict[str, Any] = {"color": colour, "linewidth": 0.9, "alpha": 0.6, "zorder": 2.5}
         axes.vlines(line.x, line.y_low, line.y_high, **bars)
         axes.hlines(line.y, line.x_low, line.x_high, **bars)
         inside = line.x.between(low, high) & (line.y >= floor)
-        axes.plot(line.x[inside], line.y[inside], linestyle="none", marker=mark, color=colour, zorder=3, label=name)
+        axes.plot(
+            line.x[inside], line.y[inside], linestyle="none", marker=mark, color=colour, zorder=2 + has_own, label=name
+        )
         words += _sparsities(line[inside]) if len(points) <= _LABELLED else []
         for at, quality in line.loc[~inside, ["x", "y"]].to_numpy(dtype=float):
             x, y = np.clip(at, low, high), np.clip(quality, floor, top)
             arrow = "v" if quality < floor else "<" if at < low else ">"
             axes.plot([x], [y], linestyle="none", marker=arrow, color=colour, clip_on=False, zorder=4)
             numbers = ([f"{quality:.0f} %"] if quality < floor else []) + ([names.times(at)] if x != at else [])
-            words += [drawing.Beside(x, y, ", ".join(numbers), colour, needed=True)]
+            words += [drawing.Beside(x, y, ", ".join(numbers), colour, needed=True)] if has_own else []
     axes.plot(dense.x, dense.y, marker="*", color="black", markersize=8, linestyle="none", zorder=4, label="dense")
     marks = [points.x.clip(low, high), points.y.clip(floor, top)]
     drawing.write_beside(axes, words if len(points) <= _NUMBERED else [], np.transpose(marks))
+
+
+def _placed(found: Overview, gain: Gain | None) -> pd.DataFrame:
+    """The points that a panel shows, with x, y and their ends, and whether they are on its frontier."""
+    of_x = ["sparsity"] * 3 if gain is None else [gain.name + end for end in ("", "_low", "_high")]
+    points = found.points.assign(
+        **{f"x{end}": found.points[name] for end, name in zip(("", "_low", "_high"), of_x, strict=True)},
+        **{f"y{end}": 100 * found.points[f"kept{end}"] for end in ("", "_low", "_high")},
+    )
+    points = points[np.isfinite(points.x) & np.isfinite(points.y)]
+    on = on_frontier(points, gain) if gain is not None else np.zeros(len(points), dtype=bool)
+    return points.assign(standing=np.where(on, frontier.ON, frontier.OFF))
 
 
 def _near_dense(points: pd.DataFrame, gain: Gain | None) -> tuple[float, float, float, float]:
@@ -124,7 +135,7 @@ def cost_figure(
     points["standing"] = frontier.membership(points, **losses, differ=evidence.differ(points, metric))
     figure, axes = drawing.new(width)
     drawing.draw_frontier(axes, points, **losses)
-    drawing.draw_series(axes, points, joined=False)
+    drawing.draw_series(axes, points, joined=False, y_is_loss=losses["y_is_loss"])
     _finish(axes, points, cost, metric, y_is_loss=losses["y_is_loss"])
     axes.autoscale_view()  # settles what the axes show
     drawing.write_beside(axes, _sparsities(points), points[["x", "y"]])
@@ -144,7 +155,7 @@ def sparsity_figure(rows: pd.DataFrame, metric: str, width: str = "column", evid
     alike = evidence.alike(points, compared, dense[compared], metric)
     points.loc[points.index[compared[alike]], "standing"] = frontier.WITHIN_NOISE
     figure, axes = drawing.new(width)
-    drawing.draw_series(axes, points, joined=True)
+    drawing.draw_series(axes, points, joined=True, y_is_loss=is_loss(metric, rows))
     _finish(axes, points, "sparsity", metric, y_is_loss=is_loss(metric, rows))
     drawing.legend(axes, drawing.hollow(points, "within noise of dense") | drawing.kinds(points))
     return figure

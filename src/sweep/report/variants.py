@@ -293,13 +293,26 @@ def _words(settings: list[dict[str, Any]], groups: pd.Series) -> list[str]:
         for key, value in setting.items():
             values.setdefault(key, Counter())[str(value)] += 1
     varying = {
-        group: sorted(key for key, found in keys.items() if max(found.values()) < sizes[group])
+        group: _one_of_each(
+            sorted(key for key, found in keys.items() if max(found.values()) < sizes[group]),
+            [setting for of, setting in zip(groups, settings, strict=True) if of == group],
+        )
         for group, keys in seen.items()
     }
     return [
         ", ".join(f"{_short(key)}={setting[key]}" for key in varying[group] if key in setting)
         for group, setting in zip(groups, settings, strict=True)
     ]
+
+
+def _one_of_each(keys: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys without those that tell the same rows apart as one before them does: steps, and the text that they take."""
+    chosen: dict[tuple[int, ...], str] = {}
+    for key in keys:
+        numbers: dict[str | None, int] = {}
+        values = [str(setting[key]) if key in setting else None for setting in settings]
+        chosen.setdefault(tuple(numbers.setdefault(value, len(numbers)) for value in values), key)
+    return list(chosen.values())
 
 
 def _short(key: str) -> str:
