@@ -234,7 +234,7 @@ def test_an_answer_filter_is_part_of_a_metric_in_every_door(tmp_path: Path, caps
     (row,) = [row for row in measured(store.load(place)) if row["method"] == "weight"]
     row |= {"cell_seconds": 1.0, "decode_speedup": None}
     assert runner.headline(row).startswith(f"{STRICT} 0.1, {FLEXIBLE} 0.5")
-    assert STRICT in runner.listing([row]) and FLEXIBLE in runner.listing([row])
+    assert {STRICT, FLEXIBLE} <= set(runner.lines_of([row])[0]) and "gsm8k/" in runner.listing([row])
     capsys.readouterr()
     with pytest.raises(SystemExit):
         __main__.main([place, "--y", "gsm8k/exact_match"])
@@ -247,13 +247,27 @@ def test_no_two_cells_of_a_study_are_the_same_line_at_the_end_of_a_sweep(study: 
         {name: value for name, value in row.items() if value == value}  # as a sweep reads them: without NaN
         for row in store.load(Path(__file__).parents[1] / "experiments" / study / "results").to_dict("records")
     ]
-    head, _, *lines = runner.listing(rows).splitlines()
-    recipes = [line[: head.index("status")].rstrip() for line in lines]
-    assert len(set(recipes)) == len(recipes) == len(rows)
-    assert recipes[0].startswith("dense")
-    seeds = [recipe.rsplit(maxsplit=1) for recipe in recipes if not recipe.startswith("dense")]
-    together = [recipe for place, (recipe, _) in enumerate(seeds) if place == 0 or seeds[place - 1][0] != recipe]
+    lines = runner.lines_of(rows)
+    cells = [(line["recipe"], line["seed"]) for line in lines]
+    assert len(set(cells)) == len(cells) == len(rows)
+    assert cells[0][0].startswith("dense")
+    recipes = [recipe for recipe, _ in cells if not recipe.startswith("dense")]
+    together = [recipe for place, recipe in enumerate(recipes) if place == 0 or recipes[place - 1] != recipe]
     assert len(set(together)) == len(together), "seeds of one recipe stand apart"
+
+
+@pytest.mark.parametrize("study", ["calibration", "generation", "prune_or_quantise", "recovery", "weight_criteria"])
+def test_the_list_at_the_end_of_a_sweep_fits_a_terminal(study: str) -> None:
+    rows = [
+        {name: value for name, value in row.items() if value == value}
+        for row in store.load(Path(__file__).parents[1] / "experiments" / study / "results").to_dict("records")
+    ]
+    said = runner.listing(rows)
+    assert max(map(len, said.splitlines())) <= runner.WIDTH
+    metrics = {name for line in runner.lines_of(rows) for name in line if "/" in name}
+    assert all(
+        name in said or f"{name.partition('/')[0]}/" in said for name in metrics
+    )  # in the table, or named below it
 
 
 def test_no_rows_are_no_table() -> None:

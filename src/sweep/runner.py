@@ -8,6 +8,7 @@ import os
 import shlex
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -18,8 +19,10 @@ from sweep import cache, config, isolate, machine, needs, provenance, store, tur
 from sweep.config import Cell, Options, memory_bytes
 from sweep.isolate import Ending
 from sweep.metrics import main_metrics
-from sweep.plan import Plan, Step, check_models
+from sweep.plan import Plan, Step, check_models, in_words
 
+WIDTH = 100  # characters of a line of a terminal
+_RECIPE_WIDTH = 36  # of the first column of the list at the end
 _STOPPED = "a cell failed (on_failure=stop)"
 Launch = Callable[[list[Step]], list[Ending | Exception]]  # hands cells to an engine; returns what became of each
 
@@ -48,8 +51,9 @@ def run_plan(plan: Plan, options: Options, launch: Launch | None = None) -> int:
     for name in store.set_aside(options.results, plan.unreadable):
         print(f"{name} was no row of sweep: moved to {options.results}/set_aside")
     endings: dict[str, Ending] = {}  # of this run, by cell
+    progress = _Progress(len(plan.todo))
     for batch in _batches(plan.todo):
-        run, problem = _run_there(batch, options, launch) if launch else _run_here(batch, options)
+        run, problem = _run_there(batch, options, launch) if launch else _run_here(batch, options, progress)
         endings |= run
         if problem:
             print(f"stopped: {problem}; the same command goes on from here")
@@ -90,7 +94,29 @@ def _batches(steps: list[Step]) -> list[list[tuple[str, Step]]]:
     return [batch for batch in (baselines, rest) if batch]
 
 
-def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str, Ending], str | None]:
+class _Progress:
+    """How far a run is, and when it will be done if its other cells take as long."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def after(self, running: int) -> str:
+        """What is said when one more is done, while so many run; empty after the last."""
+        self.done += 1
+        left = self.total - self.done
+        if not left:
+            return ""
+        seconds = (time.monotonic() - self.began) / self.done * left
+        return (
+            f"      {self.done} of {self.total} done"
+            + f", {running} running" * bool(running)
+            + f", about {in_words(seconds)} left"
+        )
+
+
+def _run_here(
+    batch: list[tuple[str, Step]], options: Options, progress: _Progress
+) -> tuple[dict[str, Ending], str | None]:
     """Run cells in children of this process, one to a GPU where there are several.
 
     Returns what became of each cell, and why the sweep must stop.
@@ -117,6 +143,8 @@ def _run_here(batch: list[tuple[str, Step]], options: Options) -> tuple[dict[str
                         return endings, ending.unstored
                     if ending.row["status"] != "ok" and options.on_failure == "stop":
                         return endings, _STOPPED
+                    if said := progress.after(len(running)):
+                        print(said, flush=True)
         finally:  # nothing is running unless the sweep is interrupted or stops
             stop.set()
     return endings, None
@@ -226,39 +254,102 @@ def headline(row: dict[str, Any]) -> str:
 
 
 def listing(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as a table of a few columns, among them what else tells rows of one method and sparsity apart."""
+    """Rows as a table that fits a terminal: a recipe with what tells it from others, its seed, what it takes, its metrics.
+
+    Metrics for which there is no room are named below it.
+    """
+    lines, metrics = lines_of(rows), list[str]()
+    for line in lines:
+        metrics += [name for name in line if "/" in name and name not in metrics]
+    shown = len(metrics)
+    while lines:
+        table = _table([{name: value for name, value in line.items() if name not in metrics[shown:]} for line in lines])
+        if shown == 0 or max(map(len, table.splitlines())) <= WIDTH:
+            left_out = f"\nin the rows: {', '.join(metrics[shown:])}" if metrics[shown:] else ""
+            return table + "\n".join(textwrap.wrap(left_out, WIDTH, drop_whitespace=False, replace_whitespace=False))
+        shown -= 1
+    return ""
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    heads = {name: _head(name) for line in lines for name in line}
+    return tabulate(
+        [{heads[name]: value for name, value in line.items()} for line in lines],
+        headers={head: head for head in heads.values()},
+        floatfmt=".4g",
+        missingval="-",
+        maxcolwidths=[_RECIPE_WIDTH],
+    )
+
+
+def _head(name: str) -> str:
+    """A column's name in lines as narrow as its numbers, about."""
+    task, slash, metric = name.rpartition("/")
+    return f"{task}{slash}\n" * bool(slash) + (
+        metric.replace("_", "_\n", 1) if len(metric) > 12 else metric.replace(" ", "\n")
+    )
+
+
+def lines_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `listing` says of each row, dense first, then by recipe; seed and status where there are several."""
     import pandas as pd  # with what a report needs, which a plan does not
 
     from sweep.report import variants
 
     rows = [*rows]
     if not rows:
-        return ""
-    told = ["method", "criterion", "sparsity"]
-    later = config.STAGES[1:]
-    told += [s.column for s in later if any(found.get(s.column) not in (None, s.nothing) for found in rows)]
+        return []
     named = variants.with_variant(pd.DataFrame(rows))
-    words = [name for name in ("variant", "setting") if named[name].any()]
+    said = named[["variant", "setting"]].to_dict("records")
+    of_many = ["seed"] * (len({found["seed"] for found in rows}) > 1)
+    of_many += ["status"] * any(found["status"] != "ok" for found in rows)
+    order = sorted(range(len(rows)), key=lambda at: _place(rows[at] | said[at]))
     lines = []
-    for at, found in enumerate(rows):
-        line = {name: found.get(name) for name in told} | {name: named[name].iloc[at] for name in words}
-        line |= {name: found.get(name) for name in ("seed", "status")}
+    for found, words in ((rows[at], said[at]) for at in order):
+        line: dict[str, Any] = {"recipe": _recipe_of(found, words)} | {name: found[name] for name in of_many}
         if found["status"] == "ok":
-            line |= {
-                "MB": found["weights_bytes"] / 1e6,
-                "decode ms": found.get("decode_ms_per_token_p50"),
-                "speed-up": found.get("decode_speedup"),
-                **_metrics(found),
-            }
+            timed = {"decode ms": found.get("decode_ms_per_token_p50"), "x dense": found.get("decode_speedup")}
+            line |= {"MB": found["weights_bytes"] / 1e6}
+            line |= {name: value for name, value in timed.items() if value is not None}
+            line |= _metrics(found)
         lines.append(line)
-    lines.sort(key=_place)
-    return tabulate(lines, headers="keys", floatfmt=".4g", missingval="-")
+    return lines
 
 
-def _place(line: dict[str, Any]) -> tuple[Any, ...]:
+def _recipe_of(found: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """Method, criterion and sparsity, what follows them, and what else tells the row from others."""
+    stages = [
+        found.get(stage.column) for stage in config.STAGES[1:] if found.get(stage.column) not in (None, stage.nothing)
+    ]
+    criterion = found.get("criterion")
+    parts = [
+        found["method"],
+        criterion,
+        f"{found['sparsity']:g}" if criterion else None,
+        *(f"+ {name}" for name in stages),
+    ]
+    parts += [
+        f"({words['variant']})" if words["variant"] else None,
+        f"[{words['setting']}]" if words["setting"] else None,
+    ]
+    return " ".join(str(part) for part in parts if part)
+
+
+def _place(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """Dense first, then by recipe, seeds of one recipe beside each other."""
-    later = [str(line.get(name, "")) for name in (*(stage.column for stage in config.STAGES[1:]), "variant", "setting")]
-    return line["method"] != "dense", line["method"], line["criterion"] or "", line["sparsity"], *later, line["seed"]
+    used = [line.get(stage.column) for stage in config.STAGES[1:]]
+    later = [
+        "" if word == stage.nothing else str(word or "") for word, stage in zip(used, config.STAGES[1:], strict=True)
+    ]
+    later += [str(line.get(name, "")) for name in ("variant", "setting")]
+    return (
+        line["method"] != "dense",
+        line["method"],
+        line.get("criterion") or "",
+        line["sparsity"],
+        *later,
+        line["seed"],
+    )
 
 
 def _comes_to(rows: Collection[dict[str, Any]]) -> str:

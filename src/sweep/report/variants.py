@@ -308,11 +308,11 @@ def _words(settings: list[dict[str, Any]], groups: pd.Series) -> list[str]:
 def _one_of_each(keys: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
     """The keys without those that tell the same rows apart as one before them does: steps, and the text that they take."""
     chosen: dict[tuple[int, ...], str] = {}
-    for key in keys:
+    for key in sorted(keys, key=lambda key: (key.startswith("calibration.") or ".text." in key, key)):  # texts last
         numbers: dict[str | None, int] = {}
         values = [str(setting[key]) if key in setting else None for setting in settings]
         chosen.setdefault(tuple(numbers.setdefault(value, len(numbers)) for value in values), key)
-    return list(chosen.values())
+    return sorted(chosen.values())
 
 
 def _short(key: str) -> str:
