@@ -1,7 +1,7 @@
 """What compiling brings: decode and prefill of a model in Python and compiled, dense and pruned, in turns.
 
     python benchmarks/engines.py                      the embedded model and a random Llama of 1.1B parameters
-    python benchmarks/engines.py --models small       one of them; --threads, --forms, --sparsity, --repeats as wanted
+    python benchmarks/engines.py --models small       one of them; --threads, --forms, --phases, ... as wanted
 
 Every line is a model pruned at random, in one form. `in Python` is dense over this model, both in Python; `compiled` the same
 with both compiled; `for itself` is this model in Python over itself compiled. A ratio is the median over pairs
@@ -24,7 +24,7 @@ from sweep import machine
 from sweep.formats.declared import FORMATS
 from sweep.measuring import engine
 
-PROMPT, STEPS = 128, 8  # tokens that are read first, and decoded together in one reading of the clock
+PROMPT, STEPS = 32, 4  # tokens that are read first, and decoded together in one reading of the clock
 MAKERS = {"small": small, "large": large}
 
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--forms", nargs="+", default=["int8", "bitmap", "bitmap_int8"])
     parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--phases", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
     parser.add_argument("--repeats", type=int, default=11)
     given = parser.parse_args()
     print(f"torch {torch.__version__}, {machine.cpu_name()}, {given.sparsity:.0%} of the weights zero")
@@ -82,7 +83,7 @@ def compare(make: Callable[[torch.dtype], PreTrainedModel], given: argparse.Name
         else:
             model = pruned(make, given.sparsity, FORMATS[form])[0]
             own = readings(model, False), readings(model, True)
-        for phase in plain:
+        for phase in given.phases:
             pairs = {"in Python": (plain, own[0]), "compiled": (fast, own[1]), "for itself": own}
             line = {"form": form, "phase": phase}
             for column, (first, second) in pairs.items():

@@ -202,6 +202,10 @@ def test_what_cannot_lie_on_the_disk_is_refused(
     elsewhere = machine.Placement(elsewhere=True, has_gpu=True)
     with pytest.raises(RequestError, match="offload=disk maps weights .* device is cuda: set device=cpu"):
         machine.resolve(replace(asked, device="cuda"), elsewhere)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "Path", lambda place: tmp_path / "no" / place.strip("/"))
+        with pytest.raises(RequestError, match="asks the kernel how much is resident, as Linux alone tells it"):
+            machine.resolve(asked, machine.Placement(elsewhere=True))
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny_checkpoint, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")

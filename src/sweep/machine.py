@@ -112,6 +112,10 @@ def resolve(cell: Cell, placement: Placement = Placement()) -> Cell:
 
 
 def _decided(cell: Cell, device: str, threads: int | None) -> Cell:
+    if cell.offload == "disk" and not Path("/proc/self/statm").exists():
+        raise RequestError(
+            "offload=disk asks the kernel how much is resident, as Linux alone tells it: leave it out here"
+        )
     if cell.offload == "disk" and device != "cpu":
         raise RequestError(
             f"offload=disk maps weights into the memory of the CPU, and device is {device}: set device=cpu"

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import tempfile
@@ -36,9 +37,6 @@ SMALLEST = 2**16  # bytes of a tensor that is worth a file
 _LOOK = 0.01  # seconds between looks: a core reads some 100 MB meanwhile
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _open: list[Scratch] = []
 
@@ -50,6 +48,7 @@ class Scratch:
         self.folder = folder
         self.paused = False
         self._mapped: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._before = _resident_files()  # of libraries, for the most part
         self._adding = threading.Lock()  # a set does not grow while it is gone through
 
     def held(self, tensor: Tensor) -> Tensor:
@@ -64,7 +63,9 @@ class Scratch:
     def another(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor of the CPU that lies in a file. Raises RequestError where the disk has no room."""
         mapped = _bytes(self._made(tensor.nbytes)).view(tensor.dtype).view(tensor.shape)
-        return mapped.copy_(tensor.detach())
+        mapped.copy_(tensor.detach())
+        self.look()  # here too, since a busy machine may leave the thread that looks no time
+        return mapped
 
     def tensors(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a file of safetensors where they lie, to be read and never written.
@@ -73,24 +74,27 @@ class Scratch:
         """
         found = headers.tensors(file)
         whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, file.stat().st_size))
-        _libc.mprotect(whole.data_ptr(), whole.nbytes(), mmap.PROT_READ)
+        _advise("mprotect", whole, mmap.PROT_READ)
         self._add(whole)
         return {name: _view(whole, told) for name, told in found.items()}
+
+    def look(self) -> None:
+        """Drop what is mapped where more of it is resident than may be."""
+        if _resident_files() - self._before > RESIDENT:
+            self.drop()
 
     def drop(self) -> None:
         """Have no page of what is mapped be resident. What was written stays: the kernel has it, and brings it to the disk."""
         with self._adding:
             mapped = list(self._mapped)
         for storage in mapped:
-            _libc.madvise(storage.data_ptr(), storage.nbytes(), mmap.MADV_DONTNEED)
+            _advise("madvise", storage, mmap.MADV_DONTNEED)
 
     def _made(self, nbytes: int) -> torch.UntypedStorage:
         """A file of so many bytes, mapped, which goes with the last tensor in it."""
         handle, name = tempfile.mkstemp(prefix="weights-", dir=self.folder)
         try:
-            os.posix_fallocate(
-                handle, 0, nbytes
-            )  # a mapped file that finds no room when it is written ends the process
+            os.posix_fallocate(handle, 0, nbytes)  # a mapped file that meets a full disk later ends the process
             storage = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, True, nbytes))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -110,10 +114,8 @@ class Scratch:
             self._mapped.add(storage)
 
     def _watch(self, ends: threading.Event) -> None:
-        before = _resident_files()  # libraries, for the most part
         while not ends.wait(_LOOK):
-            if _resident_files() - before > RESIDENT:
-                self.drop()
+            self.look()
 
 
 def current() -> Scratch | None:
@@ -173,6 +175,19 @@ def kept(array: np.ndarray) -> np.ndarray:
     """An array with the same values, in a file where a scratch is open."""
     scratch = current()
     return array if scratch is None else scratch.held(torch.from_numpy(array)).numpy()
+
+
+def _advise(call: str, mapped: torch.UntypedStorage, what: int) -> None:
+    """Tell the kernel something of a mapping, by a call of the C library that takes (address, length, what)."""
+    function = getattr(_libc(), call)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if function(mapped.data_ptr(), mapped.nbytes(), what):
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
