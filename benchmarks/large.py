@@ -1,7 +1,7 @@
 """Pruning a model larger than memory: peak resident memory, minutes, and bytes a second against reading and writing them once.
 
     python benchmarks/large.py FOLDER                     a random Llama of 8.1 billion parameters, Wanda at 50 %
-    python benchmarks/large.py FOLDER --criterion sparsegpt --blocks 4
+    python benchmarks/large.py FOLDER --criterion sparsegpt --blocks 2 --limit 10GiB
 
 FOLDER, on a disk with three times the model's bytes free, receives the model in bfloat16, one file a block, and the pruned
 one. Its blocks are those of Llama-2-7B, 202 million parameters each; `--blocks` is how many. The cell is run as a user runs it,
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--blocks", type=int, default=38)
+    parser.add_argument("--limit", default=LIMIT, help=f"memory_limit of the cell (default: {LIMIT})")
     parser.add_argument("--in-memory", action="store_true", help="without offload and limit, to compare with")
     given = parser.parse_args()
     model, results = given.folder / f"llama-{given.blocks}", given.folder / "results"
@@ -114,7 +115,7 @@ def main() -> None:
         f"calibration.length={LENGTH}",
     ]
     command += [f"results={results}", f"save_model={pruned}", "resume=false"]
-    command += [] if given.in_memory else ["offload=disk", f"memory_limit={LIMIT}"]
+    command += [] if given.in_memory else ["offload=disk", f"memory_limit={given.limit}"]
     start = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - start

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -17,6 +19,7 @@ import sweep
 from conftest import FAMILIES
 from sweep import store, versions
 from sweep.config import Calibration
+from sweep.report import asked, decision, frontier, overview
 from sweep.texts import text
 from test_cli import run
 
@@ -73,7 +76,7 @@ def test_a_published_study_runs_and_says_that_its_protocol_differs(
 
 # Studies whose rows come from an older measuring version or from uncommitted code. They say so in their README, will be
 # recorded anew, and then leave this list; no study is added to it.
-RECORDED_BEFORE = {"break_even", "first_look", "weight_vs_neuron"}
+RECORDED_BEFORE = {"break_even", "weight_vs_neuron"}
 RECORDED = {path.parent.name: path for path in sorted(ROOT.glob("experiments/*/results"))}
 
 
@@ -110,7 +113,10 @@ runner.run_plan = keep
 for words in json.loads(sys.argv.pop()):
     sys.argv[1:] = words
     GlobalHydra.instance().clear()
-    __main__._main()
+    try:
+        __main__._main()
+    except SystemExit:  # of a command without -m
+        pass
 """
 
 
@@ -126,6 +132,39 @@ def test_a_recorded_study_plans_the_cells_that_it_has() -> None:
         rows = store.load(path)
         recorded = set(zip(rows.method, rows.sparsity, rows.seed, rows.execution, strict=True))
         assert {tuple(cell) for cell in json.loads(line)[1]} == recorded, study
+
+
+def test_what_a_report_says_to_run_further_is_new_and_of_that_recipe_alone(tmp_path: Path) -> None:
+    """Through the real door, as it stands under the decision table."""
+    said: list[tuple[str, list[str]]] = []
+    for study in ("generation", "prune_or_quantise", "recovery"):
+        rows = frontier.numbered(frontier.with_paired_latency(asked.read([str(RECORDED[study])])))
+        found = overview.overview(rows, asked.quality_metrics(rows))
+        assert found is not None
+        further = decision.decide(found, rows).further
+        assert further
+        read = rows[rows.criterion == "wanda"] if study != "recovery" else rows[rows.recovery == "local"]
+        of_seeds = decision._surer(pd.Series({"name": study, "sparsity": 0.5}), read)
+        commands = [*of_seeds, *(command for _, command in further if "benchmarks.tasks" not in command)]
+        said += [(study, shlex.split(command)[3:]) for command in commands]
+    machine = ["device=cpu", "threads=1"]
+    commands = [[word for word in words if not word.startswith(("device=", "threads="))] for _, words in said]
+    code = [sys.executable, "-c", PLANNED, json.dumps([[*machine, *words] for words in commands])]
+    told = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert len(lines) == len(said) >= 7
+    for (_, words), (todo, cells) in zip(said, lines, strict=True):
+        pruned = [cell for cell in cells if cell[0] != "dense" or "quantize" in " ".join(words)]
+        assert todo >= 1 and 1 <= len(pruned) <= 4, words
+    assert (
+        sum("hydra.sweeper.grids=null" in words for _, words in said) == 3
+    )  # seeds of one recipe, not the study's grid
+
+
+def test_further_benchmarks_are_those_of_papers() -> None:
+    named = yaml.safe_load((ROOT / "conf" / "benchmarks" / "zero_shot.yaml").read_text())["tasks"]
+    assert tuple(named) == decision._FURTHER_TASKS
 
 
 @pytest.mark.parametrize("study", RECORDED)

@@ -253,7 +253,7 @@ def test_older_rows_tell_their_version_by_their_name(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1] / "experiments"
     recorded = {study.parent.name: store.load(study) for study in root.glob("*/results")}
     assert all(rows.measuring_version.notna().all() for rows in recorded.values())
-    row = recorded["first_look"].iloc[0]
+    row = recorded["weight_vs_neuron"].iloc[0]
     assert row.measuring_version == 4
     store.write(
         tmp_path,

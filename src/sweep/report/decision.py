@@ -18,6 +18,7 @@ from sweep.report.overview import Gain, Overview
 BUDGETS = (0.01, 0.02, 0.05, 0.10)  # of quality that may be lost, of the dense model's above chance
 _MORE_SEEDS = 3
 _COMMANDS = 6  # at most
+_FURTHER_TASKS = ("wikitext", "lambada_openai", "arc_easy", "piqa", "boolq")  # of conf/benchmarks/zero_shot
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def _surer(point: pd.Series, rows: pd.DataFrame) -> dict[str, str]:
         return {_command(rows, seed=seeds): f"{name}: more seeds of its calibration text"}
     if (settings.get("benchmarks") or {}).get("limit") is not None:
         return {_command(rows, **{"benchmarks.limit": "null"}): f"{name}: all documents of its benchmarks"}
-    return {_command(rows, benchmarks="zero_shot"): f"{name}, which no seed changes: more benchmarks"}
+    tasks = [*(settings.get("benchmarks") or {}).get("tasks", ()), *_FURTHER_TASKS]
+    more = f"[{','.join(dict.fromkeys(tasks))}]"  # a group of benchmarks would not count where a study names its tasks
+    return {_command(rows, **{"benchmarks.tasks": more}): f"{name}, which no seed changes: more benchmarks"}
 
 
 def _untimed(found: Overview, rows: pd.DataFrame) -> dict[str, str]:
@@ -207,5 +210,8 @@ def _command(rows: pd.DataFrame, **changed: str) -> str:
     text = rows.command.iloc[0] if "command" in rows else None
     words = shlex.split(text) if isinstance(text, str) else ["python", "-m", "sweep"]
     kept = [word for word in words if word.lstrip("+").partition("=")[0] not in {*changed, "baseline"}]
-    several = any("," in value for value in changed.values())
-    return shlex.join([*kept, *(f"{key}={value}" for key, value in changed.items()), *(["-m"] if several else [])])
+    asked = [f"{key}={value}" for key, value in changed.items()]
+    if any("," in value and not value.startswith("[") for value in changed.values()):
+        of_study = any(word.startswith("+experiment=") for word in kept)
+        asked += ["hydra.sweeper.grids=null"] * of_study + ["-m"]  # this cell's values, and not the study's other cells
+    return shlex.join([*kept, *asked])

@@ -273,19 +273,22 @@ def _variance(
 def _gain(rows: pd.DataFrame, gain: Gain) -> pd.DataFrame:
     """By point, the gain as NAME, with its ends, and whether it is one beyond noise: medians over seeds.
 
-    A speed-up counts where its interval is above 1 and above what the dense model gains on itself in the same repeats.
+    A speed-up counts where its interval is above 1 and it exceeds what the dense model gains on itself in the same repeats by
+    more than both vary: as logarithms, by the root of the sum of the squares of the half-widths of their intervals.
     """
     if gain.measured:
         ends = [f"{gain.column}{end}" for end in ("", "_low", "_high")]
-        control = gain.column.replace("_speedup", "_control_high")
-        asked = pd.DataFrame({name: rows.get(name, np.nan) for name in [*ends, control]}, index=rows.index).astype(
+        control = [gain.column.replace("_speedup", f"_control{end}") for end in ("", "_high")]
+        asked = pd.DataFrame({name: rows.get(name, np.nan) for name in [*ends, *control]}, index=rows.index).astype(
             float
         )
         asked[ends[0]] = asked[ends[0]].where(~rows.baseline, 1.0)
         asked.loc[rows.baseline, ends[1:]] = np.nan
         by_point = asked.groupby(rows.point).median()
         value, low, high = (by_point[name] for name in ends)
-        sure = low > by_point[control].fillna(1.0).clip(lower=1.0)
+        noise, noise_high = (by_point[name].fillna(1.0).clip(lower=1.0) for name in control)
+        apart = np.hypot(np.log(value / low), np.log(noise_high / noise))
+        sure = (low > 1) & (np.log(value / noise) > apart)
     else:
         column = gain.column
         if column == "peak_memory_bytes" and rows.get("peak_device_memory_bytes", pd.Series(dtype=float)).notna().any():
