@@ -36,6 +36,7 @@ FILES = {  # where the insides of which library may be used
     "src/sweep/measuring/lm_eval_private.py": "lm_eval, datasets, tqdm",
     "src/sweep/forkserver.py": "multiprocessing, joblib",
     "src/sweep/launchers.py": "submitit",
+    "src/sweep/measuring/engine.py": "torch",
     "src/sweep/models/transformers_private.py": "transformers",
     "src/sweep/models/watching.py": "torch",
 }
